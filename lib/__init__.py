@@ -1,0 +1,1 @@
+"""What the chapters share: extraction, interventions, metrics, statistics and verdicts."""

@@ -1,0 +1,305 @@
+"""What a chapter needs of its notebook: setup, computed words for the prose, verdict records."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from html import escape
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lib.files import write_atomically
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "_build" / "results"
+
+RECORDS_KEY = "records"
+"""Name under which `record` glues a chapter's records; the build collects them by it."""
+
+RECORD_COLUMNS = (
+    "claim",
+    "part",
+    "task",
+    "model",
+    "untrained",
+    "statistic",
+    "estimate",
+    "ci_low",
+    "ci_high",
+    "criterion",
+    "n",
+    "verdict",
+)
+VERDICTS = ("supported", "not supported", "not testable")
+
+_GLUE_PREFIX = "application/papermill.record/"
+_NUMBERS = ("estimate", "ci_low", "ci_high")
+_SHOWN = ("part", "task", "model", "untrained", "statistic", "criterion", "n", "verdict")
+_COLAB_PACKAGES = {"gguf": "gguf", "skdim": "scikit-dimension"}
+
+SETUP_CELL = """\
+# Setup: find the project; on Colab, clone it and install what Colab lacks.
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY, REVISION = "{repository}", "{revision}"
+
+if "google.colab" in sys.modules:
+    root = Path(REPOSITORY.rsplit("/", 1)[-1]).resolve()
+    if not root.exists():
+        options = ["--quiet", "--depth", "1", "--branch", REVISION]
+        subprocess.run(["git", "clone", *options, REPOSITORY, str(root)], check=True)
+else:
+    folders = [Path.cwd(), *Path.cwd().parents]
+    root = next(folder for folder in folders if (folder / "lib" / "notebook.py").is_file())
+sys.path.insert(0, str(root))
+
+from lib import notebook
+
+notebook.prepare()
+"""
+"""First code cell of every chapter. `make notebooks` fills in `repository.url` and
+`repository.branch` of _config.yml and writes the cell into the chapters."""
+
+
+def prepare() -> None:
+    """Readies the session: on Colab, installs the packages that are missing there.
+
+    Only small ones without which a chapter stops are installed, at the versions of
+    requirements.txt and without their dependencies, so that Colab's own numpy and torch stay as
+    they are. Outside Colab nothing is done.
+
+    Raises:
+        RuntimeError: if the installation fails.
+    """
+    if "google.colab" not in sys.modules:
+        return
+    missing = [name for module, name in _COLAB_PACKAGES.items() if find_spec(module) is None]
+    if not missing:
+        return
+    pins = [
+        line
+        for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+        if line.split("==")[0] in missing
+    ]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *pins]
+    done = subprocess.run(pip, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"Could not install {', '.join(pins)}: {done.stderr.strip()}")
+
+
+def model_name(default: str = "embedded") -> str:
+    """Returns the model to run the chapter on: the environment variable MODEL, else `default`."""
+    return os.environ.get("MODEL") or default
+
+
+def glue(name: str, value: Any, format: str = "") -> None:
+    """Makes a computed value available to the prose, as {glue:text}`name`.
+
+    It needs IPython alone, so a chapter also runs where the book's tools are absent. Outside a
+    notebook nothing happens.
+
+    Args:
+        name: key of the value, unique within the chapter.
+        value: a number, string or bool; NumPy scalars are taken for what they hold.
+        format: format specification applied now, such as ".2f". Without one the role may
+            carry it: {glue:text}`name:.2f`.
+
+    Raises:
+        ValueError: if the value is NaN or infinite, or neither number nor text.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if not isinstance(value, str | int | float):
+        raise ValueError(
+            f"glue {name!r}: expected a number or text, got {type(value).__name__}. "
+            "Reduce it to one value or format it first."
+        )
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"glue {name!r}: the value is {value}. Say in words what is missing.")
+    if format:
+        value = f"{value:{format}}"
+    _display({f"{_GLUE_PREFIX}text/plain": repr(value)}, _glue_metadata(name))
+
+
+def estimate_text(
+    estimate: float,
+    low: float,
+    high: float,
+    n: int,
+    unit: str = "",
+    *,
+    items: str = "prompts",
+    decimals: int = 2,
+) -> str:
+    """Returns an estimate with its interval and n in words, as prose quotes it.
+
+    Example:
+        >>> estimate_text(0.62, 0.55, 0.68, 96)
+        '0.62 [0.55, 0.68], n = 96 prompts'
+
+    Args:
+        estimate: the point estimate.
+        low: lower bound of the interval.
+        high: upper bound of the interval.
+        n: number of independent items.
+        unit: unit of the estimate, such as "nats"; empty for pure numbers.
+        items: what was counted.
+        decimals: digits after the point.
+
+    Raises:
+        ValueError: if a number is NaN or infinite, or the bounds are reversed.
+    """
+    if not all(math.isfinite(number) for number in (estimate, low, high)):
+        raise ValueError(f"Expected finite numbers, got {estimate} [{low}, {high}].")
+    if low > high:
+        raise ValueError(f"The interval [{low}, {high}] is reversed: give low before high.")
+    middle, lower, upper = (_number(number, decimals) for number in (estimate, low, high))
+    unit = f" {unit}" if unit else ""
+    return f"{middle}{unit} [{lower}, {upper}], n = {n} {items}"
+
+
+def record(records: pd.DataFrame) -> None:
+    """Records a chapter's verdicts and shows them as a table. Called once, at the chapter's end.
+
+    The records are glued into the page, from where the build collects them into
+    `_build/results/results.json`, and written to `_build/results/<claim>.json`, where later
+    chapters read them.
+
+    Args:
+        records: one row per statistic, with at least the columns `RECORD_COLUMNS`; all rows of
+            one claim. Estimate and bounds may be missing where the verdict is `not testable`.
+
+    Raises:
+        ValueError: if a column is missing, a verdict is unknown, the claims are mixed, or a
+            number is missing or infinite where a verdict was reached.
+    """
+    rows = to_rows(records)
+    claim = rows[0]["claim"]
+    write_atomically(RESULTS / f"{claim}.json", to_json(rows))
+    _display({f"{_GLUE_PREFIX}application/json": rows}, _glue_metadata(RECORDS_KEY))
+    show_table(_verdict_table(rows), f"Verdicts on the claim “{claim.replace('-', ' ')}”")
+
+
+def read_records(claim: str) -> pd.DataFrame | None:
+    """Returns what another chapter recorded, or None if it has not run yet."""
+    file = RESULTS / f"{claim}.json"
+    if not file.is_file():
+        return None
+    return pd.DataFrame(json.loads(file.read_text(encoding="utf-8")))
+
+
+def to_rows(records: pd.DataFrame) -> list[dict[str, Any]]:
+    """Returns checked records as plain dictionaries, ready for JSON; see `record`."""
+    missing = [column for column in RECORD_COLUMNS if column not in records.columns]
+    if missing:
+        raise ValueError(f"Records lack the columns {', '.join(missing)}.")
+    claims = sorted(set(records["claim"]))
+    if len(claims) != 1:
+        raise ValueError(f"Expected records of one claim, got {claims or 'no record'}.")
+    columns = [*RECORD_COLUMNS, *(c for c in records.columns if c not in RECORD_COLUMNS)]
+    rows = [
+        {column: _plain(value) for column, value in zip(columns, row, strict=True)}
+        for row in records[columns].itertuples(index=False, name=None)
+    ]
+    for row in rows:
+        _check_row(row)
+    return rows
+
+
+def to_json(rows: list[dict[str, Any]]) -> str:
+    """Returns rows as JSON text that is the same for the same rows, to the last digit."""
+    return json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def show_table(table: pd.DataFrame, caption: str) -> None:
+    """Displays a table that scrolls sideways on a narrow screen and reads well aloud.
+
+    Args:
+        table: cells are shown as they are, numbers with two decimals; the index is left out.
+        caption: says what the table shows; stands above it.
+    """
+    _display({"text/html": table_html(table, caption), "text/plain": table.to_string(index=False)})
+
+
+def table_html(table: pd.DataFrame, caption: str) -> str:
+    """Returns the HTML of `show_table`."""
+    head = "".join(f'<th scope="col">{escape(str(column))}</th>' for column in table.columns)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(_cell(value))}</td>' for value in row)}</tr>"
+        for row in table.itertuples(index=False, name=None)
+    )
+    return (
+        f'<div class="table-scroll" style="overflow-x: auto" role="region" tabindex="0" '
+        f'aria-label="{escape(caption)}"><table><caption>{escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _verdict_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    table = pd.DataFrame(rows)[list(_SHOWN)].rename(columns={"untrained": "weights"})
+    table["weights"] = ["untrained" if row["untrained"] else "trained" for row in rows]
+    intervals = []
+    for row in rows:
+        numbers = [row[column] for column in _NUMBERS]
+        shown = [_cell(number) if number is not None else "–" for number in numbers]
+        interval = f" [{shown[1]}, {shown[2]}]" if numbers[1:] != [None, None] else ""
+        intervals.append(shown[0] + interval)
+    table.insert(5, "estimate [95 % interval]", intervals)
+    return table
+
+
+def _check_row(row: Mapping[str, Any]) -> None:
+    where = f"Record of {row['part']!r}, task {row['task']!r}"
+    if row["verdict"] not in VERDICTS:
+        raise ValueError(
+            f"{where}: verdict {row['verdict']!r} is none of {', '.join(map(repr, VERDICTS))}."
+        )
+    if not isinstance(row["untrained"], bool):
+        raise ValueError(f"{where}: `untrained` is {row['untrained']!r}, expected True or False.")
+    if isinstance(row["n"], bool) or not isinstance(row["n"], int):
+        raise ValueError(f"{where}: n is {row['n']!r}, expected a whole number.")
+    if row["verdict"] != "not testable" and row["estimate"] is None:
+        raise ValueError(f"{where}: {row['verdict']!r} needs an estimate.")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, float) and math.isinf(value):
+        raise ValueError("A record holds an infinite number; JSON and readers have no use for it.")
+    return value
+
+
+def _cell(value: Any) -> str:
+    value = _plain(value)
+    if value is None:
+        return ""
+    return _number(value) if isinstance(value, float) else str(value)
+
+
+def _number(value: float, decimals: int = 2) -> str:
+    tiny = value != 0 and abs(value) < 0.5 * 10**-decimals
+    text = f"{value:.1g}" if tiny else f"{value:.{decimals}f}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def _glue_metadata(name: str) -> dict[str, Any]:
+    return {"scrapbook": {"name": name, "mime_prefix": _GLUE_PREFIX}}
+
+
+def _display(data: dict[str, Any], metadata: dict[str, Any] | None = None) -> None:
+    from IPython.core.interactiveshell import InteractiveShell
+    from IPython.display import display
+
+    if InteractiveShell.initialized():
+        display(data, raw=True, metadata=metadata or {})
