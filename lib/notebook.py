@@ -1,42 +1,31 @@
 """What a chapter needs of its notebook: setup, computed words for the prose, verdict records."""
 
-import json
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from html import escape
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lib.files import write_atomically
+from lib.results import ROOT, plain, read_records, records_file, to_rows, write_rows
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "_build" / "results"
+__all__ = [
+    "estimate_text",
+    "glue",
+    "model_name",
+    "prepare",
+    "read_records",
+    "record",
+    "show_table",
+    "table_html",
+]
 
 RECORDS_KEY = "records"
 """Name under which `record` glues a chapter's records; the build collects them by it."""
-
-RECORD_COLUMNS = (
-    "claim",
-    "part",
-    "task",
-    "model",
-    "untrained",
-    "statistic",
-    "estimate",
-    "ci_low",
-    "ci_high",
-    "criterion",
-    "n",
-    "verdict",
-)
-VERDICTS = ("supported", "not supported", "not testable")
 
 _GLUE_PREFIX = "application/papermill.record/"
 _NUMBERS = ("estimate", "ci_low", "ci_high")
@@ -100,7 +89,7 @@ def model_name(default: str = "embedded") -> str:
     return os.environ.get("MODEL") or default
 
 
-def glue(name: str, value: Any, format: str = "") -> None:
+def glue(name: str, value: Any, format: str = "") -> None:  # noqa: A002
     """Makes a computed value available to the prose, as {glue:text}`name`.
 
     It needs IPython alone, so a chapter also runs where the book's tools are absent. Outside a
@@ -183,40 +172,9 @@ def record(records: pd.DataFrame) -> None:
     """
     rows = to_rows(records)
     claim = rows[0]["claim"]
-    write_atomically(RESULTS / f"{claim}.json", to_json(rows))
+    write_rows(records_file(claim), rows)
     _display({f"{_GLUE_PREFIX}application/json": rows}, _glue_metadata(RECORDS_KEY))
     show_table(_verdict_table(rows), f"Verdicts on the claim “{claim.replace('-', ' ')}”")
-
-
-def read_records(claim: str) -> pd.DataFrame | None:
-    """Returns what another chapter recorded, or None if it has not run yet."""
-    file = RESULTS / f"{claim}.json"
-    if not file.is_file():
-        return None
-    return pd.DataFrame(json.loads(file.read_text(encoding="utf-8")))
-
-
-def to_rows(records: pd.DataFrame) -> list[dict[str, Any]]:
-    """Returns checked records as plain dictionaries, ready for JSON; see `record`."""
-    missing = [column for column in RECORD_COLUMNS if column not in records.columns]
-    if missing:
-        raise ValueError(f"Records lack the columns {', '.join(missing)}.")
-    claims = sorted(set(records["claim"]))
-    if len(claims) != 1:
-        raise ValueError(f"Expected records of one claim, got {claims or 'no record'}.")
-    columns = [*RECORD_COLUMNS, *(c for c in records.columns if c not in RECORD_COLUMNS)]
-    rows = [
-        {column: _plain(value) for column, value in zip(columns, row, strict=True)}
-        for row in records[columns].itertuples(index=False, name=None)
-    ]
-    for row in rows:
-        _check_row(row)
-    return rows
-
-
-def to_json(rows: list[dict[str, Any]]) -> str:
-    """Returns rows as JSON text that is the same for the same rows, to the last digit."""
-    return json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def show_table(table: pd.DataFrame, caption: str) -> None:
@@ -256,32 +214,8 @@ def _verdict_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return table
 
 
-def _check_row(row: Mapping[str, Any]) -> None:
-    where = f"Record of {row['part']!r}, task {row['task']!r}"
-    if row["verdict"] not in VERDICTS:
-        raise ValueError(
-            f"{where}: verdict {row['verdict']!r} is none of {', '.join(map(repr, VERDICTS))}."
-        )
-    if not isinstance(row["untrained"], bool):
-        raise ValueError(f"{where}: `untrained` is {row['untrained']!r}, expected True or False.")
-    if isinstance(row["n"], bool) or not isinstance(row["n"], int):
-        raise ValueError(f"{where}: n is {row['n']!r}, expected a whole number.")
-    if row["verdict"] != "not testable" and row["estimate"] is None:
-        raise ValueError(f"{where}: {row['verdict']!r} needs an estimate.")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
-        return None
-    if isinstance(value, float) and math.isinf(value):
-        raise ValueError("A record holds an infinite number; JSON and readers have no use for it.")
-    return value
-
-
 def _cell(value: Any) -> str:
-    value = _plain(value)
+    value = plain(value)
     if value is None:
         return ""
     return _number(value) if isinstance(value, float) else str(value)

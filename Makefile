@@ -1,0 +1,84 @@
+# `make book` builds the book, `make test` runs the tests, `make help` lists the rest.
+
+PYTHON ?= python3
+# An extra package index for torch alone, such as one with wheels for CPUs only; see README.md.
+TORCH_INDEX_URL ?=
+# Model that the chapters run on: "embedded", a name on a model hub, or a folder.
+export MODEL ?= embedded
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Names in one spelling, torch without its build tag, and without the CUDA parts that it brings.
+TIDY = sed -E 's/[+]cpu$$//; /^(nvidia-|cuda-|triton==)/d' | \
+  awk -F== '{ name = tolower($$1); gsub(/[_.]/, "-", name); print name "==" $$2 }' | LC_ALL=C sort
+BOOK_READY := $(VENV)/book.stamp
+TESTS_READY := $(VENV)/tests.stamp
+CHAPTERS = $(filter-out book/intro.md,$(shell grep -l '^jupytext:' book/*.md))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help book test verify lint model notebooks lock clean
+
+help:  ## list the commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
+
+book: model  ## build the book, executing the chapters that changed
+	@$(BIN)/jupyter-book build . --warningiserror --keep-going
+	@echo "The book is at $(CURDIR)/_build/html/index.html"
+
+test: $(TESTS_READY) model  ## run the tests
+	@$(BIN)/python -m pytest
+
+verify: $(BOOK_READY)  ## compare the results with the recorded ones; UPDATE=1 records them anew
+	@$(BIN)/python -m lib.verify $(if $(filter-out 0,$(UPDATE)),--update)
+
+lint: $(TESTS_READY)  ## check style and types
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+model: $(BOOK_READY)  ## fetch the embedded model, once
+ifeq ($(MODEL),embedded)
+	@$(BIN)/python -m lib.embedded
+endif
+
+notebooks: $(BOOK_READY)  ## write the notebooks for Colab, without outputs, from the chapters
+	@$(BIN)/python book/_ext/setup_cells.py
+	@$(BIN)/jupytext --quiet --to ipynb --update $(CHAPTERS)
+
+lock:  ## resolve requirements*.in into requirements*.txt
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --requirement requirements.in
+	@echo '# Resolved from requirements.in by `make lock`, for Python 3.11 to 3.13.' > requirements.txt
+	build/lock/bin/pip freeze --all --exclude pip | $(TIDY) >> requirements.txt
+	build/lock/bin/pip install --requirement requirements-tests.in --constraint requirements.txt
+	@echo '# Resolved from requirements-tests.in by `make lock`, on top of requirements.txt.' \
+	  > requirements-tests.txt
+	build/lock/bin/pip freeze --all --exclude pip | $(TIDY) | grep -vxFf requirements.txt \
+	  >> requirements-tests.txt
+
+clean:  ## remove what `make book` built; the environment and the model stay
+	rm -rf _build
+
+$(BOOK_READY): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+	  echo "Python 3.11 to 3.13 is needed; '$(PYTHON)' is not. Name one: make book PYTHON=python3.12" >&2; \
+	  exit 1; }
+	@echo "Installing the environment into $(VENV) (some minutes, once)"
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) \
+	  $$(grep '^torch==' requirements.txt)
+	@$(PIP) install --requirement requirements.txt
+	@touch $@
+
+# While this runs the environment counts as unfinished: cut off halfway, it is made anew.
+$(TESTS_READY): requirements-tests.txt $(BOOK_READY)
+	@echo "Installing what the tests need"
+	@mv $(BOOK_READY) $(VENV)/unfinished
+	@$(PIP) install --requirement requirements-tests.txt --constraint requirements.txt || { \
+	  mv $(VENV)/unfinished $(BOOK_READY); exit 1; }
+	@mv $(VENV)/unfinished $(BOOK_READY)
+	@touch $@

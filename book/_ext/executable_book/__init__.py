@@ -1,0 +1,26 @@
+"""Sphinx extension: what makes this book's build honest about the code that it runs.
+
+- `freshness`: a chapter is executed again when lib/, the data, the environment or an earlier
+  chapter's records change, and a build that warned or failed does so again until mended.
+- `progress`: shows at the terminal how far the chapters' loops have come.
+- `results`: collects the chapters' records into `_build/results/results.json`.
+- `scorecard`: the table of verdicts on the landing page.
+- `mathjax`: puts MathJax into the book, so that pages need no network.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # lib, which the chapters import too
+
+from executable_book import freshness, mathjax, progress, results, scorecard
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Connects the parts to the build. Reading runs in one process, in the order of the book."""
+    for part in (mathjax, progress, results, freshness, scorecard):
+        part.setup(app)
+    return {"parallel_read_safe": False, "parallel_write_safe": True}

@@ -1,0 +1,102 @@
+"""The landing page's table of verdicts: a row for each claim, a column for each model."""
+
+from pathlib import Path
+
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+from executable_book.results import records_of
+from lib.results import Record, claim_verdict, pages
+
+COMING = "chapter to come"
+NO_RESULT = "no result"
+
+
+class Scorecard(SphinxDirective):
+    """Shows the verdict on each claim, for each model and its untrained twin.
+
+    Each line of the content names a claim, which is also the name of its chapter, and says it in
+    words::
+
+        ```{scorecard}
+        phase-transition: Depth switches sharply from context to prediction.
+        ```
+
+    The verdicts come from the records that the chapters glued, so the page with the scorecard has
+    to be read after all chapters.
+    """
+
+    has_content = True
+
+    def run(self) -> list[nodes.Node]:
+        """Returns the table."""
+        claims = dict(self._claim(line) for line in self.content if line.strip())
+        chapters = {Path(page).name: page for page in pages(Path(self.env.srcdir))[1:]}
+        records = {
+            claim: records_of(self.env, chapters[claim]) for claim in claims if claim in chapters
+        }
+        models = sorted({_model(row) for rows in records.values() for row in rows})
+        rows = []
+        for claim, words in claims.items():
+            if claim in chapters:
+                first = [self._link(chapters[claim], words)]
+                cells = [verdict_text(records[claim], model) for model in models or [("", False)]]
+            else:
+                first = [nodes.Text(words)]
+                cells = [COMING] * max(1, len(models))
+            rows.append([first, *([nodes.Text(cell)] for cell in cells)])
+        heads = [model_text(model) for model in models] or ["Verdict"]
+        return [_table(["Claim", *heads], rows)]
+
+    def _claim(self, line: str) -> tuple[str, str]:
+        claim, separator, words = line.partition(":")
+        if not separator:
+            raise self.error(f"Expected 'claim: the claim in words', got {line!r}.")
+        return claim.strip(), words.strip()
+
+    def _link(self, page: str, words: str) -> nodes.Node:
+        link = addnodes.pending_xref(
+            refdomain="std",
+            reftype="doc",
+            reftarget=f"/{page}",
+            refdoc=self.env.docname,
+            refexplicit=True,
+            refwarn=True,
+        )
+        link += nodes.inline("", words)
+        return link
+
+
+def verdict_text(rows: list[Record], model: tuple[str, bool]) -> str:
+    """Returns the verdict on a claim for one model in words."""
+    own = [row for row in rows if _model(row) == model]
+    return claim_verdict(own) if own else NO_RESULT
+
+
+def model_text(model: tuple[str, bool]) -> str:
+    """Returns the head of a model's column."""
+    name, untrained = model
+    return f"{name}, untrained" if untrained else name
+
+
+def _model(row: Record) -> tuple[str, bool]:
+    return row["model"], row["untrained"]
+
+
+def _table(head: list[str], rows: list[list[list[nodes.Node]]]) -> nodes.Node:
+    def row_node(cells: list[list[nodes.Node]]) -> nodes.row:
+        entries = [nodes.entry("", nodes.paragraph("", "", *cell)) for cell in cells]
+        return nodes.row("", *entries)
+
+    group = nodes.tgroup("", *(nodes.colspec(colwidth=1) for _ in head), cols=len(head))
+    group += nodes.thead("", row_node([[nodes.Text(text)] for text in head]))
+    group += nodes.tbody("", *(row_node(row) for row in rows))
+    table = nodes.table("", group, classes=["scorecard"])
+    return nodes.container("", table, classes=["table-scroll"])
+
+
+def setup(app: Sphinx) -> None:
+    """Connects this part to the build."""
+    app.add_directive("scorecard", Scorecard)

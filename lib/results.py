@@ -1,0 +1,192 @@
+"""Records of verdicts: what one looks like, where they are kept, which chapters owe them."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from lib.files import write_atomically
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "_build" / "results"
+
+RECORD_COLUMNS = (
+    "claim",
+    "part",
+    "task",
+    "model",
+    "untrained",
+    "statistic",
+    "estimate",
+    "ci_low",
+    "ci_high",
+    "criterion",
+    "n",
+    "verdict",
+)
+KEY_COLUMNS = ("claim", "part", "task", "model", "untrained", "statistic")
+"""What tells records apart: no two of a book agree in all of these."""
+
+VERDICTS = ("supported", "not supported", "not testable")
+
+Record = dict[str, Any]
+
+
+def to_rows(records: pd.DataFrame) -> list[Record]:
+    """Returns the checked records of one claim as plain dictionaries, ready for JSON.
+
+    Args:
+        records: one row per statistic, with at least the columns `RECORD_COLUMNS`. Numbers may be
+            missing (NaN, None) where nothing could be measured; they become None.
+
+    Raises:
+        ValueError: if a column is missing, the claims are mixed, a verdict is unknown, a number is
+            infinite, an estimate is missing where a verdict was reached, or two rows have the same
+            key.
+    """
+    missing = [column for column in RECORD_COLUMNS if column not in records.columns]
+    if missing:
+        raise ValueError(f"Records lack the columns {', '.join(missing)}.")
+    claims = sorted(set(records["claim"]))
+    if len(claims) != 1:
+        raise ValueError(f"Expected records of one claim, got {claims or 'no record'}.")
+    columns = [*RECORD_COLUMNS, *(c for c in records.columns if c not in RECORD_COLUMNS)]
+    rows = [
+        {column: plain(value) for column, value in zip(columns, row, strict=True)}
+        for row in records[columns].itertuples(index=False, name=None)
+    ]
+    seen = set()
+    for row in rows:
+        _check(row)
+        if key_of(row) in seen:
+            raise ValueError(f"{_name(row)}: recorded twice. Give each statistic one row.")
+        seen.add(key_of(row))
+    return rows
+
+
+def to_json(rows: list[Record]) -> str:
+    """Returns rows as JSON text, the same for the same rows to the last digit."""
+    return json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Returns what tells a record from all others."""
+    return tuple(row[column] for column in KEY_COLUMNS)
+
+
+def records_file(claim: str, folder: Path = RESULTS) -> Path:
+    """Returns the file that holds one claim's records between the chapters of a build."""
+    return folder / f"{claim}.json"
+
+
+def results_file(folder: Path = RESULTS) -> Path:
+    """Returns the file that holds all records of a finished build."""
+    return folder / "results.json"
+
+
+def write_rows(file: Path, rows: list[Record]) -> None:
+    """Writes rows as JSON, whole or not at all; a file that already says the same is left alone."""
+    text = to_json(rows)
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        write_atomically(file, text)
+
+
+def read_rows(file: Path) -> list[Record]:
+    """Returns the rows of a file of records.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it does not hold a list of records.
+    """
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    columns = set(RECORD_COLUMNS)
+    if not isinstance(rows, list) or not all(columns <= set(row) for row in rows):
+        raise ValueError(f"{file} does not hold a list of records.")
+    return rows
+
+
+def read_records(claim: str) -> pd.DataFrame | None:
+    """Returns what the chapter of a claim recorded, or None if it has not run."""
+    file = records_file(claim)
+    return pd.DataFrame(read_rows(file)) if file.is_file() else None
+
+
+def pages(root: Path = ROOT) -> list[str]:
+    """Returns the book's pages in reading order as paths without suffix, from _toc.yml."""
+    toc = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
+    return [toc["root"], *_files(toc)]
+
+
+def _files(node: Any) -> Iterator[str]:
+    if isinstance(node, list):
+        for item in node:
+            yield from _files(item)
+    elif isinstance(node, dict):
+        if "file" in node:
+            yield node["file"]
+        for key in ("parts", "chapters", "sections"):
+            yield from _files(node.get(key))
+
+
+def claim_verdict(rows: list[Record]) -> str:
+    """Returns the verdict on a claim as a whole, for one model.
+
+    The claim is supported when each of its parts is; a part is supported when at least three
+    quarters of its testable tasks are; a task when all its statistics in that part are. A claim
+    with a part that could not be tested is not testable, unless another part is not supported.
+
+    Args:
+        rows: the records of one claim for one model, trained or untrained.
+    """
+    by_part: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        by_part.setdefault(row["part"], {}).setdefault(row["task"], []).append(row["verdict"])
+    parts = {_part_verdict(list(tasks.values())) for tasks in by_part.values()}
+    if "not supported" in parts:
+        return "not supported"
+    return "supported" if parts == {"supported"} else "not testable"
+
+
+def plain(value: Any) -> Any:
+    """Returns a value as JSON knows it: NumPy scalars unpacked, NaN and NA as None.
+
+    Raises:
+        ValueError: if the value is infinite.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, float) and math.isinf(value):
+        raise ValueError("A record holds an infinite number; expected a finite one or NaN.")
+    return value
+
+
+def _part_verdict(tasks: list[list[str]]) -> str:
+    testable = [verdicts for verdicts in tasks if "not testable" not in verdicts]
+    if not testable:
+        return "not testable"
+    supported = sum(set(verdicts) == {"supported"} for verdicts in testable)
+    return "supported" if supported >= 0.75 * len(testable) else "not supported"
+
+
+def _check(row: Mapping[str, Any]) -> None:
+    if row["verdict"] not in VERDICTS:
+        known = ", ".join(map(repr, VERDICTS))
+        raise ValueError(f"{_name(row)}: verdict {row['verdict']!r} is none of {known}.")
+    if not isinstance(row["untrained"], bool):
+        got = repr(row["untrained"])
+        raise ValueError(f"{_name(row)}: expected untrained True or False, got {got}.")
+    if isinstance(row["n"], bool) or not isinstance(row["n"], int):
+        raise ValueError(f"{_name(row)}: expected a whole number n, got {row['n']!r}.")
+    if row["verdict"] != "not testable" and row["estimate"] is None:
+        raise ValueError(f"{_name(row)}: the verdict {row['verdict']!r} needs an estimate.")
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return f"Record of {row['claim']}, {row['part']}, {row['task']}, {row['statistic']}"
