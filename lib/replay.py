@@ -1,0 +1,232 @@
+"""Prefix replay: many edited states of one prompt, each run on to the last token, in one pass.
+
+An edit at position `first` cannot change anything before it, and an edit after block ℓ cannot
+change blocks 0 … ℓ. So the tokens before `first` run once per prompt and leave their keys and
+values; an edited *row* (the tokens from `first` to the end) enters after its own block and runs
+through the later blocks only. All rows of a prompt lie side by side on the sequence axis: each sees
+the shared prefix and itself, never another row, so the prefix is neither recomputed nor copied.
+
+Cost, in multiply–accumulates: with P prefix tokens, S tokens a row, L blocks and m per token and
+block, a sweep of R rows over all blocks needs about P·L·m once per prompt and R·S·m for every later
+block, L/2 on average; a full recompute needs R·(P + S)·m for all L blocks. Rows also attend to the
+other rows' masked places: `MAX_ROW_TOKENS` bounds that at a few percent of m.
+
+The later blocks are called with the keyword arguments (masks, rotary angles, …) that they received
+in a reference pass, tiled over the rows, so nothing here is tied to one architecture.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from lib.extraction import run_blocks
+from lib.models import Decoder, untuple
+
+MAX_ROW_TOKENS = 192
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Prompts of one length, run once, ready for edits from position `first` on.
+
+    Attributes:
+        tokens: `[n_prompts, length]`.
+        first: the first position that may be edited.
+        states: clean residual streams `[n_blocks, n_prompts, length − first, d_model]`.
+        cache: keys and values of the tokens before `first`; None where they cannot be shared.
+        block_inputs: the keyword arguments each block received for the tokens from `first` on.
+    """
+
+    tokens: Tensor
+    first: int
+    states: Tensor
+    cache: "FrozenCache | None" = None
+    block_inputs: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def row_length(self) -> int:
+        """Tokens from `first` to the end."""
+        return self.tokens.shape[1] - self.first
+
+
+class FrozenCache(DynamicCache):
+    """Keys and values of a prefix, handed to every row and changed by none."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return prefix and row states joined along the sequence axis; store nothing."""
+        layer: Any = self.layers[layer_idx]
+        keys = torch.cat([layer.keys, key_states], dim=-2)
+        return keys, torch.cat([layer.values, value_states], dim=-2)
+
+
+def run_prefix(decoder: Decoder, tokens: Tensor, first: int) -> Prefix:
+    """Return the prefix of `tokens` `[n_prompts, length]`, run once up to position `first` ≥ 1.
+
+    Raises:
+        ReplayUnsupportedError: the model keeps no keys and values for each token (state-space).
+    """
+    base = decoder.model.base_model
+    inputs: list[dict[str, Any]] = [{} for _ in decoder.blocks]
+    outputs: list[Tensor] = [torch.empty(0) for _ in decoder.blocks]
+
+    def keep(index: int) -> Callable[..., None]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
+            names = list(inspect.signature(module.forward).parameters)[: len(args)]
+            inputs[index] = {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
+            outputs[index] = untuple(output)
+
+        return hook
+
+    cache = FrozenCache(config=decoder.model.config.get_text_config())
+    with torch.inference_mode():
+        growing = DynamicCache(config=decoder.model.config.get_text_config())
+        base(tokens[:, :first], past_key_values=growing, use_cache=True)
+        if not all(getattr(layer, "keys", None) is not None for layer in growing.layers):
+            raise ReplayUnsupportedError("its cache holds no keys and values")
+        cache.layers = list(growing.layers)
+        handles = [
+            block.register_forward_hook(keep(index), with_kwargs=True)
+            for index, block in enumerate(decoder.blocks)
+        ]
+        try:
+            base(tokens[:, first:], past_key_values=cache, use_cache=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return Prefix(tokens, first, torch.stack(outputs), cache, tuple(inputs))
+
+
+class ReplayUnsupportedError(Exception):
+    """This architecture cannot be replayed from a prefix; recompute in full instead."""
+
+
+def replay_rows(
+    decoder: Decoder, prefix: Prefix, row_blocks: Sequence[int], rows: Tensor
+) -> Tensor:
+    """Return the last token's residual stream after the last block, for every edited row.
+
+    Args:
+        decoder: the model.
+        prefix: from `run_prefix`, of n_prompts prompts.
+        row_blocks: the block after which each row was edited, ascending, the same for all prompts.
+        rows: edited residual streams `[n_prompts, n_rows, row_length, d_model]`.
+
+    Returns:
+        `[n_prompts, n_rows, d_model]`.
+    """
+    n_prompts, n_rows, length, width = rows.shape
+    masks: dict[int, Tensor] = {}
+    hidden = rows[:, :0].reshape(n_prompts, 0, width)
+    n_active = 0
+    with torch.inference_mode():
+        for index in range(min(row_blocks), decoder.n_blocks):
+            if n_active:
+                inputs = _tile(prefix, index, n_active, n_rows, masks)
+                hidden = untuple(decoder.blocks[index](hidden, **inputs))
+            entering = sum(block == index for block in row_blocks)
+            if entering:
+                new = rows[:, n_active : n_active + entering].reshape(n_prompts, -1, width)
+                hidden = torch.cat([hidden, new.to(hidden.dtype)], dim=1)
+                n_active += entering
+    return hidden.view(n_prompts, n_rows, length, width)[:, :, -1]
+
+
+def _tile(
+    prefix: Prefix, index: int, n_active: int, n_rows: int, masks: dict[int, Tensor]
+) -> dict[str, Any]:
+    """Return block `index`'s keyword arguments for `n_active` rows side by side."""
+    length = prefix.row_length
+    inputs = dict(prefix.block_inputs[index])
+    mask = inputs.pop("attention_mask", None)
+    if mask is not None and mask.dim() != 4:
+        raise ReplayUnsupportedError("its blocks take a mask that is not four-dimensional")
+    assert prefix.cache is not None
+    n_prefix = prefix.cache.layers[index].keys.shape[-2]  # type: ignore[union-attr]
+    tiled = {name: _tile_positions(value, length, n_active) for name, value in inputs.items()}
+    for name in ("past_key_values", "past_key_value", "layer_past"):
+        if name in tiled:
+            tiled[name] = prefix.cache
+    if id(mask) not in masks:  # blocks share one or two masks; the full one serves every depth
+        masks[id(mask)] = _row_mask(mask, n_prefix, length, n_rows, prefix.tokens.device)
+    n_tokens = n_active * length
+    tiled["attention_mask"] = masks[id(mask)][..., :n_tokens, : n_prefix + n_tokens]
+    return tiled
+
+
+def _tile_positions(value: Any, length: int, n_active: int) -> Any:
+    """Repeat position-wise tensors (`[n, length, …]` or `[length]`) once per row."""
+    if isinstance(value, tuple | list):
+        return type(value)(_tile_positions(part, length, n_active) for part in value)
+    if isinstance(value, Tensor):
+        if value.dim() == 1 and value.shape[0] == length:
+            return value.repeat(n_active)
+        if value.dim() in (2, 3) and value.shape[1] == length:
+            return value.repeat(1, n_active, *[1] * (value.dim() - 2))
+    return value
+
+
+def _row_mask(
+    mask: Tensor | None, n_prefix: int, length: int, n_rows: int, device: torch.device
+) -> Tensor:
+    """Return the mask under which each row sees the prefix and itself: `[·, 1, rows, keys]`."""
+    if mask is None:  # transformers leaves out a mask that hides nothing but the future
+        seen = torch.ones(length, n_prefix + length, dtype=torch.bool, device=device)
+        mask = seen.tril(n_prefix)[None, None]
+    hidden = torch.finfo(mask.dtype).min if mask.is_floating_point() else False
+    shape = (*mask.shape[:2], n_rows * length, n_prefix + n_rows * length)
+    full = torch.full(shape, hidden, dtype=mask.dtype, device=mask.device)
+    full[..., :n_prefix] = mask[..., :n_prefix].repeat(1, 1, n_rows, 1)
+    for row in range(n_rows):
+        start = row * length
+        own = slice(n_prefix + start, n_prefix + start + length)
+        full[..., start : start + length, own] = mask[..., n_prefix:]
+    return full
+
+
+def run_whole(decoder: Decoder, tokens: Tensor, first: int) -> Prefix:
+    """Return what `run_prefix` returns but for the cache, from one pass over the whole prompts."""
+    captured = run_blocks(decoder, tokens, set(range(decoder.n_blocks)))
+    states = torch.stack([captured[index][:, first:] for index in range(decoder.n_blocks)])
+    return Prefix(tokens, first, states)
+
+
+def recompute_rows(
+    decoder: Decoder, prefix: Prefix, row_blocks: Sequence[int], rows: Tensor
+) -> Tensor:
+    """Return what `replay_rows` returns, by a full forward pass per block: slower, for any decoder.
+
+    The fall-back for models whose cache cannot be shared (state-space and hybrid models, attention
+    with per-head position biases), and the reference that every sweep checks itself against.
+    """
+    results = torch.empty(*rows.shape[:2], rows.shape[-1], dtype=rows.dtype, device=rows.device)
+    last: list[Tensor] = []
+
+    def replace(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        changed = untuple(output).clone()
+        changed[:, prefix.first :] = edited
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        last.append(untuple(output)[:, -1])
+
+    for row, block in enumerate(row_blocks):
+        edited = rows[:, row].to(decoder.device)
+        handles = [decoder.blocks[block].register_forward_hook(replace)]
+        handles.append(decoder.blocks[-1].register_forward_hook(keep))
+        try:
+            with torch.inference_mode():
+                decoder.model.base_model(prefix.tokens, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        results[:, row] = last.pop()
+    return results

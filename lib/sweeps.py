@@ -1,0 +1,327 @@
+"""Sweeps: an edit at every block for every pair of recipient and donor, exactly and fast."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lib.extraction import check_blocks, check_positions, extract_residuals, logit_lens
+from lib.interventions import Edit
+from lib.models import Decoder
+from lib.progress import track
+from lib.replay import (
+    MAX_ROW_TOKENS,
+    Prefix,
+    ReplayUnsupportedError,
+    recompute_rows,
+    replay_rows,
+    run_prefix,
+    run_whole,
+)
+
+Measure = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
+BATCH_TOKENS = 1024
+UNEMBEDDING_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What the edits did to the recipients' next-token logits.
+
+    Attributes:
+        edits: names of the edits.
+        blocks: blocks after which they were made.
+        pairs: recipient and donor of each pair `[n_pairs, 2]`.
+        logits: logits of the tokens read `[n_edits, n_blocks, n_pairs, n_read]`, float32.
+        clean_logits: the recipients' unedited logits of those tokens `[n_pairs, n_read]`.
+        measures: what `measure` returned, by name `[n_edits, n_blocks, n_pairs]`.
+        path: how it was computed, `"prefix replay"` or `"full recompute"`.
+    """
+
+    edits: tuple[str, ...]
+    blocks: tuple[int, ...]
+    pairs: np.ndarray
+    logits: np.ndarray
+    clean_logits: np.ndarray
+    measures: Mapping[str, np.ndarray]
+    path: str
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per edit, block and pair; `choice` indexes the largest logit read."""
+        shape = (len(self.edits), len(self.blocks), len(self.pairs))
+        edit, block, pair = (axis.ravel() for axis in np.indices(shape))
+        frame = pd.DataFrame(
+            {
+                "edit": np.array(self.edits)[edit],
+                "block": np.array(self.blocks)[block],
+                "recipient": self.pairs[pair, 0],
+                "donor": self.pairs[pair, 1],
+            }
+        )
+        if self.logits.shape[-1]:
+            frame["choice"] = self.logits.argmax(-1).ravel()
+        for name, values in self.measures.items():
+            frame[name] = values.ravel()
+        return frame
+
+
+def sweep_blocks(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    pairs: np.ndarray,
+    edits: Mapping[str, Edit],
+    *,
+    positions: np.ndarray | Sequence[int] | str,
+    donors: Tensor | None = None,
+    blocks: Sequence[int] | None = None,
+    read_ids: Sequence[int] = (),
+    measure: Measure | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    description: str | None = None,
+) -> Sweep:
+    """Return the effect of each edit, after each block, on every recipient of `pairs`.
+
+    The edited residual stream is `edit(recipient's state, donor's state)` at the given position (or
+    positions); later tokens and later blocks follow from it. Prefix replay does the work and is
+    checked on the first recipient against a full recompute; where an architecture does not allow
+    it, the full recompute is used throughout, and the result's `path` says so.
+
+    Args:
+        decoder: the model.
+        prompts: token ids; lengths may differ.
+        pairs: `[n_pairs, 2]`: index of the recipient among `prompts`, and of the donor.
+        edits: named edits, all of which share the prefix and one pass.
+        positions: `"last"`, one position per prompt `[n_prompts]`, or several `[n_prompts, k]`.
+        donors: donor states `[n_blocks, n_donors, d_model]` (or `[n_blocks, n_donors, k, d_model]`)
+            in the order of `blocks`; by default the prompts' own states at their positions.
+        blocks: the blocks to edit after, all by default.
+        read_ids: tokens whose logits to return.
+        measure: a function of the full logits `[n_rows, d_vocab]` and the rows' pair indices
+            `[n_rows]` that returns named numbers `[n_rows]`; it sees a bounded chunk at a time.
+            Without one, only the rows of the unembedding in `read_ids` are multiplied.
+        batch_tokens: most row tokens in one pass; with `d_model` it bounds the working set.
+        description: what a progress display calls this sweep; None shows none.
+
+    Raises:
+        ValueError: pairs, positions, blocks or donors that do not fit, named in the message.
+    """
+    wanted = check_blocks(decoder, blocks)
+    where = _position_table(prompts, positions)
+    pairs = _check_pairs(pairs, len(prompts), donors)
+    if donors is None:
+        donors = _own_states(decoder, prompts, where, wanted)
+    donors = donors if donors.dim() == 4 else donors[:, :, None]
+    expected = (len(wanted), where.shape[1], decoder.d_model)
+    if (donors.shape[0], donors.shape[2], donors.shape[3]) != expected:
+        raise ValueError(
+            f"Donor states have shape {tuple(donors.shape)}; expected [{expected[0]} blocks, "
+            f"donors, {expected[1]} positions, {expected[2]}]."
+        )
+    shape = (len(edits), len(wanted), len(pairs), len(read_ids))
+    logits = np.empty(shape, dtype=np.float32)
+    clean = np.empty((len(pairs), len(read_ids)), dtype=np.float32)
+    measures: dict[str, np.ndarray] = {}
+    groups = list(_recipient_groups(prompts, where, pairs[:, 0], batch_tokens))
+    shared = _replay_is_exact(decoder, prompts, where, groups[0], donors, pairs, edits, wanted)
+    for group in track(groups, description) if description else groups:
+        prefix = _run(decoder, prompts, where, group.recipients, shared)
+        if len(read_ids):
+            read = logit_lens(decoder, prefix.states[-1][:, -1], read_ids).numpy()
+            clean[group.pair_table] = read[:, None]
+        for rows in _row_chunks(len(edits), len(wanted), group.pair_table.shape[1], prefix):
+            edited = _edit(prefix, where, group, donors, pairs, edits, wanted, rows)
+            run = replay_rows if shared else recompute_rows
+            last = run(decoder, prefix, [wanted[block] for block in rows.block], edited)
+            _read(decoder, last, group, rows, read_ids, measure, logits, measures)
+    path = "prefix replay" if shared else "full recompute"
+    return Sweep(tuple(edits), wanted, pairs, logits, clean, measures, path)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Recipients `[n]` whose prompts line up; their pairs `[n, n_columns]`, padded by repeats."""
+
+    recipients: np.ndarray
+    pair_table: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of one pass, in the order in which they enter: indices of edit, block, pair column."""
+
+    edit: np.ndarray
+    block: np.ndarray
+    column: np.ndarray
+
+
+def _recipient_groups(
+    prompts: Sequence[Sequence[int]], where: np.ndarray, recipients: np.ndarray, batch_tokens: int
+) -> Iterator[_Group]:
+    unique = np.unique(recipients)
+    layout = [(len(prompts[r]), *where[r].tolist()) for r in unique]
+    for key in sorted(set(layout)):
+        members = unique[[entry == key for entry in layout]]
+        row_length = key[0] - min(key[1:])
+        size = max(1, batch_tokens // max(MAX_ROW_TOKENS, row_length))
+        for start in range(0, len(members), size):
+            chosen = members[start : start + size]
+            columns = [np.flatnonzero(recipients == r) for r in chosen]
+            n_columns = max(len(column) for column in columns)
+            yield _Group(chosen, np.stack([np.resize(column, n_columns) for column in columns]))
+
+
+def _row_chunks(n_edits: int, n_blocks: int, n_columns: int, prefix: Prefix) -> Iterator[_Rows]:
+    """Yield a group's rows, early blocks first, in chunks of at most `MAX_ROW_TOKENS` tokens."""
+    block, edit, column = (axis.ravel() for axis in np.indices((n_blocks, n_edits, n_columns)))
+    most = max(1, MAX_ROW_TOKENS // prefix.row_length)
+    for part in np.array_split(np.arange(len(block)), -(-len(block) // most)):
+        yield _Rows(edit[part], block[part], column[part])
+
+
+def _edit(
+    prefix: Prefix,
+    where: np.ndarray,
+    group: _Group,
+    donors: Tensor,
+    pairs: np.ndarray,
+    edits: Mapping[str, Edit],
+    wanted: tuple[int, ...],
+    rows: _Rows,
+) -> Tensor:
+    """Return the edited rows `[n_recipients, n_rows, row_length, d_model]`."""
+    n_recipients = len(group.recipients)
+    offsets = torch.as_tensor(where[group.recipients] - prefix.first, device=prefix.states.device)
+    members = torch.arange(n_recipients, device=prefix.states.device)
+    clean = prefix.states[[wanted[block] for block in rows.block]].transpose(0, 1)
+    edited = clean.clone()
+    named = list(edits.values())
+    for edit, block in dict.fromkeys(zip(rows.edit.tolist(), rows.block.tolist(), strict=True)):
+        chosen = np.flatnonzero((rows.edit == edit) & (rows.block == block))
+        given = pairs[group.pair_table[:, rows.column[chosen]], 1]
+        donor = donors[block, torch.as_tensor(given)].to(clean)
+        state = prefix.states[wanted[block]][members[:, None], offsets][:, None].expand_as(donor)
+        changed = named[edit](state, donor)
+        if changed.shape != donor.shape:
+            raise ValueError(
+                f"Edit {list(edits)[edit]!r} returned shape {tuple(changed.shape)} for states of "
+                f"shape {tuple(donor.shape)}; an edit keeps the shape."
+            )
+        index = torch.as_tensor(chosen, device=clean.device)
+        edited[members[:, None, None], index[None, :, None], offsets[:, None, :]] = changed.to(
+            clean
+        )
+    return edited
+
+
+def _read(
+    decoder: Decoder,
+    last: Tensor,
+    group: _Group,
+    rows: _Rows,
+    read_ids: Sequence[int],
+    measure: Measure | None,
+    logits: np.ndarray,
+    measures: dict[str, np.ndarray],
+) -> None:
+    """Write the logits and measures of one pass's last states `[n_recipients, n_rows, d_model]`."""
+    pair = group.pair_table[:, rows.column]
+    edit, block = (np.broadcast_to(axis, pair.shape).ravel() for axis in (rows.edit, rows.block))
+    pair = pair.ravel()
+    flat = last.reshape(-1, last.shape[-1])
+    if measure is None:
+        if len(read_ids):
+            logits[edit, block, pair] = logit_lens(decoder, flat, read_ids).numpy()
+        return
+    for part in torch.arange(len(flat)).split(UNEMBEDDING_ROWS):
+        at = (edit[part], block[part], pair[part])
+        with torch.inference_mode():
+            full = decoder.unembed(decoder.final_norm(flat[part.to(flat.device)])).float()
+            if len(read_ids):
+                logits[at] = full[:, torch.as_tensor(read_ids, device=full.device)].cpu().numpy()
+            for name, values in measure(
+                full, torch.as_tensor(pair[part], device=full.device)
+            ).items():
+                if name not in measures:
+                    measures[name] = np.full(logits.shape[:3], np.nan)
+                measures[name][at] = values.double().cpu().numpy()
+
+
+def _run(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    where: np.ndarray,
+    recipients: np.ndarray,
+    shared: bool,
+) -> Prefix:
+    tokens = torch.tensor([list(prompts[r]) for r in recipients], device=decoder.device)
+    return (run_prefix if shared else run_whole)(decoder, tokens, int(where[recipients].min()))
+
+
+def _replay_is_exact(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    where: np.ndarray,
+    group: _Group,
+    donors: Tensor,
+    pairs: np.ndarray,
+    edits: Mapping[str, Edit],
+    wanted: tuple[int, ...],
+) -> bool:
+    """Compare replay with full recompute on one recipient, an early and a late block."""
+    one = _Group(group.recipients[:1], group.pair_table[:1, :1])
+    block = np.unique([0, len(wanted) // 2])
+    rows = _Rows(np.zeros_like(block), block, np.zeros_like(block))
+    try:
+        prefix = _run(decoder, prompts, where, one.recipients, shared=True)
+        edited = _edit(prefix, where, one, donors, pairs, edits, wanted, rows)
+        fast = replay_rows(decoder, prefix, [wanted[b] for b in rows.block], edited)
+    except (ReplayUnsupportedError, RuntimeError, TypeError, AttributeError):
+        return False  # the block refuses rows side by side: the slower path is always right
+    slow = recompute_rows(decoder, prefix, [wanted[b] for b in rows.block], edited)
+    tolerance = 1e-4 if slow.dtype in (torch.float32, torch.float64) else 5e-2
+    return bool((fast - slow).abs().max() <= tolerance * slow.abs().max())
+
+
+def _own_states(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], where: np.ndarray, wanted: tuple[int, ...]
+) -> Tensor:
+    states = [
+        extract_residuals(decoder, prompts, positions=column, blocks=wanted).states
+        for column in where.T
+    ]
+    return torch.stack(states, dim=2)
+
+
+def _position_table(
+    prompts: Sequence[Sequence[int]], positions: np.ndarray | Sequence[int] | str
+) -> np.ndarray:
+    """Return positions `[n_prompts, k]`, ascending, none of them 0."""
+    if isinstance(positions, str):
+        table = np.array(check_positions(prompts, "last"))[:, None]
+    else:
+        given = np.asarray(positions)
+        columns = given[:, None] if given.ndim == 1 else given
+        table = np.stack([check_positions(prompts, column) for column in columns.T], axis=1)
+    if (table == 0).any():
+        prompt = int(np.flatnonzero((table == 0).any(axis=1))[0])
+        raise ValueError(
+            f"Prompt {prompt} would be edited at position 0, an attention sink that is never "
+            "analysed; choose a later position."
+        )
+    return table
+
+
+def _check_pairs(pairs: np.ndarray, n_prompts: int, donors: Tensor | None) -> np.ndarray:
+    pairs = np.asarray(pairs)
+    n_donors = n_prompts if donors is None else donors.shape[1]
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or len(pairs) == 0:
+        raise ValueError(f"Pairs must have shape [n_pairs, 2] with n_pairs ≥ 1, got {pairs.shape}.")
+    if pairs.min() < 0 or pairs[:, 0].max() >= n_prompts or pairs[:, 1].max() >= n_donors:
+        raise ValueError(
+            f"Pairs name recipients up to {pairs[:, 0].max()} and donors up to "
+            f"{pairs[:, 1].max()}, but there are {n_prompts} prompts and {n_donors} donors."
+        )
+    return pairs

@@ -1,0 +1,88 @@
+"""Models for the tests: tiny random decoders of many architectures, and the embedded model."""
+
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from lib.models import Decoder, load_decoder
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2: dict[str, Any] = {
+    "vocab_size": 64,
+    "n_embd": 32,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": SMALL,
+    "mistral": {**SMALL, "sliding_window": 6},
+    "qwen2": SMALL,
+    "gemma2": {**SMALL, "query_pre_attn_scalar": 8, "sliding_window": 6},
+    "gpt2": GPT2,
+    "gpt_neox": {**SMALL, "use_parallel_residual": True},
+    "opt": {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "granite": {**SMALL, "logits_scaling": 4.0, "residual_multiplier": 0.5},
+    "olmo2": SMALL,
+    "bloom": {**SMALL, "n_layer": 4, "n_head": 4},
+}
+
+
+def tiny_model(architecture: str) -> Any:
+    """Return a random model whose logits are of the size of a trained model's, not near zero."""
+    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture])
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8.0 if "embed" not in name else 4.0)
+    return model
+
+
+def tiny_tokenizer(words: list[str] | None = None) -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose tokens are whole words."""
+    vocabulary = {word: index for index, word in enumerate(words or [f"w{i}" for i in range(64)])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token=next(iter(vocabulary))))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=next(iter(vocabulary)))
+
+
+@pytest.fixture(scope="session", params=sorted(ARCHITECTURES))
+def decoder(request: pytest.FixtureRequest) -> Decoder:
+    """A tiny random decoder, once per architecture."""
+    return load_decoder(tiny_model(request.param), tokenizer=tiny_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def llama() -> Decoder:
+    return load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Decoder:
+    """The embedded model, real weights."""
+    return load_decoder()
+
+
+@pytest.fixture(scope="session")
+def embedded_twin() -> Decoder:
+    """Its untrained twin."""
+    return load_decoder(untrained=True)

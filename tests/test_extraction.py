@@ -1,0 +1,92 @@
+"""Extraction: the right block, the right token, whatever the batch."""
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from lib.extraction import extract_residuals, logit_lens, tokenize
+from lib.models import Decoder
+
+RAGGED = [[5, 9, 4, 33], [8, 3, 17], [6, 6, 12, 40, 2, 9], [11, 30, 22], [7, 21, 9, 50, 50, 1]]
+
+
+def test_states_equal_hooks_on_each_prompt_alone(decoder: Decoder) -> None:
+    residuals = extract_residuals(decoder, RAGGED, positions=[1, 2, -2, -1, 3])
+    for row, (prompt, position) in enumerate(zip(RAGGED, [1, 2, 4, 2, 3], strict=True)):
+        expected = oracle.block_states(decoder.model, decoder.blocks, prompt)[:, position]
+        assert torch.allclose(residuals.states[:, row], expected, atol=1e-5)
+
+
+def test_last_block_is_read_before_the_final_norm(llama: Decoder) -> None:
+    residuals = extract_residuals(llama, [[5, 9, 4]])
+    with torch.no_grad():
+        normed = llama.model(torch.tensor([[5, 9, 4]]), output_hidden_states=True).hidden_states[-1]
+    assert not torch.allclose(residuals.states[-1, 0], normed[0, -1], atol=1e-2)
+    assert torch.allclose(llama.final_norm(residuals.states[-1, 0]), normed[0, -1], atol=1e-4)
+
+
+def test_logits_equal_a_left_padded_batch(decoder: Decoder) -> None:
+    if decoder.model.config.model_type in ("gpt_neox", "opt", "bloom", "gpt2"):
+        prompts = [prompt for prompt in RAGGED if len(prompt) == 6]
+    else:
+        prompts = RAGGED
+    logits = extract_residuals(decoder, prompts, blocks=(), logits=True).logits
+    assert logits is not None
+    assert torch.allclose(logits, oracle.forward(decoder.model, prompts), atol=1e-4)
+
+
+def test_result_does_not_depend_on_the_batch(llama: Decoder) -> None:
+    whole = extract_residuals(llama, RAGGED, logits=True)
+    single = extract_residuals(llama, RAGGED, logits=True, batch_tokens=1)
+    assert whole.logits is not None and single.logits is not None
+    assert torch.allclose(whole.states, single.states, atol=1e-5)
+    assert torch.allclose(whole.logits, single.logits, atol=1e-4)
+
+
+def test_chosen_blocks_come_in_the_order_asked_for(llama: Decoder) -> None:
+    every = extract_residuals(llama, RAGGED).states
+    some = extract_residuals(llama, RAGGED, blocks=[3, 1])
+    assert some.blocks == (3, 1)
+    assert torch.allclose(some.states, every[[3, 1]], atol=1e-6)
+
+
+def test_lens_at_the_last_block_is_the_models_output(decoder: Decoder) -> None:
+    residuals = extract_residuals(decoder, RAGGED, logits=True)
+    assert residuals.logits is not None
+    assert torch.allclose(logit_lens(decoder, residuals.states[-1]), residuals.logits, atol=1e-4)
+
+
+def test_no_hook_stays_behind_after_an_exception(llama: Decoder) -> None:
+    before = [len(block._forward_hooks) for block in llama.blocks]
+    with pytest.raises(IndexError):
+        extract_residuals(llama, [[5, 9, 10_000]])
+    assert [len(block._forward_hooks) for block in llama.blocks] == before
+
+
+def test_tokenize_returns_plain_lists(llama: Decoder) -> None:
+    assert tokenize(llama, ["w3 w4", "w5"]) == [[3, 4], [5]]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "positions", "blocks", "words"),
+    [
+        ([], "last", None, "No prompts"),
+        ([[5], []], "last", None, "Prompt 1 is empty"),
+        ([[5, 6]], [2], None, "position 2 does not exist"),
+        ([[5, 6]], [0, 1], None, "2 positions for 1 prompts"),
+        ([[5, 6]], "last", [4], "Block 4 does not exist"),
+    ],
+)
+def test_bad_input_is_named(llama: Decoder, prompts, positions, blocks, words) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=words):
+        extract_residuals(llama, prompts, positions=positions, blocks=blocks)
+
+
+def test_embedded_model_predicts_the_next_month(embedded: Decoder) -> None:
+    months = ["January", "February", "March", "April", "May", "June"]
+    text = [f"January, February, March, April, May, June, {a}," for a in months[:5]]
+    ids = np.array([embedded.tokenizer(f" {month}")["input_ids"] for month in months]).ravel()
+    logits = extract_residuals(embedded, tokenize(embedded, text), blocks=(), logits=True).logits
+    assert logits is not None
+    assert logits[:, ids].argmax(-1).tolist() == [1, 2, 3, 4, 5]

@@ -1,0 +1,235 @@
+"""Sweeps: equal to a full recompute with hooks, for every architecture, arm and batch."""
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from conftest import tiny_model, tiny_tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, MambaConfig
+
+from lib.extraction import extract_residuals
+from lib.interventions import add, exchange, exchange_direction, exchange_norm, keep
+from lib.models import Decoder, load_decoder
+from lib.sweeps import Sweep, sweep_blocks
+
+PROMPTS = [
+    [5, 9, 4, 33, 12, 8, 51],
+    [8, 3, 17, 20, 6, 44, 9],
+    [6, 6, 12, 40, 2, 9, 30],
+    [11, 30, 22, 7, 35],
+    [14, 2, 60, 19, 5],
+]
+PAIRS = np.array([[0, 1], [0, 3], [1, 2], [2, 0], [3, 0], [3, 4], [4, 1], [1, 4]])
+READ = [4, 40, 9]
+EDITS = {
+    "exchange": exchange,
+    "direction": exchange_direction,
+    "norm": exchange_norm,
+    "add": add,
+    "keep": keep,
+}
+
+
+def by_full_recompute(
+    decoder: Decoder, positions: list[list[int]], edits: dict = EDITS, pairs: np.ndarray = PAIRS
+) -> Tensor:
+    """Return `[n_edits, n_blocks, n_pairs, d_vocab]` from one pass per edit, block and pair."""
+    states = [
+        oracle.block_states(decoder.model, decoder.blocks, prompt)[:, where]
+        for prompt, where in zip(PROMPTS, positions, strict=True)
+    ]
+    results = []
+    for edit in edits.values():
+        for index, block in enumerate(decoder.blocks):
+            new = [edit(states[r][index], states[d][index]) for r, d in pairs.tolist()]
+            chosen = [PROMPTS[r] for r in pairs[:, 0]]
+            where = [positions[r] for r in pairs[:, 0]]
+            rows = [
+                oracle.patched_logits(decoder.model, block, [chosen[i]], [where[i]], [new[i]])
+                for i in range(len(pairs))
+            ]
+            results.append(torch.cat(rows))
+    return torch.stack(results).view(len(edits), decoder.n_blocks, len(pairs), -1)
+
+
+def full(decoder: Decoder, positions: object, **options: object) -> tuple[Sweep, np.ndarray]:
+    """Return a sweep and its full logits."""
+    read = list(range(decoder.d_vocab))
+    sweep = sweep_blocks(
+        decoder, PROMPTS, PAIRS, EDITS, positions=positions, read_ids=read, **options
+    )  # type: ignore[arg-type]
+    return sweep, sweep.logits
+
+
+def test_prediction_arm_equals_full_recompute(decoder: Decoder) -> None:
+    expected = by_full_recompute(decoder, [[len(prompt) - 1] for prompt in PROMPTS])
+    _sweep, logits = full(decoder, "last")
+    assert np.abs(logits - expected.numpy()).max() < 1e-4
+    assert (logits.argmax(-1) == expected.numpy().argmax(-1)).all()
+
+
+def test_context_arm_equals_full_recompute(decoder: Decoder) -> None:
+    positions = [3, 2, 3, 2, 1]
+    expected = by_full_recompute(decoder, [[position] for position in positions])
+    _, logits = full(decoder, positions)
+    assert np.abs(logits - expected.numpy()).max() < 1e-4
+
+
+def test_several_positions_at_once_equal_full_recompute(decoder: Decoder) -> None:
+    positions = [[2, 4], [3, 5], [1, 4], [1, 3], [2, 3]]
+    expected = by_full_recompute(decoder, positions)
+    _, logits = full(decoder, np.array(positions))
+    assert np.abs(logits - expected.numpy()).max() < 1e-4
+
+
+def test_sweep_equals_left_padded_ragged_batch(llama: Decoder) -> None:
+    states = extract_residuals(llama, PROMPTS).states
+    _, logits = full(llama, "last")
+    for index, block in enumerate(llama.blocks):
+        recipients = [PROMPTS[r] for r in PAIRS[:, 0]]
+        new = [states[index, [d]] for d in PAIRS[:, 1]]
+        expected = oracle.patched_logits(llama.model, block, recipients, [[-1]] * len(new), new)
+        assert np.abs(logits[0, index] - expected.numpy()).max() < 1e-4
+
+
+EXPECTED_PATHS = {"bloom": "full recompute"}
+
+
+def test_architectures_use_the_fast_path_but_where_it_cannot_be_exact(decoder: Decoder) -> None:
+    sweep, _ = full(decoder, "last")
+    assert sweep.path == EXPECTED_PATHS.get(decoder.model.config.model_type, "prefix replay")
+
+
+def test_state_space_model_falls_back_to_the_exact_path() -> None:
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=4, state_size=4)
+    decoder = load_decoder(
+        AutoModelForCausalLM.from_config(config).eval(), tokenizer=tiny_tokenizer()
+    )
+    sweep, logits = full(decoder, "last")
+    assert sweep.path == "full recompute"
+    expected = by_full_recompute(decoder, [[len(prompt) - 1] for prompt in PROMPTS])
+    assert np.abs(logits - expected.numpy()).max() < 1e-4
+
+
+def test_self_donor_changes_no_logit(decoder: Decoder) -> None:
+    same = np.array([[i, i] for i in range(len(PROMPTS))])
+    for positions in ("last", [3, 2, 3, 2, 1]):
+        sweep = sweep_blocks(
+            decoder, PROMPTS, same, {"exchange": exchange}, positions=positions, read_ids=READ
+        )
+        assert np.abs(sweep.logits - sweep.clean_logits).max() < 1e-5 * max(
+            1.0, np.abs(sweep.clean_logits).max()
+        )
+
+
+def test_edits_in_one_call_equal_edits_alone(llama: Decoder) -> None:
+    together, _ = full(llama, "last")
+    for index, (name, edit) in enumerate(EDITS.items()):
+        alone = sweep_blocks(
+            llama, PROMPTS, PAIRS, {name: edit}, positions="last", read_ids=list(range(64))
+        )
+        assert np.abs(alone.logits[0] - together.logits[index]).max() < 1e-5
+
+
+def test_result_does_not_depend_on_the_batch(
+    llama: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, large = full(llama, [3, 2, 3, 2, 1])
+    monkeypatch.setattr("lib.sweeps.MAX_ROW_TOKENS", 6)
+    _, small = full(llama, [3, 2, 3, 2, 1], batch_tokens=1)
+    assert np.abs(large - small).max() < 1e-4
+
+
+def test_two_runs_are_bit_identical(llama: Decoder) -> None:
+    assert np.array_equal(full(llama, "last")[1], full(llama, "last")[1])
+
+
+def test_measure_sees_every_row_once_with_its_pair(llama: Decoder) -> None:
+    def measure(logits: Tensor, pair: Tensor) -> dict[str, Tensor]:
+        return {"normaliser": logits.logsumexp(-1), "pair": pair.float()}
+
+    sweep = sweep_blocks(
+        llama, PROMPTS, PAIRS, EDITS, positions="last", read_ids=READ, measure=measure
+    )
+    _, logits = full(llama, "last")
+    reference = torch.tensor(logits).logsumexp(-1).numpy()
+    assert np.abs(sweep.measures["normaliser"] - reference).max() < 1e-4
+    assert (sweep.measures["pair"] == np.arange(len(PAIRS))).all()
+    assert np.abs(sweep.logits - logits[..., READ]).max() < 1e-5
+
+
+def test_donors_given_replace_the_prompts_own_states(llama: Decoder) -> None:
+    donors = torch.randn(2, 3, llama.d_model)
+    pairs = np.array([[0, 2], [4, 1]])
+    sweep = sweep_blocks(
+        llama, PROMPTS, pairs, {"x": exchange}, positions="last", donors=donors, blocks=[2, 0],
+        read_ids=list(range(64)),
+    )  # fmt: skip
+    for column, block in enumerate([2, 0]):
+        for row, (recipient, donor) in enumerate(pairs.tolist()):
+            expected = oracle.patched_logits(
+                llama.model,
+                llama.blocks[block],
+                [PROMPTS[recipient]],
+                [[-1]],
+                [donors[column, [donor]]],
+            )
+            assert np.abs(sweep.logits[0, column, row] - expected[0].numpy()).max() < 1e-4
+
+
+def test_edit_at_an_early_block_reaches_the_logits_only_through_later_blocks(
+    llama: Decoder,
+) -> None:
+    sweep = sweep_blocks(
+        llama, PROMPTS, PAIRS, {"exchange": exchange}, positions=[3, 2, 3, 2, 1], read_ids=READ
+    )
+    last = np.abs(sweep.logits[0, -1] - sweep.clean_logits).max()
+    early = np.abs(sweep.logits[0, 0] - sweep.clean_logits).max()
+    assert last < 1e-5 and early > 1e-2  # nothing reads an earlier token after the last block
+
+
+def test_sweep_leaves_the_model_as_it_was(llama: Decoder) -> None:
+    before = oracle.forward(llama.model, PROMPTS[:3])
+    n_hooks = [len(block._forward_hooks) for block in llama.blocks]
+    full(llama, "last")
+    with pytest.raises(ZeroDivisionError):
+        sweep_blocks(
+            llama, PROMPTS, PAIRS, {"x": lambda *_: 1 / 0}, positions="last", read_ids=READ
+        )
+    assert torch.equal(oracle.forward(llama.model, PROMPTS[:3]), before)
+    assert [len(block._forward_hooks) for block in llama.blocks] == n_hooks
+
+
+def test_frame_has_one_row_per_edit_block_and_pair(llama: Decoder) -> None:
+    sweep = sweep_blocks(llama, PROMPTS, PAIRS, EDITS, positions="last", read_ids=READ)
+    frame = sweep.to_frame()
+    assert len(frame) == len(EDITS) * llama.n_blocks * len(PAIRS)
+    row = frame[
+        (frame.edit == "add") & (frame.block == 2) & (frame.recipient == 3) & (frame.donor == 4)
+    ]
+    assert row.choice.item() == sweep.logits[3, 2, 5].argmax()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "options", "words"),
+    [
+        (np.array([[0, 5]]), {}, "donors up to 5"),
+        (np.array([0, 1]), {}, r"shape \[n_pairs, 2\]"),
+        (PAIRS, {"positions": [0, 1, 1, 1, 1]}, "Prompt 0 would be edited at position 0"),
+        (PAIRS, {"positions": [1, 1, 1, 5, 1]}, "Prompt 3 has 5 tokens; position 5"),
+        (PAIRS, {"blocks": [7]}, "Block 7 does not exist"),
+        (PAIRS, {"donors": torch.zeros(4, 5, 31)}, "expected"),
+    ],
+)
+def test_bad_input_is_named(llama: Decoder, pairs: np.ndarray, options: dict, words: str) -> None:
+    options = {"positions": "last", **options}
+    with pytest.raises(ValueError, match=words):
+        sweep_blocks(llama, PROMPTS, pairs, {"exchange": exchange}, read_ids=READ, **options)
+
+
+def test_replay_is_used_for_a_sliding_window_shorter_than_the_prompt() -> None:
+    decoder = load_decoder(tiny_model("mistral"), tokenizer=tiny_tokenizer())
+    assert decoder.model.config.sliding_window < len(PROMPTS[0])
+    assert full(decoder, "last")[0].path == "prefix replay"
