@@ -1,0 +1,188 @@
+"""Figures: the book's theme and the kinds of figure that several chapters share.
+
+Every function takes a tidy table and returns a Figure. A thing keeps its colour, marker and dash
+in all chapters; the untrained twin is always grey and dashed; depth is always on x, as the block
+number; intervals are always drawn. Nothing rests on colour alone.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+_COLOURS = sns.color_palette("colorblind").as_hex()
+TWIN = "#7f7f7f"
+STYLES: Mapping[str, Mapping[str, Any]] = {
+    # arms
+    "context arm": {"color": _COLOURS[0], "marker": "o"},
+    "prediction arm": {"color": _COLOURS[3], "marker": "s"},
+    # quantities of a representation
+    "angle": {"color": _COLOURS[2], "marker": "D"},
+    "distance": {"color": _COLOURS[1], "marker": "^"},
+    "norm": {"color": _COLOURS[4], "marker": "v"},
+    "logit lens": {"color": _COLOURS[5], "marker": "X"},
+    # what a dissimilarity matrix is compared with
+    "context": {"color": _COLOURS[0], "marker": "o"},
+    "prediction": {"color": _COLOURS[3], "marker": "s"},
+}
+"""Colour and marker of everything that appears in more than one figure."""
+
+WIDTH = 7.2
+"""Width of a figure in inches: the text column, legible on a phone when scaled down."""
+
+
+def use_theme() -> None:
+    """Sets the look of all figures; every figure function of the book calls it."""
+    sns.set_theme(
+        context="notebook",
+        style="ticks",
+        rc={
+            "figure.dpi": 110,
+            "savefig.dpi": 200,
+            "figure.facecolor": "white",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": "medium",
+            "axes.titlelocation": "left",
+            "axes.labelsize": "medium",
+            "font.size": 10,
+            "lines.linewidth": 1.8,
+            "lines.markersize": 4.5,
+            "legend.frameon": False,
+            "legend.fontsize": "small",
+            "figure.constrained_layout.use": True,
+        },
+    )
+
+
+def style_of(name: str, *, untrained: bool = False) -> dict[str, Any]:
+    """Returns colour, marker and dash of a named thing; grey and dashed for the untrained twin."""
+    chosen = dict(STYLES.get(name, {"color": "#333333", "marker": "o"}))
+    if untrained:
+        chosen |= {"color": TWIN, "linestyle": "--", "markerfacecolor": "white"}
+    return chosen
+
+
+def draw_curve(
+    axes: Axes, curve: pd.DataFrame, name: str, *, untrained: bool = False, label: str | None = None
+) -> None:
+    """Draws one depth curve with its band.
+
+    Args:
+        axes: where to draw.
+        curve: columns `block`, `estimate`, `low`, `high`; one row a block.
+        name: key of `STYLES`.
+        untrained: whether it is the twin's.
+        label: name in the legend; `name` by default, with "untrained" for the twin.
+    """
+    curve = curve.sort_values("block")
+    style = style_of(name, untrained=untrained)
+    shown = label or (f"{name}, untrained" if untrained else name)
+    every = max(1, len(curve) // 10)
+    axes.plot(curve["block"], curve["estimate"], label=shown, markevery=every, **style)
+    axes.fill_between(
+        curve["block"], curve["low"], curve["high"], color=style["color"], alpha=0.18, linewidth=0
+    )
+
+
+def mark_transition(axes: Axes, block: float, low: float, high: float, label: str = "ℓ*") -> None:
+    """Marks the transition block with its interval: a dotted line in a light band."""
+    axes.axvspan(low, high, color="#bbbbbb", alpha=0.35, linewidth=0)
+    axes.axvline(block, color="#444444", linestyle=":", linewidth=1.2)
+    axes.annotate(
+        label,
+        (block, 1.0),
+        xycoords=("data", "axes fraction"),
+        xytext=(3, -2),
+        textcoords="offset points",
+        va="top",
+        fontsize="small",
+        color="#444444",
+    )
+
+
+def mark_last_block(axes: Axes, n_blocks: int) -> None:
+    """Hatches the last block, which is shown and never counted."""
+    axes.axvspan(
+        n_blocks - 1.5, n_blocks - 0.5, color="#dddddd", alpha=0.5, hatch="//", linewidth=0
+    )
+
+
+def depth_curves(
+    table: pd.DataFrame,
+    *,
+    names: Iterable[str],
+    by: str = "curve",
+    panel: str = "task",
+    ylabel: str,
+    title: str | None = None,
+    transitions: Mapping[str, tuple[float, float, float]] | None = None,
+    ylim: tuple[float, float] | None = None,
+    columns: int = 3,
+) -> Figure:
+    """Returns small multiples of depth curves: one panel a task, one curve a name, with bands.
+
+    Args:
+        table: columns `block`, `estimate`, `low`, `high`, `untrained`, and those named by `by` and
+            `panel`.
+        names: the curves, keys of `STYLES`, in the order of the legend.
+        by: column that holds the curve's name.
+        panel: column that holds the panel's title.
+        ylabel: what is measured, with its unit.
+        title: title above all panels.
+        transitions: by panel, the transition block with its interval (block, low, high).
+        ylim: limits of y, the same in all panels.
+        columns: panels side by side.
+    """
+    use_theme()
+    panels = list(dict.fromkeys(table[panel]))
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    height = 2.3 * rows + 0.7 if columns > 1 else 3.6 * rows
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(WIDTH, height), sharex=True, sharey=True, squeeze=False
+    )
+    n_blocks = int(table["block"].max()) + 1
+    for axes, name in zip(grid.flat, panels, strict=False):
+        chosen = table[table[panel] == name]
+        for curve in names:
+            for untrained in (True, False):
+                one = chosen[(chosen[by] == curve) & (chosen["untrained"] == untrained)]
+                if len(one):
+                    draw_curve(axes, one, curve, untrained=untrained)
+        if transitions and name in transitions:
+            mark_transition(axes, *transitions[name])
+        if len(panels) > 1:
+            axes.set_title(name, fontsize="small")
+        axes.set_xlim(-0.5, n_blocks - 0.5)
+    if ylim:
+        grid[0, 0].set_ylim(*ylim)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes in grid[:, 0]:
+        axes.set_ylabel(ylabel, fontsize="small")
+    for column in range(columns):
+        grid.flat[len(panels) - 1 - column].set_xlabel("block")
+        grid.flat[len(panels) - 1 - column].tick_params(labelbottom=True)
+    shared_legend(figure, grid.flat)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
+    return figure
+
+
+def shared_legend(figure: Figure, axes: Iterable[Axes]) -> None:
+    """Puts one legend below all panels, each name once."""
+    entries: dict[str, Any] = {}
+    for one in axes:
+        for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    figure.legend(
+        list(entries.values()),
+        list(entries),
+        loc="outside lower center",
+        ncols=min(4, len(entries)),
+    )
