@@ -11,7 +11,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib.results import ROOT, plain, read_records, records_file, to_rows, write_rows
+from lib.results import (
+    ROOT,
+    Record,
+    plain,
+    read_records,
+    records_file,
+    to_json,
+    to_rows,
+    write_rows,
+)
 
 __all__ = [
     "estimate_text",
@@ -29,7 +38,6 @@ RECORDS_KEY = "records"
 
 _GLUE_PREFIX = "application/papermill.record/"
 _NUMBERS = ("estimate", "ci_low", "ci_high")
-_SHOWN = ("part", "task", "model", "untrained", "statistic", "criterion", "n", "verdict")
 _COLAB_PACKAGES = {"gguf": "gguf", "skdim": "scikit-dimension"}
 
 SETUP_CELL = """\
@@ -173,7 +181,7 @@ def record(records: pd.DataFrame) -> None:
     rows = to_rows(records)
     claim = rows[0]["claim"]
     write_rows(records_file(claim), rows)
-    _display({f"{_GLUE_PREFIX}application/json": rows}, _glue_metadata(RECORDS_KEY))
+    _display({f"{_GLUE_PREFIX}text/plain": to_json(rows)}, _glue_metadata(RECORDS_KEY))
     show_table(_verdict_table(rows), f"Verdicts on the claim “{claim.replace('-', ' ')}”")
 
 
@@ -201,17 +209,26 @@ def table_html(table: pd.DataFrame, caption: str) -> str:
     )
 
 
-def _verdict_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    table = pd.DataFrame(rows)[list(_SHOWN)].rename(columns={"untrained": "weights"})
-    table["weights"] = ["untrained" if row["untrained"] else "trained" for row in rows]
-    intervals = []
-    for row in rows:
-        numbers = [row[column] for column in _NUMBERS]
-        shown = [_cell(number) if number is not None else "–" for number in numbers]
-        interval = f" [{shown[1]}, {shown[2]}]" if numbers[1:] != [None, None] else ""
-        intervals.append(shown[0] + interval)
-    table.insert(5, "estimate [95 % interval]", intervals)
-    return table
+def _verdict_table(rows: list[Record]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "part": row["part"],
+            "task": row["task"],
+            "model": f"{row['model']}, untrained" if row["untrained"] else row["model"],
+            "statistic": row["statistic"],
+            "estimate [95 % interval]": _interval(*(row[column] for column in _NUMBERS)),
+            "verdict": row["verdict"],
+            "criterion": row["criterion"],
+            "n": row["n"],
+        }
+        for row in rows
+    )
+
+
+def _interval(estimate: float | None, low: float | None, high: float | None) -> str:
+    text = "–" if estimate is None else _cell(estimate)
+    bounds = "" if low is None and high is None else f" [{_cell(low) or '–'}, {_cell(high) or '–'}]"
+    return (text + bounds).replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _cell(value: Any) -> str:

@@ -77,7 +77,9 @@ def choose_cache(app: Sphinx, docname: str, source: list[str]) -> None:
     """Points the execution of a page to the cache folder that its digest names."""
     env = app.env
     chapters = pages(Path(app.srcdir))[1:]
-    earlier = chapters[: chapters.index(docname)] if docname in chapters else chapters
+    if docname not in chapters:
+        return
+    earlier = chapters[: chapters.index(docname)]
     digest = chapter_digest(
         env.executable_book_digest,  # type: ignore[attr-defined]
         [records_file(Path(page).name) for page in earlier],

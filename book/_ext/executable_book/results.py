@@ -34,7 +34,7 @@ def records_of(env: BuildEnvironment, page: str) -> list[Record]:
         return []
     folder = Path(env.mystnb_config.output_folder)  # type: ignore[attr-defined]
     glued = json.loads((folder / f"{page}.glue.json").read_text(encoding="utf-8"))
-    rows: list[Record] = glued[RECORDS_KEY]["data"]["application/json"]
+    rows: list[Record] = json.loads(glued[RECORDS_KEY]["data"]["text/plain"])
     return rows
 
 
