@@ -295,13 +295,14 @@ def _logit_scale(config: Any) -> float:
 
 def _find_blocks(model: nn.Module, n_blocks: int) -> tuple[nn.Module, ...]:
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    stacks = [list(stack) for stack in lists if len(stack) == n_blocks]
+    stacks: list[list[nn.Module]] = [list(s) for s in lists if len(s) == n_blocks]
     if not stacks:
         raise ValueError(
             f"{type(model).__name__}: no stack of num_hidden_layers = {n_blocks} blocks was found. "
             "This architecture is not supported."
         )
-    return tuple(max(stacks, key=_n_parameters))
+    sizes = [_n_parameters(stack) for stack in stacks]
+    return tuple(stacks[sizes.index(max(sizes))])
 
 
 def _n_parameters(stack: list[nn.Module]) -> int:
