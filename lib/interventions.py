@@ -4,6 +4,7 @@ Every edit takes states and donors `[..., d_model]` and returns new states of th
 and position belong to the sweep. The donor is another prompt's state, or a vector to act with.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -57,3 +58,49 @@ def unit(state: Tensor) -> Tensor:
     if bool((length == 0).any()):
         raise ValueError("A state of norm 0 has no direction; leave it out of the edit.")
     return state / length
+
+
+def scale(factor: float) -> Edit:
+    """Return the edit h → c·h: norm times `factor`, direction kept; the donor plays no part.
+
+    Its displacement ‖c·h − h‖ is |c − 1|·‖h‖.
+
+    Raises:
+        ValueError: a factor that is not positive and finite.
+    """
+    if not (factor > 0 and math.isfinite(factor)):
+        raise ValueError(f"A factor must be positive and finite, got {factor}.")
+
+    def scaled(state: Tensor, donor: Tensor) -> Tensor:  # noqa: ARG001 (every edit takes a donor)
+        return state * factor
+
+    return scaled
+
+
+def rotate_by_displacement(displacement: float) -> Edit:
+    """Return the edit that turns h towards the donor and keeps its norm, moving it a given way.
+
+    In the plane of state and donor, by the angle φ = 2·arcsin(displacement / 2): the result is at
+    distance `displacement`·‖h‖ from h. With displacement |c − 1| and a donor of random direction it
+    is the match of `scale(c)`: the same distance, spent on direction alone. Vectors that keep their
+    norm are at most 2‖h‖ apart, so larger displacements (c above 3) have no match.
+
+    Raises:
+        ValueError: a displacement outside (0, 2]; when applied, a donor parallel to the state.
+    """
+    if not 0 < displacement <= 2:
+        raise ValueError(
+            f"Displacement {displacement} cannot be reached: a rotation that keeps the norm moves "
+            "a state by more than 0 and at most 2 of its norms."
+        )
+    angle = 2 * math.asin(displacement / 2)
+
+    def rotated(state: Tensor, donor: Tensor) -> Tensor:
+        u, v = unit(state.double()), unit(donor.double())
+        across = v - (u * v).sum(-1, keepdim=True) * u
+        if bool((norm(across) < 1e-6).any()):
+            raise ValueError("A donor is parallel to its state: they span no plane to turn in.")
+        turned = math.cos(angle) * u + math.sin(angle) * unit(across)
+        return (turned * norm(state.double())).to(state.dtype)
+
+    return rotated

@@ -1,0 +1,169 @@
+"""Readouts: what an edit did to the whole next-token distribution, as measures for a sweep.
+
+A measure (`lib.sweeps.Measure`) sees the edited logits of a bounded chunk of rows and returns one
+number a row, so that no sweep has to keep logits over the full vocabulary. p is the unedited
+distribution of the row's recipient, q the edited one; everything is computed in float64, in nats.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.sweeps import Measure
+
+ROWS_AT_ONCE = 32
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 100.0
+_NEWTON_STEPS = 40
+_NEWTON_TOLERANCE = 1e-8
+
+
+def distribution_measure(
+    clean_logits: Tensor,
+    recipients: Sequence[int] | np.ndarray,
+    *,
+    temperature: bool = False,
+    excluded: np.ndarray | None = None,
+) -> Measure:
+    """Return a measure of how far, and in what way, an edit moves the predicted distribution.
+
+    The measure's names:
+
+    - `kl_nats`: KL(p‖q), at least 0.
+    - `entropy_nats`: entropy of q.
+    - `entropy_change_nats`: entropy of q less that of p; above 0 the edit made the model less sure.
+    - `argmax_kept`: 1 where q's most probable token over the full vocabulary is p's, else 0.
+    - with `temperature`, `temperature` and `kl_left_nats` of `fit_temperature`: how much of the KL
+      no temperature accounts for; at most `kl_nats`.
+    - with `excluded`, `rest_kl_nats`: KL of the distributions over all other tokens, renormalised.
+
+    Args:
+        clean_logits: the prompts' unedited logits `[n_prompts, d_vocab]`, as
+            `extract_residuals(..., logits=True)` returns them.
+        recipients: index of each pair's recipient among the prompts `[n_pairs]`: `pairs[:, 0]`.
+        temperature: also fit a temperature, which costs several times the rest.
+        excluded: token ids to leave out `[n_pairs, k]`, such as the source's and target's answers.
+
+    Raises:
+        ValueError: shapes that do not fit, or logits that are not finite.
+    """
+    rows = torch.as_tensor(np.asarray(recipients, dtype=np.int64))
+    _check(clean_logits, rows, excluded)
+    best = clean_logits.argmax(-1)
+    left_out = None if excluded is None else torch.as_tensor(np.asarray(excluded, dtype=np.int64))
+
+    def measure(logits: Tensor, pair: Tensor) -> Mapping[str, Tensor]:
+        parts = [
+            _read(logits[part], pair[part].cpu())
+            for part in torch.arange(len(pair)).split(ROWS_AT_ONCE)
+        ]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _read(logits: Tensor, pair: Tensor) -> dict[str, Tensor]:
+        recipient, index = torch.unique(rows[pair], return_inverse=True)
+        log_p = log_softmax(clean_logits[recipient])
+        p = log_p.exp()
+        entropy_p = -(p * log_p).sum(-1)[index]
+        z = logits.double().cpu()
+        log_q = log_softmax(z)
+        entropy_q = -(log_q.exp() * log_q).sum(-1)
+        cross = -(p[index] * log_q).sum(-1)
+        result = {
+            "kl_nats": (cross - entropy_p).clamp(min=0),
+            "entropy_nats": entropy_q,
+            "entropy_change_nats": entropy_q - entropy_p,
+            "argmax_kept": (z.argmax(-1) == best[rows[pair]]).double(),
+        }
+        if temperature:
+            fitted, left = fit_temperature(log_q, p[index], entropy_p)
+            result |= {"temperature": fitted, "kl_left_nats": left}
+        if left_out is not None:
+            result["rest_kl_nats"] = _rest_kl(log_p[index], log_q, left_out[pair])
+        return result
+
+    return measure
+
+
+def fit_temperature(
+    logits: Tensor, p: Tensor, entropy_p: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the temperature that an edit amounts to, and the KL that it leaves unexplained.
+
+    If the edited logits are z/T, z those of p, then softmax(T · edited logits) is p again. The
+    temperature is the T that minimises KL(p‖softmax(T · logits)), a convex problem: the T at which
+    the mean logit under softmax(T · logits) is that under p. Above 1 the edit flattened the
+    distribution, below 1 it sharpened it. At T = 1 the KL is that of the edit, so what is left is
+    never more. T is kept within [0.01, 100].
+
+    Args:
+        logits: the edited logits or their log-softmax `[n, d_vocab]`.
+        p: the unedited probabilities `[n, d_vocab]`, float64.
+        entropy_p: their entropies `[n]`, if known.
+
+    Returns:
+        Temperatures `[n]` and the KL left over `[n]` in nats, float64.
+    """
+    z = logits.double()
+    z = z - z.amax(-1, keepdim=True)
+    if entropy_p is None:
+        entropy_p = torch.special.entr(p).sum(-1)
+    wanted = (p * z).sum(-1)
+    low = torch.full_like(wanted, LOWEST_TEMPERATURE)
+    high = torch.full_like(wanted, HIGHEST_TEMPERATURE)
+    fitted = torch.ones_like(wanted)
+    for _ in range(_NEWTON_STEPS):
+        weights = (fitted[:, None] * z).exp()
+        weights /= weights.sum(-1, keepdim=True)
+        mean = (weights * z).sum(-1)
+        slope = mean - wanted
+        curvature = (weights * z * z).sum(-1) - mean**2
+        low, high = torch.where(slope < 0, fitted, low), torch.where(slope > 0, fitted, high)
+        step = torch.where(curvature > 0, fitted - slope / curvature, fitted)
+        # Outside the bracket Newton's step is replaced by a bisection of its logarithm.
+        step = torch.where((step > low) & (step < high), step, (low * high).sqrt())
+        step = torch.where(slope == 0, fitted, step)
+        moved = ((step - fitted).abs() / fitted).max()
+        fitted = step
+        if moved < _NEWTON_TOLERANCE:
+            break
+    left = torch.logsumexp(fitted[:, None] * z, -1) - fitted * wanted - entropy_p
+    return fitted, left.clamp(min=0)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Return log-probabilities over the last axis in nats, float64, on the CPU."""
+    return torch.log_softmax(logits.double().cpu(), dim=-1)
+
+
+def _rest_kl(log_p: Tensor, log_q: Tensor, left_out: Tensor) -> Tensor:
+    """Return KL(p‖q) over the tokens that are not in `left_out` `[n, k]`, both renormalised."""
+    rest_p = log_softmax(log_p.scatter(-1, left_out, -torch.inf))
+    rest_q = log_softmax(log_q.scatter(-1, left_out, -torch.inf))
+    difference = (rest_p - rest_q).scatter(-1, left_out, 0.0)  # −inf − (−inf) there
+    return (rest_p.exp() * difference).sum(-1).clamp(min=0)
+
+
+def _check(clean_logits: Tensor, rows: Tensor, excluded: np.ndarray | None) -> None:
+    if clean_logits.dim() != 2 or not bool(torch.isfinite(clean_logits).all()):
+        raise ValueError(
+            f"Clean logits must be finite, [n_prompts, d_vocab]; got {tuple(clean_logits.shape)}."
+        )
+    if rows.dim() != 1 or len(rows) == 0 or int(rows.min()) < 0:
+        raise ValueError(f"Recipients must be indices [n_pairs]; got shape {tuple(rows.shape)}.")
+    if int(rows.max()) >= len(clean_logits):
+        raise ValueError(
+            f"Recipients go up to {int(rows.max())}, but there are {len(clean_logits)} prompts."
+        )
+    if excluded is None:
+        return
+    tokens = np.asarray(excluded)
+    if tokens.ndim != 2 or len(tokens) != len(rows):
+        raise ValueError(
+            f"Excluded tokens must be [{len(rows)} pairs, k]; got shape {tokens.shape}."
+        )
+    if tokens.min() < 0 or tokens.max() >= clean_logits.shape[1]:
+        raise ValueError(
+            f"Excluded tokens run from {tokens.min()} to {tokens.max()}; the vocabulary has "
+            f"{clean_logits.shape[1]}."
+        )

@@ -1,0 +1,132 @@
+"""Readouts: each equals its definition, computed another way."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize_scalar
+
+from lib.interventions import add, exchange
+from lib.metrics import entropy, kl_divergence, log_probabilities
+from lib.models import Decoder
+from lib.readouts import distribution_measure, fit_temperature
+from lib.sweeps import sweep_blocks
+
+GENERATOR = torch.Generator().manual_seed(3)
+CLEAN = torch.randn(5, 200, generator=GENERATOR) * 4
+EDITED = torch.randn(70, 200, generator=GENERATOR) * 3
+RECIPIENTS = np.arange(70) % 5
+EVERY = torch.arange(70)
+
+
+def read(**options: object) -> dict[str, torch.Tensor]:
+    measure = distribution_measure(CLEAN, RECIPIENTS, **options)  # type: ignore[arg-type]
+    return dict(measure(EDITED, EVERY))
+
+
+def test_divergence_and_entropy_equal_those_of_metrics() -> None:
+    log_p, log_q = log_probabilities(CLEAN.numpy()), log_probabilities(EDITED.numpy())
+    result = read()
+    expected = kl_divergence(log_p[RECIPIENTS], log_q)
+    assert np.abs(result["kl_nats"].numpy() - expected).max() < 1e-10
+    assert np.abs(result["entropy_nats"].numpy() - entropy(log_q)).max() < 1e-10
+    change = entropy(log_q) - entropy(log_p)[RECIPIENTS]
+    assert np.abs(result["entropy_change_nats"].numpy() - change).max() < 1e-10
+    kept = EDITED.numpy().argmax(1) == CLEAN.numpy().argmax(1)[RECIPIENTS]
+    assert (result["argmax_kept"].numpy() == kept).all()
+
+
+def test_unedited_logits_are_at_divergence_zero() -> None:
+    measure = distribution_measure(CLEAN, np.arange(5), temperature=True)
+    result = measure(CLEAN + 7.0, torch.arange(5))  # a constant on all logits changes nothing
+    assert result["kl_nats"].max() < 1e-6
+    assert result["entropy_change_nats"].abs().max() < 1e-5
+    assert (result["argmax_kept"] == 1).all()
+    assert (result["temperature"] - 1).abs().max() < 1e-3
+
+
+def test_temperature_of_tempered_logits_is_found_and_leaves_nothing() -> None:
+    temperatures = torch.tensor([0.1, 0.5, 1.0, 2.0, 20.0], dtype=torch.float64)
+    measure = distribution_measure(CLEAN, np.arange(5), temperature=True)
+    result = measure(CLEAN.double() / temperatures[:, None], torch.arange(5))
+    assert (result["temperature"] / temperatures - 1).abs().max() < 1e-6
+    assert result["kl_left_nats"].max() < 1e-9
+
+
+def test_fitted_temperature_equals_a_search() -> None:
+    p = torch.softmax(CLEAN.double(), -1)
+    fitted, left = fit_temperature(EDITED[:5], p)
+    for row in range(5):
+
+        def divergence(log_t: float, row: int = row) -> float:
+            log_q = torch.log_softmax(np.exp(log_t) * EDITED[row].double(), -1)
+            return float((p[row] * (p[row].log() - log_q)).sum())
+
+        found = minimize_scalar(
+            divergence, bounds=(np.log(0.01), np.log(100)), method="bounded",
+            options={"xatol": 1e-9},
+        )  # fmt: skip
+        assert left[row].item() == pytest.approx(found.fun, abs=1e-8)
+        assert fitted[row].item() == pytest.approx(np.exp(found.x), rel=1e-3)
+
+
+def test_what_a_temperature_leaves_is_never_more_than_the_divergence() -> None:
+    result = read(temperature=True)
+    assert (result["kl_left_nats"] <= result["kl_nats"] + 1e-12).all()
+    assert (result["kl_left_nats"] < 0.9 * result["kl_nats"]).any()
+
+
+def test_opposed_logits_stop_at_the_lowest_temperature() -> None:
+    fitted, left = fit_temperature(-CLEAN, torch.softmax(CLEAN.double(), -1))
+    assert (fitted >= 0.01).all() and (fitted < 0.02).all()
+    assert torch.isfinite(left).all()
+
+
+def test_rest_divergence_leaves_out_the_excluded_tokens() -> None:
+    excluded = np.stack([RECIPIENTS, RECIPIENTS + 10], axis=1)
+    result = read(excluded=excluded)["rest_kl_nats"].numpy()
+    for row in (0, 13, 69):
+        kept = np.setdiff1d(np.arange(200), excluded[row])
+        p = log_probabilities(CLEAN.numpy()[[RECIPIENTS[row]]][:, kept])
+        q = log_probabilities(EDITED.numpy()[[row]][:, kept])
+        assert result[row] == pytest.approx(kl_divergence(p, q)[0], abs=1e-10)
+
+
+def test_result_does_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = read(temperature=True)
+    monkeypatch.setattr("lib.readouts.ROWS_AT_ONCE", 3)
+    for name, values in read(temperature=True).items():
+        assert (values - whole[name]).abs().max() < 1e-7, name
+
+
+def test_sweep_with_self_donor_reads_no_divergence(llama: Decoder) -> None:
+    from lib.extraction import extract_residuals
+
+    prompts = [[5, 9, 4, 33, 12], [8, 3, 17, 20, 6], [6, 40, 2]]
+    clean = extract_residuals(llama, prompts, blocks=(), logits=True).logits
+    assert clean is not None
+    pairs = np.array([[0, 0], [1, 1], [2, 2]])
+    sweep = sweep_blocks(
+        llama, prompts, pairs, {"exchange": exchange, "add": add}, positions="last",
+        measure=distribution_measure(clean, pairs[:, 0], temperature=True),
+    )  # fmt: skip
+    assert sweep.measures["kl_nats"][0].max() < 1e-6
+    assert (sweep.measures["argmax_kept"][0] == 1).all()
+    assert sweep.measures["kl_nats"][1, :-1].max() > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("clean", "recipients", "options", "words"),
+    [
+        (CLEAN[0], [0], {}, r"\[n_prompts, d_vocab\]"),
+        (CLEAN * torch.nan, [0], {}, "finite"),
+        (CLEAN, [0, 5], {}, "up to 5, but there are 5 prompts"),
+        (CLEAN, [], {}, "indices"),
+        (CLEAN, [0, 1], {"excluded": np.zeros((1, 2))}, "2 pairs"),
+        (CLEAN, [0], {"excluded": np.array([[200]])}, "vocabulary has 200"),
+    ],
+)
+def test_bad_input_is_named(
+    clean: torch.Tensor, recipients: list[int], options: dict, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        distribution_measure(clean, recipients, **options)
