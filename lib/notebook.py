@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.display import display
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from lib.results import (
     ROOT,
@@ -67,15 +70,17 @@ notebook.prepare()
 
 
 def prepare() -> None:
-    """Readies the session: on Colab, installs the packages that are missing there.
+    """Readies the session: sharp figures, and on Colab the packages that are missing there.
 
-    Only small ones without which a chapter stops are installed, at the versions of
+    Only small packages without which a chapter stops are installed, at the versions of
     requirements.txt and without their dependencies, so that Colab's own numpy and torch stay as
-    they are. Outside Colab nothing is done.
+    they are.
 
     Raises:
         RuntimeError: if the installation fails.
     """
+    if _in_notebook():
+        set_matplotlib_formats("retina")
     if "google.colab" not in sys.modules:
         return
     missing = [name for module, name in _COLAB_PACKAGES.items() if find_spec(module) is None]
@@ -248,9 +253,10 @@ def _glue_metadata(name: str) -> dict[str, Any]:
     return {"scrapbook": {"name": name, "mime_prefix": _GLUE_PREFIX}}
 
 
-def _display(data: dict[str, Any], metadata: dict[str, Any] | None = None) -> None:
-    from IPython.core.interactiveshell import InteractiveShell
-    from IPython.display import display
+def _in_notebook() -> bool:
+    return bool(InteractiveShell.initialized())
 
-    if InteractiveShell.initialized():
+
+def _display(data: dict[str, Any], metadata: dict[str, Any] | None = None) -> None:
+    if _in_notebook():
         display(data, raw=True, metadata=metadata or {})

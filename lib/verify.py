@@ -1,0 +1,162 @@
+"""Compares the results of the last build with the recorded ones: `python -m lib.verify`."""
+
+import argparse
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lib.results import (
+    RECORD_COLUMNS,
+    ROOT,
+    Record,
+    key_of,
+    pages,
+    read_rows,
+    results_file,
+    write_rows,
+)
+
+RECORDED = Path("tests", "recorded", "results.json")
+CRITERIA = Path("lib", "data", "criteria.toml")
+CLAIMS = ("phase-transition", "angular-code", "norm-code", "causal-control")
+
+
+def verify(
+    rows: Sequence[Record], recorded: Sequence[Record], chapters: Sequence[str], root: Path = ROOT
+) -> list[str]:
+    """Returns what is wrong with the results of a build, one sentence each; empty if nothing is.
+
+    Args:
+        rows: the records of the build.
+        recorded: the records that were reviewed and kept.
+        chapters: the claims whose chapters are in the book; each owes records.
+        root: the project's folder, for the criteria.
+    """
+    problems = [
+        f"{claim}: no records; its chapter failed or was not built"
+        for claim in chapters
+        if not any(row["claim"] == claim for row in rows)
+    ]
+    now = {key_of(row): row for row in rows}
+    before = {key_of(row): row for row in recorded}
+    for key, row in before.items():
+        if key not in now:
+            problems.append(f"{name_of(row)}: recorded, but missing now")
+        elif not row["untrained"] and now[key]["verdict"] != row["verdict"]:
+            verdict = now[key]["verdict"]
+            problems.append(f"{name_of(row)}: {verdict} now, {row['verdict']} as recorded")
+    problems += [
+        f"{name_of(row)}: not recorded yet" for key, row in now.items() if key not in before
+    ]
+    exempt = without_null(root / CRITERIA)
+    problems += [
+        f"{name_of(row)}: supported on the untrained twin, so the criterion proves nothing"
+        for row in rows
+        if row["untrained"] and row["verdict"] == "supported" and not _is_exempt(row, exempt)
+    ]
+    return problems
+
+
+def without_null(criteria: Path) -> set[tuple[str, str, str]]:
+    """Returns what an untrained model may pass, as (claim, part, statistic or "" for all).
+
+    These are the entries of the file of criteria that say `null_expected = false`, for instance
+    the control that an edit with the prompt's own state changes nothing.
+    """
+    if not criteria.is_file():
+        return set()
+    return set(_exempt(tomllib.loads(criteria.read_text(encoding="utf-8"))))
+
+
+def _is_exempt(row: Record, exempt: set[tuple[str, str, str]]) -> bool:
+    claim, part, statistic = row["claim"], row["part"], row["statistic"]
+    return (claim, part, statistic) in exempt or (claim, part, "") in exempt
+
+
+def _exempt(node: Any) -> list[tuple[str, str, str]]:
+    if isinstance(node, list):
+        return [entry for item in node for entry in _exempt(item)]
+    if not isinstance(node, Mapping):
+        return []
+    if node.get("null_expected") is False:
+        return [(node["claim"], node["part"], node.get("statistic", ""))]
+    return [entry for item in node.values() for entry in _exempt(item)]
+
+
+def comparison(rows: Sequence[Record], recorded: Sequence[Record]) -> pd.DataFrame:
+    """Returns a table of all records with the verdict recorded before beside each."""
+    before = {key_of(row): row["verdict"] for row in recorded}
+    table = pd.DataFrame(rows)[list(RECORD_COLUMNS)]
+    return table.assign(recorded=[before.get(key_of(row), "–") for row in rows])
+
+
+def changes(rows: Sequence[Record], recorded: Sequence[Record]) -> list[str]:
+    """Returns what recording anew would change, a line for each record."""
+    now = {key_of(row): row for row in rows}
+    before = {key_of(row): row for row in recorded}
+    lines = [f"+ {_summary(row)}" for key, row in now.items() if key not in before]
+    lines += [f"- {_summary(row)}" for key, row in before.items() if key not in now]
+    lines += [
+        f"~ {_summary(before[key])} -> {_values(row)}"
+        for key, row in now.items()
+        if key in before and row != before[key]
+    ]
+    return lines
+
+
+def name_of(row: Mapping[str, Any]) -> str:
+    """Returns a record's name as messages quote it."""
+    weights = "untrained" if row["untrained"] else "trained"
+    return f"{row['claim']} / {row['part']} / {row['task']} / {row['statistic']} ({weights})"
+
+
+def _summary(row: Mapping[str, Any]) -> str:
+    return f"{name_of(row)}: {_values(row)}"
+
+
+def _values(row: Mapping[str, Any]) -> str:
+    numbers = [row["estimate"], row["ci_low"], row["ci_high"]]
+    estimate, low, high = ("–" if number is None else f"{number:.4g}" for number in numbers)
+    return f"{estimate} [{low}, {high}], {row['verdict']}"
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    """Prints the comparison and returns the exit code: 0 only when all is as recorded."""
+    parser = argparse.ArgumentParser(prog="python -m lib.verify", description=__doc__)
+    parser.add_argument("--update", action="store_true", help="record the present results")
+    update = parser.parse_args(arguments).update
+    folder = root / "_build" / "results"
+    if not results_file(folder).is_file():
+        print("No results: the book was not built, or its build was cut short. Run `make book`.")
+        return 1
+    rows = read_rows(results_file(folder))
+    file = root / RECORDED
+    recorded = read_rows(file) if file.is_file() else []
+    if rows:
+        _print_table(comparison(rows, recorded))
+    present = {Path(page).name for page in pages(root)}
+    chapters = [claim for claim in CLAIMS if claim in present]
+    if update:
+        lines = changes(rows, recorded)
+        write_rows(file, rows)
+        print("\n".join(lines) or "Nothing changed.")
+        recorded = rows
+    problems = verify(rows, recorded, chapters, root)
+    for problem in problems:
+        print(f"FAILED {problem}")
+    print(f"{len(rows)} records, {len(problems)} problems")
+    return 1 if problems else 0
+
+
+def _print_table(table: pd.DataFrame) -> None:
+    options = ("display.width", 250, "display.max_colwidth", 48, "display.max_rows", None)
+    with pd.option_context(*options, "display.max_columns", None):
+        print(table.to_string(index=False, float_format=lambda number: f"{number:.4g}", na_rep="–"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
