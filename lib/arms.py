@@ -181,7 +181,7 @@ def sweep_site(
 
 
 def steering_vectors(trial: Trial, pairs: np.ndarray, site: Literal["subject", "last"]) -> Tensor:
-    """Return each pair's steering vector, fitted on other templates `[n_blocks, n_pairs, d_model]`.
+    """Return each pair's vector, fitted on other templates, `[n_blocks, n_pairs, d_model]`.
 
     The centroid of the residual streams that stand for the donor minus the centroid of those that
     stand for the recipient: prompts with the same subject (subject's token) or the same target

@@ -1,0 +1,144 @@
+"""How the geometry of the residual stream reorganises over depth: from context to prediction.
+
+Representational similarity analysis (Kriegeskorte et al. 2008): the angles between the residual
+streams of a task's prompts are compared, block by block, with how little the prompts share of their
+words (context) and with how much their next-token distributions differ (prediction).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from lib.arms import Trial
+from lib.correlations import rank_matrix, weighted_correlations
+from lib.extraction import extract_residuals
+from lib.metrics import (
+    angles,
+    angular_step,
+    effective_rank,
+    intrinsic_dimension,
+    jeffreys_divergence,
+    log_probabilities,
+    mean_cosine,
+    neighbourhood_overlap,
+    token_set_distances,
+)
+from lib.models import Decoder
+from lib.progress import track
+from lib.transitions import CurveWidth, curve_width
+
+N_NEIGHBOURS = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """Rank correlations of a task's angles with context and with prediction, over depth.
+
+    Attributes:
+        curves: columns `block`, `curve` (context or prediction), `estimate`, `low`, `high`, `n`.
+        draws: bootstrap draws of each curve `[n_draws, n_blocks]`.
+    """
+
+    curves: pd.DataFrame
+    draws: Mapping[str, np.ndarray]
+
+    def width(self) -> CurveWidth:
+        """Return the 10–90 % width of the rise towards the prediction, the last block left out.
+
+        The last block is near-tautological: there the prediction is a function of the state.
+        """
+        rising = self.curves[self.curves["curve"] == "prediction"].sort_values("block")
+        return curve_width(
+            rising["estimate"].to_numpy()[:-1],
+            self.draws["prediction"][:, :-1],
+            falling=False,
+            n_items=int(rising["n"].iloc[0]),
+        )
+
+
+def align(trial: Trial, weights: np.ndarray) -> Alignment:
+    """Return how far a task's geometry is that of its contexts and that of its predictions.
+
+    Args:
+        trial: a task, best many-to-one, so that prompts with different subjects share a prediction.
+        weights: prompt weights `[n_draws, n_prompts]`, the same as for the arms.
+    """
+    usable = np.flatnonzero(trial.usable)
+    tokens = [trial.task.tokens[index] for index in usable]
+    residuals = extract_residuals(trial.decoder, tokens, logits=True)
+    assert residuals.logits is not None
+    references = {
+        "context": rank_matrix(token_set_distances(tokens)),
+        "prediction": rank_matrix(jeffreys_divergence(log_probabilities(residuals.logits))),
+    }
+    weighted = np.concatenate([np.ones((1, len(usable))), weights[:, usable]])
+    found = np.array(
+        [
+            weighted_correlations([rank_matrix(angles(states)), *references.values()], weighted)
+            for states in residuals.states.numpy()
+        ]
+    )
+    draws = {name: found[:, 1:, 0, index + 1].T for index, name in enumerate(references)}
+    rows = []
+    for index, name in enumerate(references):
+        low, high = np.nanquantile(draws[name], [0.025, 0.975], axis=0)
+        for block, estimate in enumerate(found[:, 0, 0, index + 1]):
+            rows.append((block, name, estimate, low[block], high[block], len(usable)))
+    columns = ["block", "curve", "estimate", "low", "high", "n"]
+    return Alignment(pd.DataFrame(rows, columns=columns), draws)
+
+
+def profile_depth(
+    decoder: Decoder,
+    prompts: list[list[int]],
+    rng: np.random.Generator,
+    *,
+    n_halves: int = 10,
+) -> pd.DataFrame:
+    """Return measures of the whole cloud of residual streams over depth, at the last token.
+
+    Args:
+        decoder: the model.
+        prompts: token ids of at least 40 texts.
+        rng: draws the halves.
+        n_halves: random halves of the texts whose spread is the band. Resampling with replacement
+            would repeat items, which breaks neighbour-based measures.
+
+    Returns:
+        Columns `block`, `quantity`, `estimate` (all texts), `low`, `high` (smallest and largest
+        over the halves), `n`.
+    """
+    residuals = extract_residuals(decoder, prompts, logits=True)
+    assert residuals.logits is not None
+    divergence = jeffreys_divergence(log_probabilities(residuals.logits))
+    states = residuals.states.numpy()
+    halves = [rng.permutation(len(prompts))[: len(prompts) // 2] for _ in range(n_halves)]
+    everyone = np.arange(len(prompts))
+
+    def overlap(block: int, items: np.ndarray) -> float:
+        geometry = angles(states[block, items])
+        shared = neighbourhood_overlap(geometry, divergence[np.ix_(items, items)], k=N_NEIGHBOURS)
+        return float(shared.mean())
+
+    def step(block: int, items: np.ndarray) -> float:
+        before = max(block - 1, 0)
+        return float(angular_step(states[before, items], states[block, items]).mean())
+
+    quantities: dict[str, Callable[[int, np.ndarray], float]] = {
+        "intrinsic dimension (TwoNN)": lambda b, i: intrinsic_dimension(states[b, i]),
+        "effective rank": lambda b, i: effective_rank(states[b, i]),
+        "mean cosine": lambda b, i: mean_cosine(states[b, i]),
+        "angular step (radians)": step,
+        "neighbours shared with the prediction": overlap,
+    }
+    rows = []
+    for block in track(range(decoder.n_blocks), "geometry of the contexts"):
+        for name, measure in quantities.items():
+            if measure is step and block == 0:
+                continue  # nothing to compare the first block with
+            spread = [measure(block, items) for items in halves]
+            estimate = measure(block, everyone)
+            rows.append((block, name, estimate, min(spread), max(spread), len(prompts)))
+    return pd.DataFrame(rows, columns=["block", "quantity", "estimate", "low", "high", "n"])

@@ -1,0 +1,260 @@
+"""The phase transition, task by task: gate, arms, steering and controls."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lib.arms import (
+    ARMS,
+    Arm,
+    ArmOutcome,
+    Site,
+    Trial,
+    has_counterparts,
+    prepare_trial,
+    steering_vectors,
+    sweep_site,
+    transition_of,
+)
+from lib.extraction import Positions, extract_residuals
+from lib.interventions import add, random_directions
+from lib.models import Decoder
+from lib.stats import bootstrap_weights
+from lib.tasks import gate, load_task, task_names
+from lib.transitions import Transition
+
+CURVE_COLUMNS = ["model", "untrained", "task", "curve", "block", "estimate", "low", "high", "n"]
+Outcomes = Mapping[str, Mapping[Arm, ArmOutcome]]
+
+
+def prepare_trials(
+    decoder: Decoder, names: Iterable[str] | None = None
+) -> tuple[dict[str, Trial], pd.DataFrame]:
+    """Return the trials of `decoder` and the gate's table for all tasks.
+
+    A trained model has a trial for every task that it passes. The untrained twin passes none; it
+    has one for every task on which it does not give all prompts the same answer, judged by its own
+    choice.
+
+    Returns:
+        Trials by task; a table with `task`, `accuracy`, `chance`, `n`, `testable`, `reason`.
+    """
+    trials: dict[str, Trial] = {}
+    rows: list[dict[str, Any]] = []
+    for name in names or task_names():
+        try:
+            task = load_task(name, decoder)
+        except ValueError as problem:
+            rows.append({"task": name, "testable": False, "reason": str(problem)})
+            continue
+        result = gate(decoder, task)
+        rows.extend(result.to_frame().to_dict("records"))
+        if result.testable or decoder.untrained:
+            trial = prepare_trial(decoder, task, result)
+            if len(trial.pairs(donors_per_prompt=1)):
+                trials[name] = trial
+    columns = ["task", "accuracy", "chance", "n", "testable", "reason"]
+    return trials, pd.DataFrame(rows, columns=columns)
+
+
+def prompt_weights(trials: Mapping[str, Trial], n_draws: int, seed: int) -> dict[str, np.ndarray]:
+    """Return bootstrap weights of each task's prompts `[n_draws, n_prompts]`, fixed by `seed`."""
+    return {
+        name: bootstrap_weights(trial.task.n_prompts, n_draws, np.random.default_rng([seed, index]))
+        for index, (name, trial) in enumerate(sorted(trials.items()))
+    }
+
+
+def measure_arms(
+    trials: Mapping[str, Trial],
+    *,
+    donors_per_prompt: int | None,
+    templates: Sequence[int] | None = None,
+    full_vocabulary: bool = False,
+) -> dict[str, dict[Arm, ArmOutcome]]:
+    """Return the exchange in both arms, by task: every block, ordered pairs of prompts.
+
+    Args:
+        trials: from `prepare_trials`.
+        donors_per_prompt: donors of each recipient; None for all ordered pairs.
+        templates: which templates, all by default.
+        full_vocabulary: also measure probabilities over the full vocabulary.
+    """
+    return {
+        name: {
+            arm: sweep_site(
+                trial,
+                _choose(trial, templates, donors_per_prompt=donors_per_prompt),
+                site,
+                full_vocabulary=full_vocabulary,
+                description=f"{name}: {_who(trial)}, exchange, {arm}",
+            )
+            for arm, site in ARMS.items()
+        }
+        for name, trial in trials.items()
+    }
+
+
+def measure_steering(trials: Mapping[str, Trial]) -> dict[str, dict[Arm, ArmOutcome]]:
+    """Return centroid steering in both arms, fitted on other templates, one donor a prompt."""
+    outcomes: dict[str, dict[Arm, ArmOutcome]] = {}
+    for name, trial in trials.items():
+        pairs = _choose(trial, None, donors_per_prompt=1)
+        pairs = pairs[has_counterparts(trial, pairs)]
+        if len(pairs) == 0:
+            continue
+        outcomes[name] = {}
+        for arm, site in ARMS.items():
+            assert site in ("subject", "last")
+            outcomes[name][arm] = sweep_site(
+                trial,
+                pairs,
+                site,
+                edit=add,
+                donors=steering_vectors(trial, pairs, "subject" if site == "subject" else "last"),
+                description=f"{name}: {_who(trial)}, steering, {arm}",
+            )
+    return outcomes
+
+
+def measure_control(
+    trials: Mapping[str, Trial], control: str, *, templates: Sequence[int] = (0,), seed: int = 0
+) -> dict[str, dict[Arm, ArmOutcome]]:
+    """Return one control of the exchange in both arms, one donor for each prompt.
+
+    Args:
+        trials: from `prepare_trials`.
+        control: `"self-donor"`; `"same answer"` (another subject, the same answer: tasks without
+            such donors are left out); `"random direction"` (the donor's norm, any direction).
+        templates: which templates.
+        seed: of the random directions.
+
+    Raises:
+        ValueError: no such control.
+    """
+    outcomes: dict[str, dict[Arm, ArmOutcome]] = {}
+    for name, trial in trials.items():
+        if control == "self-donor":
+            chosen = _choose(trial, templates, donors_per_prompt=1)[:, [0, 0]]
+        elif control in ("same answer", "random direction"):
+            same = control == "same answer"
+            chosen = _choose(trial, templates, donors_per_prompt=1, same_answer=same)
+        else:
+            raise ValueError(
+                f"Unknown control {control!r}; choose self-donor, same answer or random direction."
+            )
+        if len(chosen) == 0:
+            continue
+        outcomes[name] = {
+            arm: sweep_site(
+                trial,
+                chosen,
+                site,
+                donors=_random_donors(trial, chosen, site, seed) if "random" in control else None,
+                description=f"{name}: {_who(trial)}, {control}, {arm}",
+            )
+            for arm, site in ARMS.items()
+        }
+    return outcomes
+
+
+def measure_routing(
+    trials: Mapping[str, Trial], *, templates: Sequence[int] = (0,)
+) -> dict[str, dict[Site, ArmOutcome]]:
+    """Return the exchange at the subject together with later tokens, one donor for each prompt.
+
+    The context arm could fall only because the subject has been copied to later tokens. Editing
+    the subject and all tokens up to the second last, or all of them, tells.
+    """
+    sites: tuple[Site, ...] = ("subject", "subject to second last", "subject to last")
+    return {
+        name: {
+            site: sweep_site(
+                trial,
+                _choose(trial, templates, donors_per_prompt=1),
+                site,
+                description=f"{name}: {_who(trial)}, exchange, {site}",
+            )
+            for site in sites
+        }
+        for name, trial in trials.items()
+    }
+
+
+def curves_of(
+    trials: Mapping[str, Trial],
+    outcomes: Mapping[str, Mapping[str, ArmOutcome]],
+    weights: Mapping[str, np.ndarray],
+    values: str = "flipped",
+) -> pd.DataFrame:
+    """Return one row per task, curve and block: `CURVE_COLUMNS`."""
+    tables = [
+        outcome.curve(weights[name], values)[0].assign(  # type: ignore[arg-type]
+            model=trials[name].decoder.name,
+            untrained=trials[name].decoder.untrained,
+            task=name,
+            curve=curve,
+        )
+        for name, by_curve in outcomes.items()
+        for curve, outcome in by_curve.items()
+    ]
+    if not tables:
+        return pd.DataFrame(columns=CURVE_COLUMNS)
+    return pd.concat(tables, ignore_index=True)[CURVE_COLUMNS]
+
+
+def find_transitions(
+    outcomes: Outcomes, weights: Mapping[str, np.ndarray]
+) -> dict[str, Transition]:
+    """Return each task's transition from context arm to prediction arm."""
+    return {
+        name: transition_of(arms["context arm"], arms["prediction arm"], weights[name])
+        for name, arms in outcomes.items()
+    }
+
+
+def transition_table(transitions: Mapping[str, Transition]) -> pd.DataFrame:
+    """Return one row per task: ℓ*, its interval, and the width as a share of the depth."""
+    rows = []
+    for name, found in transitions.items():
+        share = found.width_share
+        rows.append(
+            {
+                "task": name,
+                "block": found.block,
+                "low": found.low,
+                "high": found.high,
+                "width_share": share.estimate if share else None,
+                "width_low": share.low if share else None,
+                "width_high": share.high if share else None,
+                "n": found.n_prompts,
+                "reason": found.reason,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _who(trial: Trial) -> str:
+    return "untrained twin" if trial.decoder.untrained else "trained"
+
+
+def _choose(
+    trial: Trial,
+    templates: Sequence[int] | None,
+    *,
+    donors_per_prompt: int | None,
+    same_answer: bool = False,
+) -> np.ndarray:
+    pairs = trial.pairs(donors_per_prompt=donors_per_prompt, same_answer=same_answer)
+    if templates is None or len(pairs) == 0:
+        return pairs
+    return pairs[np.isin(trial.task.prompts["template"].to_numpy()[pairs[:, 0]], templates)]
+
+
+def _random_donors(trial: Trial, pairs: np.ndarray, site: Site, seed: int) -> torch.Tensor:
+    where: Positions = trial.task.subject_positions if site == "subject" else "last"
+    states = extract_residuals(trial.decoder, trial.task.tokens, positions=where).states
+    return random_directions(states[:, pairs[:, 1]], torch.Generator().manual_seed(seed))
