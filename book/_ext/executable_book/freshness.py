@@ -74,15 +74,21 @@ def order_pages(app: Sphinx, env: BuildEnvironment, docnames: list[str]) -> None
 
 
 def choose_cache(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Points the execution of a page to the cache folder that its digest names."""
+    """Points the execution of a page to the cache folder that its digest names.
+
+    What it and later chapters recorded in an earlier build is put away, so that a chapter sees
+    the records of the chapters before it and no others.
+    """
     env = app.env
     chapters = pages(Path(app.srcdir))[1:]
     if docname not in chapters:
         return
-    earlier = chapters[: chapters.index(docname)]
+    place = chapters.index(docname)
+    for page in chapters[place:]:
+        records_file(Path(page).name).unlink(missing_ok=True)
     digest = chapter_digest(
         env.executable_book_digest,  # type: ignore[attr-defined]
-        [records_file(Path(page).name) for page in earlier],
+        [records_file(Path(page).name) for page in chapters[:place]],
     )
     folder = Path(app.srcdir) / CACHE / digest
     folder.mkdir(parents=True, exist_ok=True)

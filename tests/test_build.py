@@ -1,0 +1,611 @@
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+import executable_book.freshness as freshness
+import setup_cells
+from executable_book.progress import Display, Follower, describe
+from lib import verify
+from lib.results import pages, results_file, write_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+CHAPTERS = setup_cells.chapters()
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = [line.split("#")[0].strip() for line in read(name).splitlines()]
+    return dict(line.split("==") for line in lines if line)
+
+
+# One source of truth for versions
+
+
+def test_every_direct_requirement_is_pinned_alike_in_the_resolved_list():
+    for kind in ("", "-tests"):
+        direct, resolved = pins(f"requirements{kind}.in"), pins(f"requirements{kind}.txt")
+        resolved = {name.lower(): version for name, version in resolved.items()}
+        for name, version in direct.items():
+            assert resolved[name.lower()] == version, name
+
+
+def test_resolved_lists_hold_plain_pins_and_do_not_overlap():
+    book, tests = pins("requirements.txt"), pins("requirements-tests.txt")
+    assert not book.keys() & tests.keys()
+    for name, version in (book | tests).items():
+        assert re.fullmatch(r"[0-9][0-9a-z.]*", version), f"{name}=={version}"
+
+
+def test_versions_are_written_nowhere_else():
+    files = ["Makefile", "environment.yml", ".ci/run", "pyproject.toml", "_config.yml"]
+    files += [f".github/workflows/{file.name}" for file in (ROOT / ".github/workflows").iterdir()]
+    for file in files:
+        found = re.findall(r"^.*\b[\w.-]+\s*==\s*\d.*$", read(file), re.M)
+        assert not found, f"{file}: {found}"
+
+
+def test_conda_makefile_and_server_use_the_same_list():
+    conda = yaml.safe_load(read("environment.yml"))["dependencies"]
+    assert conda[-1] == {"pip": ["-r requirements.txt"]}
+    assert [entry.split()[0] for entry in conda[:-1]] == ["python", "pip"]
+    makefile = read("Makefile")
+    assert "install --requirement requirements.txt" in makefile
+    assert "install --requirement requirements-tests.txt --constraint requirements.txt" in makefile
+    assert "pip install" not in read(".ci/run")
+    workflow = yaml.safe_load(read(".github/workflows/book.yml"))
+    commands = [
+        step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step
+    ]
+    assert commands == ["bash .ci/run"]
+
+
+def test_python_versions_agree():
+    assert '">=3.11,<3.14"' in read("pyproject.toml")
+    assert "python >=3.11,<3.14" in read("environment.yml")
+    assert "(3, 11) <= sys.version_info < (3, 14)" in read("Makefile")
+
+
+def test_the_environment_in_use_is_the_pinned_one():
+    from importlib.metadata import version
+
+    installed = {name: version(name).split("+")[0] for name in pins("requirements.in")}
+    assert installed == pins("requirements.in")
+
+
+def test_workflow_may_only_read_but_for_the_pages_step():
+    workflow = yaml.safe_load(read(".github/workflows/book.yml"))
+    assert workflow["permissions"] == {}
+    jobs = workflow["jobs"]
+    assert jobs["build"]["permissions"] == {"contents": "read"}
+    assert jobs["publish"]["permissions"] == {"pages": "write", "id-token": "write"}
+
+
+# Makefile: installing, once and wholly
+
+
+@pytest.fixture
+def fake_project(tmp_path):
+    """A project whose Python only notes what it is asked to do, and fails when FAIL exists."""
+    for name in ("Makefile", "requirements.txt", "requirements-tests.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / "fake-python"
+    python.write_text(
+        '#!/bin/sh\necho "$@" >> log\n[ "$2" = pip ] && [ -e FAIL ] && exit 1\n'
+        '[ "$2" = venv ] && mkdir -p "$3/bin" && cp "$0" "$3/bin/python"\nexit 0\n'
+    )
+    python.chmod(0o755)
+
+    def make(*arguments: str) -> tuple[int, list[str]]:
+        (tmp_path / "log").write_text("")
+        command = ["make", "--silent", "PYTHON=./fake-python", *arguments]
+        code = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode
+        lines = (tmp_path / "log").read_text().splitlines()
+        return code, [line for line in lines if not line.startswith("-c")]
+
+    return tmp_path, make
+
+
+def test_torch_is_installed_first_and_from_the_extra_index_if_one_is_named(fake_project):
+    _, make = fake_project
+    code, (venv, torch, rest) = make(".venv/book.stamp", "TORCH_INDEX_URL=https://example.org/cpu")
+    assert code == 0
+    assert venv == "-m venv .venv"
+    assert (
+        f"--extra-index-url https://example.org/cpu torch=={pins('requirements.in')['torch']}"
+        in torch
+    )
+    assert "--requirement requirements.txt" in rest
+    assert "example.org" not in rest
+
+
+def test_finished_installation_is_not_repeated(fake_project):
+    _, make = fake_project
+    assert make(".venv/tests.stamp")[0] == 0
+    assert make(".venv/tests.stamp") == (0, [])
+    assert make(".venv/book.stamp") == (0, [])
+
+
+def test_interrupted_installation_is_redone_from_nothing(fake_project):
+    folder, make = fake_project
+    (folder / "FAIL").touch()
+    assert make(".venv/book.stamp")[0] != 0
+    (folder / ".venv" / "half-installed").touch()
+    (folder / "FAIL").unlink()
+    code, log = make(".venv/book.stamp")
+    assert (code, len(log)) == (0, 3)
+    assert not (folder / ".venv" / "half-installed").exists()
+
+
+def test_tests_that_cannot_be_installed_leave_the_book_installed(fake_project):
+    folder, make = fake_project
+    assert make(".venv/book.stamp")[0] == 0
+    (folder / "FAIL").touch()
+    assert make(".venv/tests.stamp")[0] != 0
+    assert make(".venv/book.stamp") == (0, [])
+
+
+def test_installation_of_the_tests_cut_off_halfway_is_redone_from_nothing(fake_project):
+    folder, make = fake_project
+    assert make(".venv/book.stamp")[0] == 0
+    (folder / ".venv" / "book.stamp").rename(folder / ".venv" / "unfinished")
+    code, log = make(".venv/tests.stamp")
+    assert code == 0
+    assert log[0] == "-m venv .venv"
+
+
+def test_changed_requirements_are_installed(fake_project):
+    folder, make = fake_project
+    assert make(".venv/book.stamp")[0] == 0
+    later = (folder / ".venv" / "book.stamp").stat().st_mtime + 5
+    os.utime(folder / "requirements.txt", (later, later))
+    assert len(make(".venv/book.stamp")[1]) == 3
+
+
+@pytest.mark.parametrize("python", ["false", "no-such-python"])
+def test_wrong_python_is_named_with_what_to_do(tmp_path, python):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "requirements.txt").touch()
+    done = subprocess.run(
+        ["make", "book", f"PYTHON={python}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert f"Python 3.11 to 3.13 is needed; '{python}' is not." in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_help_lists_every_command():
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for command in ("book", "test", "verify", "lint", "model", "notebooks", "lock", "clean"):
+        assert f"make {command} " in listed.stdout
+
+
+# The repository's address and the chapters' notebooks
+
+
+def test_all_files_name_the_same_repository():
+    address = yaml.safe_load(read("_config.yml"))["repository"]["url"]
+    owner_and_name = "/".join(address.split("/")[-2:])
+    for name in (*setup_cells.FILES_WITH_ADDRESS, *(f"book/{file.name}" for file in CHAPTERS)):
+        if (ROOT / name).is_file():
+            found = set(re.findall(r"[\w.-]+/prediction-geometry(?![\w-])", read(name)))
+            found |= set(re.findall(r"github\.com/([\w.-]+/[\w.-]+)", read(name)))
+            assert {slug.removesuffix(".git") for slug in found} <= {owner_and_name}, name
+    assert f"repository-code: {address}\n" in read("CITATION.cff")
+
+
+def test_address_is_replaced_in_links_of_every_kind():
+    text = "https://github.com/a/b, https://example.org/github/a/b/blob/main/x.ipynb"
+    assert setup_cells.with_address(text, "https://github.com/a/b", "https://github.com/c/d/") == (
+        "https://github.com/c/d, https://example.org/github/c/d/blob/main/x.ipynb"
+    )
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda file: file.stem)
+def test_chapter_begins_with_the_setup_cell(chapter):
+    text = chapter.read_text(encoding="utf-8")
+    assert setup_cells.with_setup_cell(text, setup_cells.setup_cell()) == text
+    assert text.index("{code-cell}") < text.index(setup_cells.FIRST_LINE)
+    assert text.count("{code-cell}", 0, text.index(setup_cells.FIRST_LINE)) == 1
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda file: file.stem)
+def test_notebook_beside_the_chapter_says_the_same_and_holds_no_output(chapter):
+    import jupytext
+
+    notebook = jupytext.read(chapter.with_suffix(".ipynb"))
+    source = jupytext.read(chapter)
+    assert [(cell.cell_type, cell.source) for cell in notebook.cells] == [
+        (cell.cell_type, cell.source) for cell in source.cells
+    ]
+    assert not [
+        cell for cell in notebook.cells if cell.get("outputs") or cell.get("execution_count")
+    ]
+
+
+def test_chapter_without_setup_cell_is_reported():
+    with pytest.raises(ValueError, match="No cell begins with"):
+        setup_cells.with_setup_cell("# A chapter\n", "cell")
+
+
+# When chapters are executed again
+
+
+@pytest.fixture
+def small_project(tmp_path):
+    (tmp_path / "lib" / "data").mkdir(parents=True)
+    (tmp_path / "lib" / "metrics.py").write_text("a = 1\n")
+    (tmp_path / "lib" / "data" / "tasks.csv").write_text("x\n")
+    for name in freshness.ENVIRONMENT_FILES:
+        (tmp_path / name).write_text("torch\n")
+    (tmp_path / "_toc.yml").write_text(
+        "format: jb-book\nroot: book/intro\nparts:\n- chapters:\n  - file: book/b\n    sections:\n"
+        "    - file: book/a\n- chapters:\n  - file: book/c\n"
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize("file", ["lib/metrics.py", "lib/data/tasks.csv", "requirements.txt"])
+def test_a_change_of_code_data_or_environment_makes_chapters_run_again(small_project, file):
+    before = freshness.common_digest(small_project)
+    (small_project / file).write_text("changed\n")
+    assert freshness.common_digest(small_project) != before
+
+
+def test_another_model_makes_chapters_run_again(small_project, monkeypatch):
+    monkeypatch.setenv("MODEL", "embedded")
+    before = freshness.common_digest(small_project)
+    monkeypatch.delenv("MODEL")
+    assert freshness.common_digest(small_project) == before
+    monkeypatch.setenv("MODEL", "other")
+    assert freshness.common_digest(small_project) != before
+
+
+def test_compiled_files_do_not_make_chapters_run_again(small_project):
+    before = freshness.common_digest(small_project)
+    (small_project / "lib" / "__pycache__").mkdir()
+    (small_project / "lib" / "__pycache__" / "metrics.pyc").write_bytes(b"x")
+    assert freshness.common_digest(small_project) == before
+
+
+def test_changed_records_of_an_earlier_chapter_make_later_ones_run_again(tmp_path):
+    file = tmp_path / "phase-transition.json"
+    digests = {freshness.chapter_digest("common", []), freshness.chapter_digest("common", [file])}
+    for text in ("[1]", "[2]"):
+        file.write_text(text)
+        digests.add(freshness.chapter_digest("common", [file]))
+    assert len(digests) == 4
+
+
+def test_pages_are_read_in_the_order_of_the_book_and_the_landing_page_last(small_project):
+    assert pages(small_project) == ["book/intro", "book/b", "book/a", "book/c"]
+    app = SimpleNamespace(srcdir=small_project)
+    env = SimpleNamespace(found_docs={"book/intro", "book/a", "book/b", "book/c", "extra"})
+    docnames = ["book/a", "book/intro", "extra"]
+    freshness.order_pages(app, env, docnames)  # type: ignore[arg-type]
+    assert docnames == ["extra", "book/a", "book/c", "book/intro"]
+    docnames = ["book/intro"]
+    freshness.order_pages(app, env, docnames)  # type: ignore[arg-type]
+    assert docnames == ["book/intro"]
+
+
+# Progress at the terminal
+
+LINE = {"chapter": "norm-code", "what": "sweep", "done": 3, "total": 12, "seconds": 4.2}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_names_chapter_work_and_extent():
+    assert describe(LINE) == "norm-code: sweep 3/12 (25 %), 4 s"
+    assert describe(LINE | {"total": None}) == "norm-code: sweep 3, 4 s"
+
+
+def test_progress_rewrites_one_line_at_a_terminal_and_leaves_it_empty():
+    display = Display(Terminal())
+    display.show(LINE)
+    display.show(LINE | {"done": 4})
+    display.end()
+    assert "\n" not in display.stream.getvalue()  # type: ignore[attr-defined]
+    assert display.stream.getvalue().endswith("\r\x1b[K")  # type: ignore[attr-defined]
+
+
+def test_progress_is_sparse_in_a_log_but_shows_begin_and_end():
+    display = Display(io.StringIO())
+    for done in range(13):
+        display.show(LINE | {"done": done})
+    display.show(LINE | {"what": "bootstrap"})
+    shown = display.stream.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [re.findall(r"\w+ \d+/", line)[0] for line in shown] == [
+        "sweep 0/",
+        "sweep 12/",
+        "bootstrap 3/",
+    ]
+
+
+def test_half_written_lines_wait_until_they_are_whole(tmp_path):
+    stream = io.StringIO()
+    follower = Follower(tmp_path / "progress", Display(stream))
+    follower.file.write_text(json.dumps(LINE)[:20])
+    follower.look()
+    assert stream.getvalue() == ""
+    follower.file.write_text(json.dumps(LINE) + "\n")
+    follower.look()
+    assert stream.getvalue().count("\n") == 1
+
+
+# Verification
+
+
+def verdict(**changes: object) -> dict[str, object]:
+    return {
+        "claim": "phase-transition",
+        "part": "switch",
+        "task": "capitals",
+        "model": "embedded",
+        "untrained": False,
+        "statistic": "width",
+        "estimate": 0.1,
+        "ci_low": 0.05,
+        "ci_high": 0.2,
+        "criterion": "≤ 0.25",
+        "n": 96,
+        "verdict": "supported",
+    } | changes
+
+
+TWIN = verdict(untrained=True, verdict="not supported")
+
+
+@pytest.fixture
+def built(tmp_path):
+    (tmp_path / "_toc.yml").write_text(
+        "format: jb-book\nroot: book/intro\nchapters:\n- file: book/phase-transition\n"
+    )
+    write_rows(tmp_path / verify.RECORDED, [verdict(), TWIN])
+
+    def check(*rows: dict[str, object], update: bool = False) -> int:
+        write_rows(results_file(tmp_path / "_build" / "results"), list(rows))
+        return verify.main(["--update"] if update else [], tmp_path)
+
+    return tmp_path, check
+
+
+def test_verification_passes_when_all_is_as_recorded(built):
+    _, check = built
+    assert check(verdict(), TWIN) == 0
+    assert check(verdict(estimate=0.101), TWIN) == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no records; its chapter failed or was not built"),
+        ([TWIN], "recorded, but missing now"),
+        ([verdict(verdict="not supported"), TWIN], "not supported now, supported as recorded"),
+        ([verdict(), verdict(task="months"), TWIN], "not recorded yet"),
+        ([verdict(), TWIN | {"verdict": "supported"}], "supported on the untrained twin"),
+    ],
+)
+def test_verification_fails_and_says_why(built, capsys, rows, message):
+    _, check = built
+    assert check(*rows) == 1
+    assert message in capsys.readouterr().out
+
+
+def test_verification_fails_without_results(built, capsys):
+    folder, _ = built
+    assert verify.main([], folder) == 1
+    assert "Run `make book`" in capsys.readouterr().out
+
+
+def test_update_records_anew_and_says_what_changed(built, capsys):
+    _, check = built
+    changed = [verdict(verdict="not supported"), verdict(task="months"), TWIN]
+    assert check(*changed, update=True) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "~ phase-transition / switch / capitals / width (trained): 0.1 [0.05, 0.2], supported -> "
+        in printed
+    )
+    assert "+ phase-transition / switch / months / width (trained)" in printed
+    assert check(*changed) == 0
+
+
+def test_controls_that_the_twin_may_pass_are_named_in_the_criteria(built):
+    folder, check = built
+    (folder / "lib" / "data").mkdir(parents=True)
+    criteria = '[[criterion]]\nclaim = "phase-transition"\npart = "switch"\nnull_expected = false\n'
+    (folder / verify.CRITERIA).write_text(criteria)
+    assert check(verdict(), TWIN | {"verdict": "supported"}) == 0
+    (folder / verify.CRITERIA).write_text(criteria + 'statistic = "another"\n')
+    assert check(verdict(), TWIN | {"verdict": "supported"}) == 1
+
+
+# A small book, built for real
+
+CHAPTER = """\
+---
+jupytext:
+  text_representation: {{extension: .md, format_name: myst}}
+kernelspec: {{display_name: Python 3, language: python, name: python3}}
+---
+
+# {claim}
+
+Symbol $\\theta$ and value {{glue:text}}`words`.
+
+```{{code-cell}} ipython3
+{setup}
+```
+
+```{{code-cell}} ipython3
+---
+mystnb:
+  image: {{alt: Line that rises.}}
+  figure: {{caption: "It rises, {{glue:text}}`words`.", name: figure-{claim}}}
+---
+import matplotlib.pyplot as plt
+import pandas as pd
+from lib.progress import track
+
+with open("runs-{claim}", "a") as runs:
+    runs.write("x")
+steps = [step for step in track(range(3), "counting the steps")]
+earlier = notebook.read_records("phase-transition")
+seen = 0.0 if earlier is None else earlier["estimate"][0]
+notebook.glue("words", notebook.estimate_text(0.5, 0.4, 0.6, 9))
+plt.plot(steps);
+```
+
+```{{code-cell}} ipython3
+row = {{"claim": "{claim}", "part": "p", "task": "t", "model": "small", "statistic": "s",
+       "estimate": {estimate} + seen, "ci_low": 0.4, "ci_high": 0.6, "criterion": "> 0", "n": 9}}
+twin = row | {{"untrained": True, "verdict": "not supported"}}
+notebook.record(pd.DataFrame([row | {{"untrained": False, "verdict": "supported"}}, twin]))
+```
+"""
+INTRO = """\
+# Intro
+
+The claims {cite}`haim2026depthwise`, {glue:text}`phase-transition.md::words:s`.
+
+```{scorecard}
+phase-transition: Depth switches.
+angular-code: Angles code.
+norm-code: Norms do not.
+```
+
+```{bibliography}
+```
+"""
+
+
+class SmallBook:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("_config.yml", "requirements.txt", "environment.yml"):
+            shutil.copy(ROOT / name, folder)
+        for name in ("book/_ext", "book/_static"):
+            shutil.copytree(ROOT / name, folder / name)
+        shutil.copy(ROOT / "book/references.bib", folder / "book")
+        (folder / "lib").mkdir()
+        for module in ("__init__", "files", "notebook", "progress", "results"):
+            shutil.copy(ROOT / "lib" / f"{module}.py", folder / "lib")
+        (folder / "_toc.yml").write_text(
+            "format: jb-book\nroot: book/intro\nchapters:\n"
+            "- file: book/phase-transition\n- file: book/angular-code\n"
+        )
+        (folder / "book" / "intro.md").write_text(INTRO)
+        for claim in ("phase-transition", "angular-code"):
+            self.write(claim, "0.5")
+
+    def write(self, claim: str, estimate: str) -> None:
+        text = CHAPTER.format(claim=claim, estimate=estimate, setup=setup_cells.setup_cell())
+        (self.folder / "book" / f"{claim}.md").write_text(text)
+
+    def build(self) -> subprocess.CompletedProcess[str]:
+        command = [
+            str(Path(sys.executable).with_name("jupyter-book")),
+            "build",
+            ".",
+            "-W",
+            "--keep-going",
+        ]
+        environment = {name: value for name, value in os.environ.items() if name != "PROGRESS_FILE"}
+        return subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False
+        )
+
+    def runs(self) -> tuple[int, int]:
+        files = [self.folder / "book" / f"runs-{c}" for c in ("phase-transition", "angular-code")]
+        first, second = (len(file.read_text()) for file in files)
+        return first, second
+
+    def results(self) -> list[tuple[str, bool, float]]:
+        rows = json.loads((self.folder / "_build" / "results" / "results.json").read_text())
+        return [(row["claim"], row["untrained"], row["estimate"]) for row in rows]
+
+    def page(self, name: str) -> str:
+        return (self.folder / "_build" / "html" / "book" / f"{name}.html").read_text()
+
+
+def test_a_small_book_lives_through_builds_failures_and_changes(tmp_path):
+    book = SmallBook(tmp_path)
+
+    # From nothing: chapters in order, records collected, progress shown but not in the pages.
+    done = book.build()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert book.runs() == (1, 1)
+    expected = [
+        ("phase-transition", False, 0.5),
+        ("phase-transition", True, 0.5),
+        ("angular-code", False, 1.0),
+        ("angular-code", True, 1.0),
+    ]
+    assert book.results() == expected
+    assert "phase-transition: counting the steps 3/3 (100 %)" in done.stderr
+    for name in ("intro", "phase-transition", "angular-code"):
+        page = book.page(name)
+        assert "counting the steps 3/3" not in page
+        assert not re.findall(r'<(?:script|img|iframe)[^>]*src="(?:https?:)?//[^"]*"', page)
+        assert not re.findall(r'<link[^>]*rel="stylesheet"[^>]*href="(?:https?:)?//[^"]*"', page)
+        assert "_static/tex-svg-full.js" in page
+    assert (tmp_path / "_build/html/_static/tex-svg-full.js").stat().st_size > 1_000_000
+    assert 'alt="Line that rises."' in book.page("angular-code")
+    assert "0.5 [0.40" not in book.page("intro")
+    assert "0.50 [0.40, 0.60], n = 9 prompts" in book.page("intro")
+    card = re.sub(r"<[^>]+>", " ", book.page("intro"))
+    assert re.search(r"Depth switches\.\s+supported\s+not supported", card)
+    assert re.search(r"Norms do not\.\s+chapter to come", card)
+
+    # Nothing changed: nothing is executed, the results are written all the same.
+    shutil.rmtree(tmp_path / "_build" / "results")
+    assert book.build().returncode == 0
+    assert book.runs() == (1, 1)
+    assert book.results() == expected
+
+    # The library changed: both chapters are executed again.
+    with (tmp_path / "lib" / "files.py").open("a") as file:
+        file.write("# changed\n")
+    assert book.build().returncode == 0
+    assert book.runs() == (2, 2)
+
+    # A chapter fails: so does the build, every time, and its old records are gone.
+    book.write("angular-code", "1 / 0")
+    for _ in range(2):
+        done = book.build()
+        assert done.returncode != 0
+        assert "ZeroDivisionError" in done.stdout + done.stderr
+        assert book.results() == expected[:2]
+        assert "no result" in book.page("intro")
+
+    # Mended, while the records of the chapter before it changed: only what depends is run.
+    book.write("angular-code", "0.5")
+    book.write("phase-transition", "0.25")
+    assert book.build().returncode == 0
+    assert [estimate for *_, estimate in book.results()] == [0.25, 0.25, 0.75, 0.75]
+
+    # A warning fails the build every time, too, although nothing is read again.
+    (tmp_path / "book" / "intro.md").write_text(INTRO + "\n[nowhere](missing.md)\n")
+    before = book.runs()
+    assert [book.build().returncode != 0 for _ in range(2)] == [True, True]
+    assert book.runs() == before
