@@ -239,8 +239,16 @@ def test_notebook_beside_the_chapter_says_the_same_and_holds_no_output(chapter):
 
 
 def test_chapter_without_setup_cell_is_reported():
-    with pytest.raises(ValueError, match="No cell begins with"):
-        setup_cells.with_setup_cell("# A chapter\n", "cell")
+    with pytest.raises(ValueError, match="No setup cell"):
+        setup_cells.with_setup_cell("# A chapter\n", "cell\n")
+
+
+def test_setup_cell_takes_the_place_of_the_word_or_of_its_predecessor():
+    chapter = "# A\n\n```{code-cell}\n\nSETUP\n```\n\nText.\n"
+    filled = setup_cells.with_setup_cell(chapter, "cell\n")
+    assert filled == chapter.replace("SETUP", "cell")
+    older = chapter.replace("SETUP", setup_cells.FIRST_LINE + "\nold = 1")
+    assert setup_cells.with_setup_cell(older, "cell\n") == filled
 
 
 # When chapters are executed again

@@ -17,6 +17,7 @@ from lib.notebook import SETUP_CELL  # noqa: E402
 
 FILES_WITH_ADDRESS = ("README.md", "CITATION.cff", "book/intro.md")
 FIRST_LINE = SETUP_CELL.splitlines()[0]
+PLACEHOLDER = re.compile(r"(?<=\n)SETUP\n(?=```)")
 
 
 def setup_cell(root: Path = ROOT) -> str:
@@ -29,14 +30,16 @@ def setup_cell(root: Path = ROOT) -> str:
 def with_setup_cell(chapter: str, cell: str) -> str:
     """Returns a chapter's text with its setup cell replaced by `cell`.
 
-    The setup cell is the code cell whose code begins with the first line of `SETUP_CELL`.
+    The setup cell is the code cell whose code begins with the first line of `SETUP_CELL`, or, in
+    a new chapter, is the word SETUP alone.
 
     Raises:
         ValueError: if the chapter has no such cell.
     """
+    chapter = PLACEHOLDER.sub(FIRST_LINE + "\n", chapter)
     start = chapter.find(FIRST_LINE)
     if start < 0:
-        raise ValueError(f"No cell begins with {FIRST_LINE!r}; copy SETUP_CELL of lib/notebook.py.")
+        raise ValueError("No setup cell. Begin with a code cell that holds the word SETUP alone.")
     end = chapter.index("```", start)
     return chapter[:start] + cell + chapter[end:]
 
