@@ -185,8 +185,8 @@ def steering_vectors(trial: Trial, pairs: np.ndarray, site: Literal["subject", "
 
     The centroid of the residual streams that stand for the donor minus the centroid of those that
     stand for the recipient: prompts with the same subject (subject's token) or the same target
-    (last token), in every template but the pair's own. Source: centroid-difference steering as in the
-    paper's two arms; the split by template is ours.
+    (last token), in every template but the pair's own. Source: centroid-difference steering as in
+    the paper's two arms; the split by template is ours.
 
     Raises:
         ValueError: a pair has no prompt of its subject or target in another template.

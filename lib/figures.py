@@ -28,6 +28,17 @@ STYLES: Mapping[str, Mapping[str, Any]] = {
     # what a dissimilarity matrix is compared with
     "context": {"color": _COLOURS[0], "marker": "o"},
     "prediction": {"color": _COLOURS[3], "marker": "s"},
+    "angles against context": {"color": _COLOURS[9], "marker": "P"},
+    "angles against prediction": {"color": _COLOURS[2], "marker": "D"},
+    # edits and their controls
+    "exchange": {"color": _COLOURS[7], "marker": "o", "linestyle": "-"},
+    "steering on held-out templates": {"color": _COLOURS[8], "marker": "h"},
+    "same answer": {"color": _COLOURS[5], "marker": "X"},
+    "random direction": {"color": _COLOURS[6], "marker": "*"},
+    # sites of an edit
+    "subject": {"color": _COLOURS[0], "marker": "o"},
+    "subject to second last": {"color": _COLOURS[9], "marker": "<"},
+    "subject to last": {"color": _COLOURS[4], "marker": ">"},
 }
 """Colour and marker of everything that appears in more than one figure."""
 
@@ -123,6 +134,8 @@ def depth_curves(
     transitions: Mapping[str, tuple[float, float, float]] | None = None,
     ylim: tuple[float, float] | None = None,
     columns: int = 3,
+    sharey: bool = True,
+    labels: Mapping[str, str] | None = None,
 ) -> Figure:
     """Returns small multiples of depth curves: one panel a task, one curve a name, with bands.
 
@@ -137,14 +150,18 @@ def depth_curves(
         transitions: by panel, the transition block with its interval (block, low, high).
         ylim: limits of y, the same in all panels.
         columns: panels side by side.
+        sharey: whether all panels have the same y axis; if not, each panel's title says what it is.
+        labels: names in the legend, where they differ from those of the curves.
     """
     use_theme()
+    if len(table) == 0:
+        return nothing_to_show()
     panels = list(dict.fromkeys(table[panel]))
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     height = 2.3 * rows + 0.7 if columns > 1 else 3.6 * rows
     figure, grid = plt.subplots(
-        rows, columns, figsize=(WIDTH, height), sharex=True, sharey=True, squeeze=False
+        rows, columns, figsize=(WIDTH, height), sharex=True, sharey=sharey, squeeze=False
     )
     n_blocks = int(table["block"].max()) + 1
     for axes, name in zip(grid.flat, panels, strict=False):
@@ -153,7 +170,9 @@ def depth_curves(
             for untrained in (True, False):
                 one = chosen[(chosen[by] == curve) & (chosen["untrained"] == untrained)]
                 if len(one):
-                    draw_curve(axes, one, curve, untrained=untrained)
+                    label = (labels or {}).get(curve, curve)
+                    shown = f"{label}, untrained" if untrained else label
+                    draw_curve(axes, one, curve, untrained=untrained, label=shown)
         if transitions and name in transitions:
             mark_transition(axes, *transitions[name])
         if len(panels) > 1:
@@ -171,6 +190,40 @@ def depth_curves(
     shared_legend(figure, grid.flat)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
+    return figure
+
+
+def transition_forest(table: pd.DataFrame, *, n_blocks: int, title: str) -> Figure:
+    """Returns the transition block of each task with its interval, and the width as a bar.
+
+    Args:
+        table: columns `task`, `block`, `low`, `high`, `width_share` (of the depth); one row a task.
+        n_blocks: depth of the model.
+        title: title above.
+    """
+    use_theme()
+    if len(table) == 0:
+        return nothing_to_show()
+    table = table.dropna(subset=["block"]).sort_values("block", ascending=False)
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.36 * len(table) + 1.3))
+    rows = range(len(table))
+    half = table["width_share"].astype(float) * n_blocks / 2
+    axes.barh(rows, 2 * half, left=table["block"] - half, height=0.5, color="#cfcfcf", zorder=1)
+    errors = [table["block"] - table["low"], table["high"] - table["block"]]
+    axes.errorbar(table["block"], rows, xerr=errors, fmt="o", color="#222222", capsize=3, zorder=2)
+    axes.axvline(table["block"].median(), color="#444444", linestyle=":", linewidth=1.2)
+    axes.set_yticks(list(rows), table["task"])
+    axes.set_xlim(-0.5, n_blocks - 0.5)
+    axes.set_xlabel("block")
+    axes.set_title(title)
+    return figure
+
+
+def nothing_to_show() -> Figure:
+    """Returns a figure that says that no task is testable on this model."""
+    figure, axes = plt.subplots(figsize=(WIDTH, 1.2))
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, "No task is testable on this model.", ha="center", va="center")
     return figure
 
 

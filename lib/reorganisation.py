@@ -90,6 +90,37 @@ def align(trial: Trial, weights: np.ndarray) -> Alignment:
     return Alignment(pd.DataFrame(rows, columns=columns), draws)
 
 
+def align_tasks(
+    trials: Mapping[str, Trial], weights: Mapping[str, np.ndarray]
+) -> dict[str, Alignment]:
+    """Return the alignment of every many-to-one task, with the arms' prompt weights.
+
+    Many-to-one: some prompts of one template share their target and differ in subject.
+    """
+    return {
+        name: align(trial, weights[name])
+        for name, trial in trials.items()
+        if len(trial.pairs(donors_per_prompt=1, same_answer=True))
+    }
+
+
+def alignment_table(
+    alignments: Mapping[str, Alignment], twin_alignments: Mapping[str, Alignment]
+) -> pd.DataFrame:
+    """Return the curves of model and twin for a figure: `task`, `curve`, `untrained`, …."""
+    tables = [
+        alignment.curves.assign(
+            task=name, untrained=untrained, curve="angles against " + alignment.curves["curve"]
+        )
+        for untrained, found in ((False, alignments), (True, twin_alignments))
+        for name, alignment in found.items()
+    ]
+    columns = ["task", "untrained", "curve", "block", "estimate", "low", "high", "n"]
+    return (
+        pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
+    )
+
+
 def profile_depth(
     decoder: Decoder,
     prompts: list[list[int]],

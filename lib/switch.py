@@ -24,7 +24,7 @@ from lib.interventions import add, random_directions
 from lib.models import Decoder
 from lib.stats import bootstrap_weights
 from lib.tasks import gate, load_task, task_names
-from lib.transitions import Transition
+from lib.transitions import Transition, compare_shapes
 
 CURVE_COLUMNS = ["model", "untrained", "task", "curve", "block", "estimate", "low", "high", "n"]
 Outcomes = Mapping[str, Mapping[Arm, ArmOutcome]]
@@ -43,7 +43,7 @@ def prepare_trials(
         Trials by task; a table with `task`, `accuracy`, `chance`, `n`, `testable`, `reason`.
     """
     trials: dict[str, Trial] = {}
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[Any, Any]] = []
     for name in names or task_names():
         try:
             task = load_task(name, decoder)
@@ -206,6 +206,34 @@ def curves_of(
     return pd.concat(tables, ignore_index=True)[CURVE_COLUMNS]
 
 
+def average_curves(
+    outcomes: Mapping[str, Mapping[str, ArmOutcome]],
+    weights: Mapping[str, np.ndarray],
+    values: str = "flipped",
+) -> pd.DataFrame:
+    """Return the mean over tasks of each curve, with its interval over the tasks' prompts.
+
+    Columns `curve`, `block`, `estimate`, `low`, `high`, `n` (prompts of all tasks).
+    """
+    found: dict[str, list[tuple[pd.DataFrame, np.ndarray]]] = {}
+    for name, by_curve in outcomes.items():
+        for curve, outcome in by_curve.items():
+            both = outcome.curve(weights[name], values)  # type: ignore[arg-type]
+            found.setdefault(curve, []).append(both)
+    tables = []
+    for curve, parts in found.items():
+        draws = np.mean([draws for _, draws in parts], axis=0)
+        low, high = np.nanquantile(draws, [0.025, 0.975], axis=0)
+        table = parts[0][0].assign(curve=curve, low=low, high=high)
+        table["estimate"] = np.mean([part["estimate"] for part, _ in parts], axis=0)
+        table["n"] = sum(int(part["n"].iloc[0]) for part, _ in parts)
+        tables.append(table)
+    columns = ["curve", "block", "estimate", "low", "high", "n"]
+    return (
+        pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
+    )
+
+
 def find_transitions(
     outcomes: Outcomes, weights: Mapping[str, np.ndarray]
 ) -> dict[str, Transition]:
@@ -234,6 +262,30 @@ def transition_table(transitions: Mapping[str, Transition]) -> pd.DataFrame:
                 "reason": found.reason,
             }
         )
+    return pd.DataFrame(rows)
+
+
+def compare_arm_shapes(outcomes: Outcomes, *, seed: int) -> pd.DataFrame:
+    """Return how much better a logistic curve predicts held-out prompts than a line and a step.
+
+    One row per task and arm: differences of the held-out log-likelihood with 95 % intervals.
+    """
+    rows = []
+    for name, arms in outcomes.items():
+        for arm, outcome in arms.items():
+            found = compare_shapes(
+                outcome.flipped,
+                outcome.pairs,
+                falling=arm == "context arm",
+                rng=np.random.default_rng(seed),
+            )
+            row: dict[str, object] = {"task": name, "arm": arm}
+            for shape in ("line", "step"):
+                interval = getattr(found, f"logistic_over_{shape}")
+                row[f"over {shape}"] = interval.estimate
+                row[f"over {shape}, low"] = interval.low
+                row[f"over {shape}, high"] = interval.high
+            rows.append({**row, "n": found.n_prompts})
     return pd.DataFrame(rows)
 
 
