@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -197,7 +198,8 @@ def run_setup_cell(folder: Path, before: str = "", **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,
-        env={"PATH": "/usr/bin:/bin", "HOME": str(folder)} | environment,
+        env={name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        | environment,
         capture_output=True,
         text=True,
         check=False,
