@@ -89,7 +89,6 @@ def test_self_donor_shifts_no_logit(trial: Trial) -> None:
         "toy"
     ].values():
         assert outcome.largest_shift.max() < 1e-5 * np.abs(trial.clean_logits).max() + 1e-5
-        assert not outcome.changed.any()
 
 
 def test_same_answer_control_has_donors_of_the_same_target_only(trial: Trial) -> None:
