@@ -155,7 +155,7 @@ def partial_correlation(correlations: ArrayLike) -> FloatArray:
     return result
 
 
-def correlation_intervals(
+def bootstrap_correlations(
     matrices: Sequence[ArrayLike], weights: FloatArray
 ) -> tuple[FloatArray, FloatArray]:
     """Return the rank correlations among dissimilarity matrices: estimate and bootstrap draws.

@@ -1,8 +1,8 @@
 """Where in depth a curve switches and how sharply: logistic fits, crossing, 10-90 % width.
 
-A curve has one value a block, x = block number 0 … L − 1. All fits are least squares over blocks and
-run on all bootstrap draws at once. What cannot be read off a curve (a flat one, arms that do not
-cross) is `found=False` with a reason, never a NaN.
+A curve has one value a block, x = block number 0 … L − 1. All fits are least squares over blocks
+and run on all bootstrap draws at once. What cannot be read off a curve (a flat one, arms that do
+not cross) is `found=False` with a reason, never a NaN.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ def find_transition(
     if np.isnan(block):
         return none("the two arms do not cross")
     defined = np.isfinite(draws[0]).all(axis=1) & np.isfinite(draws[1]).all(axis=1)
-    blocks, widths = np.full((2, len(defined)), np.nan)
+    blocks, widths = np.full((2, len(draws[0])), np.nan)
     fits = [
         fit_logistic(draws[0][defined], falling=True),
         fit_logistic(draws[1][defined], falling=False),
@@ -368,9 +368,9 @@ def curve_width(
         )
         return CurveWidth(False, reason, fit.n_blocks, n_items)
     samples = np.asarray(draws, dtype=np.float64)
-    fits = fit_logistic(samples[np.isfinite(samples).all(axis=1)], falling=falling, bounds=bounds)
-    widths, centres = np.full((2, len(samples)), np.nan)
     defined = np.isfinite(samples).all(axis=1)
+    fits = fit_logistic(samples[defined], falling=falling, bounds=bounds)
+    widths, centres = np.full((2, len(samples)), np.nan)
     widths[defined], centres[defined] = fits.width, fits.centre
     extent = percentile_interval(float(fit.width), widths, n=n_items, level=level)
     place = percentile_interval(float(fit.centre), centres, n=n_items, level=level)
