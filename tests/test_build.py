@@ -97,12 +97,13 @@ def test_workflow_may_only_read_but_for_the_pages_step():
 
 @pytest.fixture
 def fake_project(tmp_path):
-    """A project whose Python only notes what it is asked to do, and fails when FAIL exists."""
+    """A project whose Python only notes what it is asked to do, and fails or dies if told to."""
     for name in ("Makefile", "requirements.txt", "requirements-tests.txt"):
         shutil.copy(ROOT / name, tmp_path)
     python = tmp_path / "fake-python"
     python.write_text(
         '#!/bin/sh\necho "$@" >> log\n[ "$2" = pip ] && [ -e FAIL ] && exit 1\n'
+        '[ "$2" = pip ] && [ -e KILL ] && kill -9 $PPID\n'
         '[ "$2" = venv ] && mkdir -p "$3/bin" && cp "$0" "$3/bin/python"\nexit 0\n'
     )
     python.chmod(0o755)
@@ -159,7 +160,9 @@ def test_tests_that_cannot_be_installed_leave_the_book_installed(fake_project):
 def test_installation_of_the_tests_cut_off_halfway_is_redone_from_nothing(fake_project):
     folder, make = fake_project
     assert make(".venv/book.stamp")[0] == 0
-    (folder / ".venv" / "book.stamp").rename(folder / ".venv" / "unfinished")
+    (folder / "KILL").touch()
+    assert make(".venv/tests.stamp")[0] != 0
+    (folder / "KILL").unlink()
     code, log = make(".venv/tests.stamp")
     assert code == 0
     assert log[0] == "-m venv .venv"
@@ -401,6 +404,7 @@ def test_verification_passes_when_all_is_as_recorded(built):
     _, check = built
     assert check(verdict(), TWIN) == 0
     assert check(verdict(estimate=0.101), TWIN) == 0
+    assert check(verdict(), TWIN | {"verdict": "not testable"}) == 0
 
 
 @pytest.mark.parametrize(
