@@ -124,13 +124,11 @@ def prepare_trial(decoder: Decoder, task: Task, result: Gate) -> Trial:
     One that does not (the untrained twin, say) is judged by its own choice on all prompts, so that
     its null is a measured one.
     """
-    logits = extract_residuals(decoder, task.tokens, blocks=(), logits=True).logits
-    assert logits is not None
-    clean = logits[:, task.answer_ids.tolist()].numpy()
     truth = task.prompts["answer_index"].to_numpy()
     if result.testable:
-        return Trial(task, decoder, truth, result.correct, False, clean)
-    return Trial(task, decoder, result.predicted, np.ones(len(truth), dtype=bool), True, clean)
+        return Trial(task, decoder, truth, result.correct, False, result.logits)
+    everyone = np.ones(len(truth), dtype=bool)
+    return Trial(task, decoder, result.predicted, everyone, True, result.logits)
 
 
 def sweep_site(

@@ -44,7 +44,7 @@ def prepare_trials(
     """
     trials: dict[str, Trial] = {}
     rows: list[dict[Any, Any]] = []
-    for name in names or task_names():
+    for name in task_names() if names is None else names:
         try:
             task = load_task(name, decoder)
         except ValueError as problem:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
 from lib.extraction import extract_residuals, tokenize
 from lib.models import Decoder
@@ -82,7 +83,7 @@ class Gate:
             are equally frequent.
         n: number of prompts.
         correct: which prompts are answered correctly, bool `[n_prompts]`.
-        predicted: the closed-set argmax, index into the task's answers, `[n_prompts]`.
+        logits: the answers' logits after the last token, `[n_prompts, n_answers]`.
         testable: whether the accuracy reaches the threshold.
         reason: accuracy and chance in words, such as "accuracy 0.09, chance 0.083".
     """
@@ -92,9 +93,15 @@ class Gate:
     chance: float
     n: int
     correct: np.ndarray
-    predicted: np.ndarray
+    logits: np.ndarray
     testable: bool
     reason: str
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """The closed-set argmax, index into the task's answers, `[n_prompts]`."""
+        choice: np.ndarray = self.logits.argmax(axis=1)
+        return choice
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row: task, accuracy, chance, n, testable, reason."""
@@ -190,16 +197,24 @@ def build_task(
     )
 
 
-def gate(decoder: Decoder, task: Task, threshold: float = GATE_THRESHOLD) -> Gate:
+def gate(
+    decoder: Decoder,
+    task: Task,
+    threshold: float = GATE_THRESHOLD,
+    *,
+    logits: Tensor | None = None,
+) -> Gate:
     """Return how often the model's closed-set argmax after the last token is the answer.
 
     The accuracy is pooled over all templates. Below `threshold` the task is not testable on this
-    model, which is a state with its reason, not an error.
+    model, which is a state with its reason, not an error. With `logits`, the prompts' next-token
+    logits `[n_prompts, d_vocab]` from an extraction made anyway, the model is not run again.
 
     Raises:
         ValueError: the model's logits are not finite.
     """
-    logits = extract_residuals(decoder, task.tokens, blocks=(), logits=True).logits
+    if logits is None:
+        logits = extract_residuals(decoder, task.tokens, blocks=(), logits=True).logits
     assert logits is not None
     closed = logits[:, task.answer_ids.tolist()].numpy()
     if not np.isfinite(closed).all():
@@ -216,7 +231,7 @@ def gate(decoder: Decoder, task: Task, threshold: float = GATE_THRESHOLD) -> Gat
         chance=chance,
         n=len(truth),
         correct=correct,
-        predicted=predicted,
+        logits=closed,
         testable=accuracy >= threshold,
         reason=f"accuracy {accuracy:.2f}, chance {chance:.3f}",
     )

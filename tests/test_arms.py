@@ -1,5 +1,7 @@
 """Arms: outcomes read off the logits, judged against an independent recomputation."""
 
+from dataclasses import replace
+
 import numpy as np
 import oracle
 import pandas as pd
@@ -12,7 +14,7 @@ from lib.arms import Trial, has_counterparts, prepare_trial, steering_vectors, s
 from lib.models import Decoder, load_decoder
 from lib.stats import bootstrap_weights
 from lib.switch import measure_control, measure_routing
-from lib.tasks import Gate, build_task
+from lib.tasks import build_task, gate
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +26,8 @@ def trial() -> Trial:
     ).assign(group="")
     texts = ["w11 w12 {subject} w13", "w14 {subject} w15 w16", "w17 w18 w19 {subject} w20 w21"]
     task = build_task("toy", items, texts, decoder)
-    result = Gate("toy", 0.0, 0.4, 15, np.zeros(15, bool), np.arange(15) % 3, False, "")
-    return prepare_trial(decoder, task, result)
+    found = prepare_trial(decoder, task, gate(decoder, task))
+    return replace(found, target=np.arange(15) % 3, usable=np.ones(15, bool), own_choice=True)
 
 
 PAIRS = np.array([[0, 1], [6, 5], [12, 14], [2, 4], [9, 8]])
@@ -127,7 +129,7 @@ def test_steering_vector_is_the_centroid_difference_of_other_templates(trial: Tr
 
 
 def test_pair_without_counterpart_is_named_and_can_be_found_beforehand(trial: Trial) -> None:
-    alone = Trial(**{**vars(trial), "usable": trial.task.prompts["template"].to_numpy() == 0})
+    alone = replace(trial, usable=trial.task.prompts["template"].to_numpy() == 0)
     assert not has_counterparts(alone, PAIRS[:1]).any()
     assert has_counterparts(trial, PAIRS).all()
     with pytest.raises(ValueError, match="no counterpart"):
