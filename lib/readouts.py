@@ -33,7 +33,8 @@ def distribution_measure(
     - `kl_nats`: KL(p‖q), at least 0.
     - `entropy_nats`: entropy of q.
     - `entropy_change_nats`: entropy of q less that of p; above 0 the edit made the model less sure.
-    - `argmax_kept`: 1 where q's most probable token over the full vocabulary is p's, else 0.
+    - `argmax`: q's most probable token over the full vocabulary, its id.
+    - `argmax_kept`: 1 where it is p's, else 0.
     - with `temperature`, `temperature` and `kl_left_nats` of `fit_temperature`: how much of the KL
       no temperature accounts for; at most `kl_nats`.
     - with `excluded`, `rest_kl_nats`: KL of the distributions over all other tokens, renormalised.
@@ -73,6 +74,7 @@ def distribution_measure(
             "kl_nats": (cross - entropy_p).clamp(min=0),
             "entropy_nats": entropy_q,
             "entropy_change_nats": entropy_q - entropy_p,
+            "argmax": z.argmax(-1).double(),
             "argmax_kept": (z.argmax(-1) == best[rows[pair]]).double(),
         }
         if temperature:

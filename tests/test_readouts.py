@@ -33,6 +33,7 @@ def test_divergence_and_entropy_equal_those_of_metrics() -> None:
     assert np.abs(result["entropy_change_nats"].numpy() - change).max() < 1e-10
     kept = EDITED.numpy().argmax(1) == CLEAN.numpy().argmax(1)[RECIPIENTS]
     assert (result["argmax_kept"].numpy() == kept).all()
+    assert (result["argmax"].numpy() == EDITED.numpy().argmax(1)).all()
 
 
 def test_unedited_logits_are_at_divergence_zero() -> None:

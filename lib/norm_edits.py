@@ -1,0 +1,270 @@
+"""What acting on the norm does: norms exchanged between prompts, and states scaled up and down."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lib.interventions import exchange_direction, exchange_norm, rotate_by_displacement, scale
+from lib.norms import Sample
+from lib.readouts import distribution_measure
+from lib.stats import Interval, pair_share_bootstrap, percentile_interval
+from lib.sweeps import Sweep, sweep_blocks
+
+EXCHANGES = {"norm": exchange_norm, "direction": exchange_direction}
+LONGEST_ROTATION = 2.0
+"""A rotation that keeps the norm moves a state by at most so many of its norms."""
+
+
+def exchange_in_task(
+    sample: Sample, pairs: np.ndarray, blocks: Sequence[int], *, description: str | None = None
+) -> pd.DataFrame:
+    """Return what the donor's norm, and the donor's direction, do to each pair of a task.
+
+    Args:
+        sample: a task.
+        pairs: recipient and donor `[n_pairs, 2]`.
+        blocks: the blocks edited after.
+        description: what a progress display calls this.
+
+    Returns:
+        A row per edit, block and pair: `task`, `edit`, `block`, `recipient`, `donor`;
+        `answer_flipped` (the closed-set argmax became the donor's answer), `answer_changed` (it is
+        no longer the recipient's), `argmax_kept` (the full vocabulary's argmax stayed), `kl_nats`,
+        `entropy_change_nats`; `comparable`: whether recipient and donor stand for different
+        answers, without which nothing can flip.
+    """
+    trial = sample.trial
+    if trial is None:
+        raise ValueError(f"{sample.task} has no closed answer set; use exchange_in_contexts.")
+    sweep = _exchange(sample, pairs, blocks, trial.task.answer_ids.tolist(), description)
+    frame = sweep.to_frame().assign(task=sample.task)
+    source = trial.target[frame["recipient"].to_numpy()]
+    target = trial.target[frame["donor"].to_numpy()]
+    choice = frame.pop("choice").to_numpy()
+    return frame.assign(
+        answer_flipped=(choice == target) & (source != target),
+        answer_changed=choice != source,
+        comparable=source != target,
+    )
+
+
+def exchange_in_contexts(
+    sample: Sample, pairs: np.ndarray, blocks: Sequence[int], *, description: str | None = None
+) -> pd.DataFrame:
+    """Return the same for contexts; the answer is the argmax over the full vocabulary."""
+    frame = _exchange(sample, pairs, blocks, [], description).to_frame().assign(task=sample.task)
+    own = sample.logits.argmax(-1).numpy()
+    source, target = own[frame["recipient"].to_numpy()], own[frame["donor"].to_numpy()]
+    after = frame["argmax"].to_numpy().astype(int)
+    return frame.assign(
+        answer_flipped=(after == target) & (source != target),
+        answer_changed=after != source,
+        comparable=source != target,
+    )
+
+
+def _exchange(
+    sample: Sample,
+    pairs: np.ndarray,
+    blocks: Sequence[int],
+    read_ids: Sequence[int],
+    description: str | None,
+) -> Sweep:
+    return sweep_blocks(
+        sample.decoder,
+        sample.tokens,
+        pairs,
+        EXCHANGES,
+        positions="last",
+        donors=sample.states[list(blocks)],
+        blocks=blocks,
+        read_ids=read_ids,
+        measure=distribution_measure(sample.logits, pairs[:, 0]),
+        description=description,
+    )
+
+
+def spread_contexts(sample: Sample, per_kind: int) -> np.ndarray:
+    """Return the numbers of the first contexts of each kind, one kind after the other in turn."""
+    turn = sample.prompts.groupby("kind").cumcount()
+    order = turn.sort_values(kind="stable").index.to_numpy()
+    return order[turn.to_numpy()[order] < per_kind]
+
+
+def pairs_across_kinds(sample: Sample, chosen: np.ndarray) -> np.ndarray:
+    """Return pairs of contexts of different kinds, each context once recipient and once donor.
+
+    Raises:
+        ValueError: neighbours in `chosen` that are of one kind.
+    """
+    pairs = np.stack([chosen, np.roll(chosen, -1)], axis=1)
+    kinds = sample.prompts["kind"].to_numpy()[pairs]
+    if (kinds[:, 0] == kinds[:, 1]).any():
+        raise ValueError("Neighbouring contexts are of one kind; take them from spread_contexts.")
+    return pairs
+
+
+def summarise(
+    table: pd.DataFrame, value: str, weights: np.ndarray, blocks: Sequence[int] | None = None
+) -> pd.DataFrame:
+    """Return the mean of an outcome by edit and block, with intervals over prompts.
+
+    Args:
+        table: rows of one task, from this module.
+        value: the outcome's column.
+        weights: prompt weights `[n_draws, n_prompts]`: recipients and donors are drawn anew.
+        blocks: which blocks, all by default.
+
+    Returns:
+        Columns `edit`, `block`, `estimate`, `low`, `high`, `n` (prompts).
+    """
+    chosen = table if blocks is None else table[table["block"].isin(blocks)]
+    rows = []
+    for edit, part in chosen.groupby("edit", sort=False):
+        wide = part.pivot(index="block", columns=["recipient", "donor"], values=value)
+        pairs = np.array(wide.columns.tolist())
+        draws = pair_share_bootstrap(wide.to_numpy(dtype=float), pairs, weights)
+        low, high = np.nanquantile(draws, [0.025, 0.975], axis=0)
+        n = len(np.unique(pairs))
+        for index, block in enumerate(wide.index):
+            mean = float(wide.iloc[index].astype(float).mean())
+            rows.append((edit, int(block), mean, low[index], high[index], n))
+    return pd.DataFrame(rows, columns=["edit", "block", "estimate", "low", "high", "n"])
+
+
+def mean_outcome(
+    table: pd.DataFrame, edit: str, value: str, weights: np.ndarray, blocks: Sequence[int]
+) -> tuple[float, np.ndarray, int]:
+    """Return an outcome's mean over blocks and pairs, its draws, and the number of prompts."""
+    part = table[(table["edit"] == edit) & table["block"].isin(blocks)]
+    means = part.groupby(["recipient", "donor"])[value].mean()
+    pairs = np.array(means.index.tolist())
+    outcome = means.to_numpy(dtype=float)
+    draws = pair_share_bootstrap(outcome, pairs, weights)[:, 0]
+    return float(outcome.mean()), draws, len(np.unique(pairs))
+
+
+def ratio_interval(
+    first: tuple[float, np.ndarray, int], second: tuple[float, np.ndarray, int]
+) -> Interval:
+    """Return the ratio of two means, paired by draw, with its interval.
+
+    Raises:
+        ValueError: a second mean of 0.
+    """
+    if second[0] == 0:
+        raise ValueError("The ratio's denominator is 0: that edit changes nothing.")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        draws = first[1] / second[1]
+    return percentile_interval(first[0] / second[0], draws, n=first[2])
+
+
+def scale_and_rotate(
+    sample: Sample,
+    chosen: np.ndarray,
+    factors: Sequence[float],
+    blocks: Sequence[int],
+    *,
+    seed: int,
+    description: str | None = None,
+) -> pd.DataFrame:
+    """Return what h → c·h does, beside a random rotation that moves h equally far.
+
+    The rotation keeps the norm and turns h in the plane of itself and a random direction, one per
+    prompt, the same at all blocks and factors. For |c − 1| > 2 no rotation moves that far, and
+    there is none.
+
+    Args:
+        sample: the prompts.
+        chosen: which of them, by number.
+        factors: c, all positive; 1 changes nothing and is not run.
+        blocks: the blocks edited after.
+        seed: source of the random directions.
+        description: what a progress display calls this.
+
+    Returns:
+        A row per edit (`scaling`, `rotation`), factor, block and prompt: `edit`, `factor`,
+        `displacement` (in norms of h), `block`, `recipient`, `donor` (the same), and the measures
+        of `lib.readouts.distribution_measure`, the fitted temperature included.
+    """
+    wanted = [factor for factor in factors if factor != 1]
+    edits = {f"scaling {factor!r}": scale(factor) for factor in wanted}
+    for factor in wanted:
+        if abs(factor - 1) <= LONGEST_ROTATION:
+            edits[f"rotation {factor!r}"] = rotate_by_displacement(abs(factor - 1))
+    drawn = np.random.default_rng(seed).standard_normal((len(chosen), sample.decoder.d_model))
+    donors = torch.from_numpy(drawn).float()[None].expand(len(blocks), -1, -1)
+    tokens = sample.tokens
+    pairs = np.stack([np.arange(len(chosen))] * 2, axis=1)
+    frame = sweep_blocks(
+        sample.decoder,
+        [tokens[index] for index in chosen],
+        pairs,
+        edits,
+        positions="last",
+        donors=donors,
+        blocks=blocks,
+        measure=distribution_measure(sample.logits[chosen], pairs[:, 0], temperature=True),
+        description=description,
+    ).to_frame()
+    parts = frame["edit"].str.split(" ", expand=True)
+    doses = parts[1].astype(float)
+    return frame.assign(
+        edit=parts[0],
+        factor=doses,
+        displacement=(doses - 1).abs(),
+        recipient=chosen[frame["recipient"]],
+        donor=chosen[frame["donor"]],
+    )
+
+
+def temperature_share(table: pd.DataFrame, weights: np.ndarray, items: np.ndarray) -> pd.DataFrame:
+    """Return how much of the KL a temperature accounts for: 1 − Σ KL left / Σ KL.
+
+    Columns `edit`, `factor`, `block`, `estimate`, `low`, `high`, `n`, and the median fitted
+    `temperature`. Blocks where the edit changes next to nothing are left out.
+
+    Args:
+        table: from `scale_and_rotate`.
+        weights: `[n_draws, n_items]`.
+        items: the prompts' numbers, in the order of the columns of `weights`.
+    """
+    rows = []
+    for (edit, factor, block), part in table.groupby(["edit", "factor", "block"], sort=False):
+        part = part.set_index("recipient").loc[items]
+        whole, left = part["kl_nats"].to_numpy(), part["kl_left_nats"].to_numpy()
+        if whole.mean() < 1e-6:
+            continue
+        draws = 1 - (weights @ left) / (weights @ whole)
+        share = percentile_interval(1 - left.sum() / whole.sum(), draws, n=len(items))
+        middle = float(np.median(part["temperature"]))
+        rows.append((edit, factor, block, share.estimate, share.low, share.high, share.n, middle))
+    columns = ["edit", "factor", "block", "estimate", "low", "high", "n", "temperature"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def dose_table(
+    table: pd.DataFrame, value: str, weights: np.ndarray, items: np.ndarray
+) -> pd.DataFrame:
+    """Return the mean of one outcome by edit, factor and block, with intervals over prompts."""
+    rows = []
+    for (edit, factor, block), part in table.groupby(["edit", "factor", "block"], sort=False):
+        values = part.set_index("recipient").loc[items][value].to_numpy(dtype=float)
+        draws = (weights @ values) / weights.sum(axis=1)
+        mean = percentile_interval(float(values.mean()), draws, n=len(values))
+        rows.append((edit, factor, block, mean.estimate, mean.low, mean.high, mean.n))
+    columns = ["edit", "factor", "block", "estimate", "low", "high", "n"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def own_pairs(samples: Mapping[str, Sample]) -> dict[str, np.ndarray]:
+    """Return one donor for each usable prompt of each task: pairs that differ in answer."""
+    found = {}
+    for name, sample in samples.items():
+        assert sample.trial is not None
+        pairs = sample.trial.pairs(donors_per_prompt=1)
+        if len(pairs):
+            found[name] = pairs
+    return found
