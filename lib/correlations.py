@@ -60,27 +60,45 @@ def weighted_correlations(matrices: Sequence[ArrayLike], weights: FloatArray) ->
         matrices: Symmetric matrices ``[n_items, n_items]``; the diagonal is ignored.
         weights: ``[n_draws, n_items]``; a row of ones gives the estimate.
     """
+    n_matrices = len(matrices)
+    pairs = [(i, j) for i in range(n_matrices) for j in range(i, n_matrices)]
+    values = correlations_of_pairs(matrices, pairs, weights)
+    result = np.empty((len(weights), n_matrices, n_matrices))
+    for column, (i, j) in enumerate(pairs):
+        result[:, i, j] = result[:, j, i] = values[:, column]
+    return result
+
+
+def correlations_of_pairs(
+    matrices: Sequence[ArrayLike], pairs: Sequence[tuple[int, int]], weights: FloatArray
+) -> FloatArray:
+    """Return the correlations of the named pairs of matrices in each draw, ``[n_draws, n_pairs]``.
+
+    As `weighted_correlations`, which takes all pairs; cheaper where few are wanted.
+    """
     stack = np.stack([_off_diagonal(matrix) for matrix in matrices])
-    n_matrices, n_items, _ = stack.shape
+    _, n_items, _ = stack.shape
     if weights.shape[1] != n_items:
         raise ValueError(f"weights must be [n_draws, {n_items}]; got shape {weights.shape}.")
-
-    def pair_sum(matrix: FloatArray) -> FloatArray:
-        total: FloatArray = np.einsum("di,di->d", weights @ matrix, weights)
-        return total
-
     n_pairs = np.square(weights.sum(axis=1)) - np.square(weights).sum(axis=1)
-    means = np.stack([pair_sum(matrix) / n_pairs for matrix in stack])
-    products = np.empty((len(weights), n_matrices, n_matrices))
-    for i in range(n_matrices):
-        for j in range(i, n_matrices):
-            covariance = pair_sum(stack[i] * stack[j]) / n_pairs - means[i] * means[j]
-            products[:, i, j] = products[:, j, i] = covariance
-    variances = np.einsum("dii->di", products).copy()
-    variances[variances < 1e-12] = np.nan  # Of matrices whose variance over all pairs is 1.
-    scales = np.sqrt(variances)
-    result: FloatArray = np.clip(products / (scales[:, :, None] * scales[:, None, :]), -1, 1)
-    return result
+
+    def pair_mean(matrix: FloatArray) -> FloatArray:
+        total: FloatArray = np.einsum("di,di->d", weights @ matrix, weights)
+        return total / n_pairs
+
+    used = sorted({index for pair in pairs for index in pair})
+    means = {i: pair_mean(stack[i]) for i in used}
+    variances = {i: pair_mean(np.square(stack[i])) - np.square(means[i]) for i in used}
+    for values in variances.values():
+        values[values < 1e-12] = np.nan  # Of matrices whose variance over all pairs is 1.
+    result = np.empty((len(weights), len(pairs)))
+    for column, (i, j) in enumerate(pairs):
+        covariance = variances[i]
+        if i != j:
+            covariance = pair_mean(stack[i] * stack[j]) - means[i] * means[j]
+        result[:, column] = covariance / np.sqrt(variances[i] * variances[j])
+    clipped: FloatArray = np.clip(result, -1, 1)
+    return clipped
 
 
 def _off_diagonal(matrix: ArrayLike) -> FloatArray:
@@ -247,27 +265,17 @@ def mantel_tests(
         raise ValueError(
             f"alternative must be 'two-sided', 'greater' or 'less'; got {alternative!r}."
         )
-    if n_permutations < 1 or (given is not None and len(given) != len(firsts)):
-        raise ValueError("Need at least 1 permutation, and a given matrix for each first one.")
-    target = _unit_matrix(second, method)
-    fixed = [_unit_matrix(matrix, method) for matrix in [*firsts, *(given or [])]]
-    if any(matrix.shape != target.shape for matrix in fixed):
-        raise ValueError("All matrices must have one size, that of the second.")
-    upper = np.triu_indices(len(target), 1)
-    flat = np.stack([matrix[upper] for matrix in fixed])
-    null = _permuted_products(flat, target, n_permutations, rng)
-    observed = flat @ target[upper]
+    if n_permutations < 1:
+        raise ValueError(f"Need at least 1 permutation; got {n_permutations}.")
+    orders = np.stack([rng.permutation(len(np.asarray(second))) for _ in range(n_permutations)])
+    observed, null = permuted_correlations(firsts, second, orders, given=given, method=method)
     n_firsts = len(firsts)
-    if given is not None:
-        between = np.einsum("bp,bp->b", flat[:n_firsts], flat[n_firsts:])
-        observed = _partial(observed[:n_firsts], observed[n_firsts:], between)
-        null = _partial(null[:, :n_firsts], null[:, n_firsts:], between)
     return [
         MantelResult(
             correlation=float(observed[b]),
-            p_value=_permutation_p(observed[b], null[:, b], alternative),
+            p_value=permutation_p_value(observed[b], null[:, b], alternative),
             n_permutations=n_permutations,
-            n_items=len(target),
+            n_items=orders.shape[1],
             null_low=float(np.quantile(null[:, b], 0.025)),
             null_high=float(np.quantile(null[:, b], 0.975)),
             method=method,
@@ -275,6 +283,52 @@ def mantel_tests(
         )
         for b in range(n_firsts)
     ]
+
+
+def permuted_correlations(
+    firsts: Sequence[ArrayLike],
+    second: ArrayLike,
+    orders: NDArray[np.int64],
+    *,
+    given: Sequence[ArrayLike] | None = None,
+    method: Method = "spearman",
+) -> tuple[FloatArray, FloatArray]:
+    """Return the correlations of several matrices with one, and the same under given permutations.
+
+    What `mantel_tests` is made of, for a statistic that joins several of them (their mean over
+    templates, say).
+
+    Args:
+        firsts: Dissimilarity matrices ``[n_items, n_items]``.
+        second: The one whose items are permuted.
+        orders: A permutation of the items in each row, ``[n_permutations, n_items]``.
+        given: A matrix to be partialled out, one for each of ``firsts``.
+        method: Ranks or values.
+
+    Returns:
+        ``[n_firsts]`` and ``[n_permutations, n_firsts]``.
+
+    Raises:
+        ValueError: As `mantel_test`.
+    """
+    if given is not None and len(given) != len(firsts):
+        raise ValueError(f"Need a given matrix for each of {len(firsts)}; got {len(given)}.")
+    target = _unit_matrix(second, method)
+    fixed = [_unit_matrix(matrix, method) for matrix in [*firsts, *(given or [])]]
+    if any(matrix.shape != target.shape for matrix in fixed) or orders.shape[1] != len(target):
+        raise ValueError("All matrices and permutations must have one size, that of the second.")
+    upper = np.triu_indices(len(target), 1)
+    flat = np.stack([matrix[upper] for matrix in fixed])
+    null = _permuted_products(flat, target, orders)
+    observed = flat @ target[upper]
+    n_firsts = len(firsts)
+    if given is None:
+        return observed, null
+    between = np.einsum("bp,bp->b", flat[:n_firsts], flat[n_firsts:])
+    return (
+        _partial(observed[:n_firsts], observed[n_firsts:], between),
+        _partial(null[:, :n_firsts], null[:, n_firsts:], between),
+    )
 
 
 def _unit_matrix(matrix: ArrayLike, method: Method) -> FloatArray:
@@ -286,21 +340,20 @@ def _unit_matrix(matrix: ArrayLike, method: Method) -> FloatArray:
 
 
 def _permuted_products(
-    fixed: FloatArray, target: FloatArray, n_permutations: int, rng: np.random.Generator
+    fixed: FloatArray, target: FloatArray, orders: NDArray[np.int64]
 ) -> FloatArray:
     """Return the correlations with the permuted target, ``[n_permutations, n_fixed]``."""
-    n_items = len(target)
+    n_permutations, n_items = orders.shape
     rows, columns = np.triu_indices(n_items, 1)
     flat = target.ravel()
     result = np.empty((n_permutations, len(fixed)))
     shuffled = np.empty((_PERMUTATIONS_AT_ONCE, len(rows)))
     for start in range(0, n_permutations, _PERMUTATIONS_AT_ONCE):
-        n_here = min(_PERMUTATIONS_AT_ONCE, n_permutations - start)
-        for k in range(n_here):
-            order = rng.permutation(n_items)
+        chunk = orders[start : start + _PERMUTATIONS_AT_ONCE]
+        for k, order in enumerate(chunk):
             # "clip" spares a copy: the default mode buffers the output, at several times the cost.
             np.take(flat, order[rows] * n_items + order[columns], out=shuffled[k], mode="clip")
-        result[start : start + n_here] = (fixed @ shuffled[:n_here].T).T
+        result[start : start + len(chunk)] = (fixed @ shuffled[: len(chunk)].T).T
     return result
 
 
@@ -312,7 +365,10 @@ def _partial(r_first: FloatArray, r_given: FloatArray, between: FloatArray) -> F
     return partial_correlation(np.moveaxis(np.array(rows), (0, 1), (-2, -1)))
 
 
-def _permutation_p(observed: float, null: FloatArray, alternative: Alternative) -> float:
+def permutation_p_value(
+    observed: float, null: FloatArray, alternative: Alternative = "two-sided"
+) -> float:
+    """Return (1 + b) / (1 + N), b of the N values under permutation at least as extreme."""
     tolerance = 1e-12  # The same permutation must not lose to itself by rounding.
     if alternative == "two-sided":
         extreme = np.abs(null) >= abs(observed) - tolerance
