@@ -55,6 +55,7 @@ def exchange_in_contexts(
 ) -> pd.DataFrame:
     """Return the same for contexts; the answer is the argmax over the full vocabulary."""
     frame = _exchange(sample, pairs, blocks, [], description).to_frame().assign(task=sample.task)
+    assert sample.logits is not None
     own = sample.logits.argmax(-1).numpy()
     source, target = own[frame["recipient"].to_numpy()], own[frame["donor"].to_numpy()]
     after = frame["argmax"].to_numpy().astype(int)
@@ -72,6 +73,7 @@ def _exchange(
     read_ids: Sequence[int],
     description: str | None,
 ) -> Sweep:
+    assert sample.logits is not None
     return sweep_blocks(
         sample.decoder,
         sample.tokens,
@@ -189,6 +191,7 @@ def scale_and_rotate(
         `displacement` (in norms of h), `block`, `recipient`, `donor` (the same), and the measures
         of `lib.readouts.distribution_measure`, the fitted temperature included.
     """
+    assert sample.logits is not None
     wanted = [factor for factor in factors if factor != 1]
     edits = {f"scaling {factor!r}": scale(factor) for factor in wanted}
     for factor in wanted:

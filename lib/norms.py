@@ -39,7 +39,7 @@ class Sample:
             and `answer`).
         usable: which prompts are analysed `[n_prompts]`.
         states: residual stream at the last token `[n_blocks, n_prompts, d_model]`.
-        logits: next-token logits `[n_prompts, d_vocab]`.
+        logits: next-token logits `[n_prompts, d_vocab]`, or None where they were not asked for.
         trial: the task and what counts as each prompt's answer; None for contexts.
     """
 
@@ -48,7 +48,7 @@ class Sample:
     prompts: pd.DataFrame
     usable: np.ndarray
     states: Tensor
-    logits: Tensor
+    logits: Tensor | None
     trial: Trial | None = None
 
     @property
@@ -73,6 +73,31 @@ def read_contexts(decoder: Decoder, *, description: str | None = None) -> Sample
     prompts = load_contexts()
     prompts["tokens"] = pd.Series(tokenize(decoder, prompts["context"].tolist()))
     return _read(CONTEXTS, decoder, prompts, description)
+
+
+def read_tokens(decoder: Decoder, *, seed: int, description: str | None = None) -> Sample:
+    """Return one token from inside each context, no token of the vocabulary twice.
+
+    Contexts often end in the same word, which leaves little of token frequency to vary. So a
+    position from 1 on is drawn in each context, in random order, among those whose token has not
+    been drawn yet; a context without one is left out. A state depends on nothing that follows, so
+    the context is cut there.
+    """
+    rng = np.random.default_rng(seed)
+    prompts = load_contexts()
+    prompts["tokens"] = pd.Series(tokenize(decoder, prompts["context"].tolist()))
+    seen: set[int] = set()
+    cuts: dict[int, list[int]] = {}
+    for row in rng.permutation(len(prompts)).tolist():
+        tokens = prompts["tokens"].iloc[row]
+        free = [at for at in range(1, len(tokens)) if tokens[at] not in seen]
+        if free:
+            at = int(rng.choice(free))
+            seen.add(tokens[at])
+            cuts[row] = tokens[: at + 1]
+    chosen = prompts.loc[sorted(cuts)].reset_index(drop=True)
+    chosen["tokens"] = pd.Series([cuts[row] for row in sorted(cuts)])
+    return _read("tokens", decoder, chosen, description, logits=False)
 
 
 def read_tasks(decoder: Decoder) -> tuple[dict[str, Sample], pd.DataFrame]:
@@ -105,6 +130,7 @@ def read_twin_tasks(twin: Decoder, samples: Mapping[str, Sample]) -> dict[str, S
         trial = samples[name].trial
         assert trial is not None
         sample = _read(name, twin, trial.task.prompts)
+        assert sample.logits is not None
         own = sample.logits[:, trial.task.answer_ids.tolist()].argmax(-1).numpy()
         found[name] = _with_trial(sample, trial.task, own, samples[name].usable, own_choice=True)
     return found
@@ -113,13 +139,19 @@ def read_twin_tasks(twin: Decoder, samples: Mapping[str, Sample]) -> dict[str, S
 def _with_trial(
     sample: Sample, task: Task, target: np.ndarray, usable: np.ndarray, *, own_choice: bool
 ) -> Sample:
+    assert sample.logits is not None
     closed = sample.logits[:, task.answer_ids.tolist()].numpy()
     trial = Trial(task, sample.decoder, target, usable, own_choice, closed)
     return replace(sample, usable=usable, trial=trial)
 
 
 def _read(
-    task: str, decoder: Decoder, prompts: pd.DataFrame, description: str | None = None
+    task: str,
+    decoder: Decoder,
+    prompts: pd.DataFrame,
+    description: str | None = None,
+    *,
+    logits: bool = True,
 ) -> Sample:
     if (short := prompts["tokens"].map(len) < 2).any():
         raise ValueError(
@@ -127,9 +159,8 @@ def _read(
             "sink that is never analysed. Leave it out."
         )
     read = extract_residuals(
-        decoder, prompts["tokens"].tolist(), logits=True, description=description
+        decoder, prompts["tokens"].tolist(), logits=logits, description=description
     )
-    assert read.logits is not None
     usable = np.ones(len(prompts), dtype=bool)
     return Sample(task, decoder, prompts, usable, read.states, read.logits)
 
@@ -164,28 +195,31 @@ def norm_growth(sample: Sample, weights: FloatArray) -> pd.DataFrame:
 # --- what it carries -----------------------------------------------------------------------------
 
 
-def decode_context(sample: Sample, blocks: Sequence[int], *, seed: int) -> dict[str, Decoding]:
+def decode_contexts(
+    contexts: Sample, tokens: Sample, blocks: Sequence[int], *, seed: int
+) -> dict[str, Decoding]:
     """Return what log r alone tells of a context: kind of text, position, token frequency.
 
-    Position is that of the last token, so the context's length. Frequency is the last token's
-    number in the vocabulary: byte-pair merges are numbered in the order of their counts in the
-    tokenizer's corpus. Both in thirds of the sample. For frequency, contexts that end in the same
-    token share a fold.
+    Kind and position are read at the last token, whose position is the context's length.
+    Frequency is read at the tokens of `read_tokens`: a token's number in the vocabulary stands for
+    it, since byte-pair merges are numbered in the order of their counts in the tokenizer's corpus.
+    Position and frequency are decoded as thirds of the sample.
     """
-    rows = sample.prompts[sample.usable]
-    last = rows["tokens"].map(lambda ids: ids[-1]).to_numpy()
-    number = np.arange(len(rows))
     plans = {
-        "kind of text": (rows["kind"].to_numpy(), number),
-        "position": (thirds(rows["tokens"].map(len)), number),
-        "token frequency": (thirds(last), last),
+        "kind of text": (contexts, contexts.prompts["kind"].to_numpy()),
+        "position": (contexts, thirds(contexts.prompts["tokens"].map(len))),
+        "token frequency": (tokens, thirds(tokens.prompts["tokens"].map(lambda ids: ids[-1]))),
     }
-    values = sample.log_norms[list(blocks)][:, sample.usable]
     return {
         name: decode_attribute(
-            name, values, labels, groups, blocks=blocks, rng=np.random.default_rng([seed, index])
+            name,
+            sample.log_norms[list(blocks)],
+            labels,
+            np.arange(len(labels)),
+            blocks=blocks,
+            rng=np.random.default_rng([seed, index]),
         )
-        for index, (name, (labels, groups)) in enumerate(plans.items())
+        for index, (name, (sample, labels)) in enumerate(plans.items())
     }
 
 
@@ -301,6 +335,7 @@ def relate_norms(
         return None
     strata, weights = strata[kept], weights[:, kept]
     rows = np.flatnonzero(sample.usable)[kept]
+    assert sample.logits is not None
     prediction = jeffreys_of_logits(sample.logits[rows].numpy())
     states = sample.states[list(blocks)][:, rows].numpy()
     weights = np.concatenate([np.ones((1, len(rows))), weights])
