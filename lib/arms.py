@@ -288,7 +288,7 @@ def _key(decoder: Decoder) -> str:
 
 
 def _normaliser(logits: Tensor, _pair: Tensor) -> dict[str, Tensor]:
-    return {"normaliser": logits.double().logsumexp(-1)}
+    return {"normaliser": logits.logsumexp(-1)}
 
 
 def _positions(task: Task, site: Site, template: int) -> np.ndarray:

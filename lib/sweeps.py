@@ -124,7 +124,8 @@ def sweep_blocks(
     logits = np.empty(shape, dtype=np.float32)
     clean = np.empty((len(pairs), len(read_ids)), dtype=np.float32)
     measures: dict[str, np.ndarray] = {}
-    groups = list(_recipient_groups(prompts, where, pairs[:, 0], batch_tokens))
+    n_rows = len(edits) * len(wanted) * int(np.bincount(pairs[:, 0]).max())
+    groups = list(_recipient_groups(prompts, where, pairs[:, 0], n_rows, batch_tokens))
     shared = _replay_is_exact(decoder, prompts, where, groups[0], donors, pairs, edits, wanted)
     for group in track(groups, description) if description else groups:
         prefix = _run(decoder, prompts, where, group.recipients, shared)
@@ -158,14 +159,20 @@ class _Rows:
 
 
 def _recipient_groups(
-    prompts: Sequence[Sequence[int]], where: np.ndarray, recipients: np.ndarray, batch_tokens: int
+    prompts: Sequence[Sequence[int]],
+    where: np.ndarray,
+    recipients: np.ndarray,
+    n_rows: int,
+    batch_tokens: int,
 ) -> Iterator[_Group]:
+    """Yield groups of recipients of `n_rows` rows at most, as many as `batch_tokens` allows."""
     unique = np.unique(recipients)
     layout = [(len(prompts[r]), *where[r].tolist()) for r in unique]
     for key in sorted(set(layout)):
         members = unique[[entry == key for entry in layout]]
         row_length = key[0] - min(key[1:])
-        size = max(1, batch_tokens // max(MAX_ROW_TOKENS, row_length))
+        most = max(row_length, min(n_rows * row_length, MAX_ROW_TOKENS))
+        size = max(1, batch_tokens // most)
         for start in range(0, len(members), size):
             chosen = members[start : start + size]
             columns = [np.flatnonzero(recipients == r) for r in chosen]
