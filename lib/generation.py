@@ -1,0 +1,194 @@
+"""Generation: steer a decoder while it writes, with its cache of keys and values on.
+
+An edit is tied to positions in each prompt. Whichever tokens a forward pass brings (a whole batch
+of left-padded prompts, or one new token after a cache), only those positions are edited, once.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lib.extraction import check_blocks
+from lib.interventions import Edit
+from lib.models import Decoder, untuple
+
+Positions = Sequence[int | Sequence[int] | range]
+
+
+@contextlib.contextmanager
+def steer(
+    decoder: Decoder, block: int, edit: Edit, donor: Tensor, positions: Positions
+) -> Iterator[None]:
+    """Edit the residual stream after `block` at given positions, in every pass inside the context.
+
+    It works with `generate` below, with the model's own `generate` (greedy or sampled, one sequence
+    a prompt) and with plain forward passes, with or without a cache. Hooks leave with the context,
+    after an exception too.
+
+    Args:
+        decoder: the model.
+        block: after which block to edit.
+        edit: a function of states and donors `[n, d_model]`, such as `lib.steering.rotation(40)`.
+        donor: what the edit takes: `[d_model]` for all prompts or `[n_prompts, d_model]`.
+        positions: for each prompt of the batch one position, or several, counted from its first
+            token, padding left out. Positions at or after the prompt's end are those of generated
+            tokens: `range(len(prompt), 10**6)` steers all of them.
+
+    Raises:
+        ValueError: a block that does not exist, a donor of another shape, a negative position; on a
+            pass whose number of rows is not the number of prompts; on leaving, a position that no
+            pass reached (ranges excepted), so that no edit does nothing unnoticed.
+    """
+    check_blocks(decoder, [block])
+    wanted = [_position_set(entry) for entry in positions]
+    if not wanted:
+        raise ValueError("No positions were given; give one entry for each prompt.")
+    vectors = donor.expand(len(wanted), -1) if donor.dim() == 1 else donor
+    if tuple(vectors.shape) != (len(wanted), decoder.d_model):
+        raise ValueError(
+            f"The donor has shape {tuple(donor.shape)}; expected [{decoder.d_model}] or "
+            f"[{len(wanted)} prompts, {decoder.d_model}]."
+        )
+    first_column: list[int] = [0]
+    padding: list[int] = [0] * len(wanted)
+    reached: set[tuple[int, int]] = set()
+
+    def note_pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = {
+            **dict(zip(inspect.signature(module.forward).parameters, args, strict=False)),
+            **kwargs,
+        }
+        cache = named.get("past_key_values")
+        first_column[0] = 0 if cache is None else int(cache.get_seq_length())
+        padding[:] = _left_padding(named.get("attention_mask"), len(wanted))
+
+    def change(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        states = untuple(output)
+        if states.shape[0] != len(wanted):
+            raise ValueError(
+                f"A pass brings {states.shape[0]} rows, but positions were given for {len(wanted)} "
+                "prompts; give one entry for each row."
+            )
+        hits = [
+            (row, column)
+            for row, chosen in enumerate(wanted)
+            for column in range(states.shape[1])
+            if first_column[0] + column - padding[row] in chosen
+        ]
+        if not hits:
+            return None  # a hook that returns anything else would replace the output
+        reached.update((row, first_column[0] + column - padding[row]) for row, column in hits)
+        rows, columns = (
+            torch.tensor(axis, device=states.device) for axis in zip(*hits, strict=True)
+        )
+        changed = states.clone()
+        given = vectors.to(states)[rows]
+        changed[rows, columns] = edit(states[rows, columns], given).to(states)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    # Both, since either may be what is called, and OPT's causal model passes its base model by.
+    entries = dict.fromkeys([decoder.model, decoder.model.base_model])
+    handles = [one.register_forward_pre_hook(note_pass, with_kwargs=True) for one in entries]
+    handles.append(decoder.blocks[block].register_forward_hook(change))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    for row, chosen in enumerate(wanted):
+        if isinstance(chosen, frozenset) and (
+            missed := [p for p in chosen if (row, p) not in reached]
+        ):
+            raise ValueError(
+                f"Position {min(missed)} of prompt {row} was in no pass, so nothing was edited; "
+                "positions count from 0 at the prompt's first token."
+            )
+
+
+def generate(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], n_new_tokens: int, *, use_cache: bool = True
+) -> list[list[int]]:
+    """Return the greedy continuation of each prompt, up to the model's end-of-text token.
+
+    Prompts of different lengths share a batch: they are padded on the left, and position ids count
+    from each prompt's first token. Inside `steer` the edit takes part.
+
+    Args:
+        decoder: the model.
+        prompts: token ids.
+        n_new_tokens: most tokens to add.
+        use_cache: keep keys and values between tokens; without, every token recomputes the whole
+            text, which is slower and must give the same.
+
+    Raises:
+        ValueError: no prompts, an empty prompt, or no tokens to add.
+    """
+    if not prompts or min(len(prompt) for prompt in prompts) == 0 or n_new_tokens < 1:
+        raise ValueError(
+            f"Expected prompts of at least one token and n_new_tokens ≥ 1; got {len(prompts)} "
+            f"prompts, {n_new_tokens} new tokens."
+        )
+    longest = max(len(prompt) for prompt in prompts)
+    pad = [[0] * (longest - len(prompt)) for prompt in prompts]
+    text = torch.tensor([p + list(prompt) for p, prompt in zip(pad, prompts, strict=True)])
+    mask = torch.tensor([p + [1] * len(t) for p, t in zip(pad, prompts, strict=True)])
+    text, mask = text.to(decoder.device), mask.to(decoder.device)
+    fresh, cache = text, None
+    with torch.inference_mode():
+        for _ in range(n_new_tokens):
+            output = decoder.model(
+                input_ids=fresh,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=use_cache,
+                **_position_ids(decoder, mask, fresh.shape[1]),
+            )
+            best = output.logits[:, -1].argmax(-1, keepdim=True)
+            text = torch.cat([text, best], dim=1)
+            mask = torch.cat([mask, torch.ones_like(best)], dim=1)
+            cache = output.past_key_values if use_cache else None
+            fresh = best if use_cache else text
+    ends = _end_tokens(decoder)
+    written = text[:, longest:].tolist()
+    return [row[: next((i for i, t in enumerate(row) if t in ends), len(row))] for row in written]
+
+
+def _position_set(entry: int | Sequence[int] | range) -> range | frozenset[int]:
+    chosen = [entry] if isinstance(entry, int) else entry
+    if (
+        len(chosen)
+        and min(chosen[0], chosen[-1], *([] if isinstance(chosen, range) else chosen)) < 0
+    ):
+        raise ValueError(
+            f"Position {min(chosen)} does not exist; positions count from 0 at a prompt's first "
+            "token."
+        )
+    return chosen if isinstance(chosen, range) else frozenset(int(place) for place in chosen)
+
+
+def _left_padding(mask: Tensor | None, n_rows: int) -> list[int]:
+    """Return how many places each row's first token stands from the left."""
+    if mask is None:
+        return [0] * n_rows
+    if mask.dim() != 2:
+        raise ValueError(
+            f"The attention mask has {mask.dim()} dimensions; steering reads the padding from a "
+            "mask [n_prompts, length]."
+        )
+    return mask.long().argmax(-1).tolist()
+
+
+def _position_ids(decoder: Decoder, mask: Tensor, n_fresh: int) -> dict[str, Tensor]:
+    """Return the position ids of the last `n_fresh` tokens, if the model takes any."""
+    if "position_ids" not in inspect.signature(decoder.model.forward).parameters:
+        return {}
+    return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -n_fresh:]}
+
+
+def _end_tokens(decoder: Decoder) -> set[int]:
+    found = getattr(decoder.model.generation_config, "eos_token_id", None)
+    return set(found) if isinstance(found, list) else {int(found)} if found is not None else set()

@@ -1,0 +1,160 @@
+"""Steering while the model writes: only where asked, with or without cache, alone or in a batch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from oracle import block_states
+from torch import Tensor
+
+from lib.extraction import extract_residuals
+from lib.generation import generate, steer
+from lib.models import Decoder
+from lib.steering import rotate, rotation, stretching
+
+PROMPTS = [[5, 9, 12, 33], [7, 21], [40, 8, 3, 17, 25, 30, 11]]
+BLOCK, N_NEW = 1, 6
+EVERY = 10**6
+
+
+def target_of(decoder: Decoder) -> Tensor:
+    return torch.randn(decoder.d_model, generator=torch.Generator().manual_seed(5))
+
+
+def logits(decoder: Decoder, prompt: Sequence[int]) -> Tensor:
+    with torch.no_grad():
+        return decoder.model(torch.tensor([list(prompt)]), use_cache=False).logits[0]
+
+
+def plain_steered(decoder: Decoder, prompt: Sequence[int], positions: Any, n_new: int) -> list[int]:
+    """One prompt, no cache, no lib: each token recomputes the text, edited by position."""
+    target, text = target_of(decoder), list(prompt)
+
+    def change(_module: Any, _inputs: Any, output: Any) -> Any:
+        hidden = (output[0] if isinstance(output, tuple) else output).clone()
+        for place in positions:
+            if place < hidden.shape[1]:
+                hidden[0, place] = rotate(hidden[0, place], target, 120)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = decoder.blocks[BLOCK].register_forward_hook(change)
+    for _ in range(n_new):
+        text.append(int(logits(decoder, text)[-1].argmax()))
+    handle.remove()
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("where", ["last of prompt", "generated", "both"])
+def test_steered_generation_equals_recomputing_without_a_cache(
+    decoder: Decoder, where: str
+) -> None:
+    decoder.model.generation_config.eos_token_id = None
+    positions = [
+        {
+            "last of prompt": [len(p) - 1],
+            "generated": range(len(p), EVERY),
+            "both": range(len(p) - 1, EVERY),
+        }[where]
+        for p in PROMPTS
+    ]
+    with steer(decoder, BLOCK, rotation(120), target_of(decoder), positions):
+        batched = generate(decoder, PROMPTS, N_NEW)
+    with steer(decoder, BLOCK, rotation(120), target_of(decoder), positions):
+        uncached = generate(decoder, PROMPTS, N_NEW, use_cache=False)
+    alone = [
+        plain_steered(decoder, prompt, [p for p in range(64) if p in chosen], N_NEW)
+        for prompt, chosen in zip(PROMPTS, positions, strict=True)
+    ]
+    assert batched == alone
+    assert uncached == alone
+    assert batched != generate(decoder, PROMPTS, N_NEW)
+
+
+def test_batched_prompts_of_different_lengths_equal_single_ones(decoder: Decoder) -> None:
+    single = [generate(decoder, [prompt], N_NEW)[0] for prompt in PROMPTS]
+    assert generate(decoder, PROMPTS, N_NEW) == single
+
+
+def test_each_prompt_gets_its_own_donor(llama: Decoder) -> None:
+    donors = torch.randn(3, llama.d_model, generator=torch.Generator().manual_seed(8))
+    places = [len(prompt) - 1 for prompt in PROMPTS]
+    with steer(llama, BLOCK, rotation(120), donors, places):
+        batched = generate(llama, PROMPTS, N_NEW)
+    for prompt, donor, place, expected in zip(PROMPTS, donors, places, batched, strict=True):
+        with steer(llama, BLOCK, rotation(120), donor, [place]):
+            assert generate(llama, [prompt], N_NEW) == [expected]
+
+
+def test_the_edit_applies_to_the_positions_asked_for_and_to_no_other(decoder: Decoder) -> None:
+    prompt = PROMPTS[2]
+    clean = block_states(decoder.model, decoder.blocks, prompt)
+    target = target_of(decoder)
+    with steer(decoder, BLOCK, rotation(60), target, [[2, 4]]):
+        edited = torch.stack(
+            [
+                extract_residuals(decoder, [prompt], positions=[p], blocks=[BLOCK]).states[0, 0]
+                for p in range(len(prompt))
+            ]
+        )
+    for place in range(len(prompt)):
+        state = clean[BLOCK, place]
+        expected = rotate(state, target, 60) if place in (2, 4) else state
+        torch.testing.assert_close(edited[place], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_models_own_generate_is_steered_too(llama: Decoder) -> None:
+    llama.model.generation_config.eos_token_id = None
+    prompt = PROMPTS[0]
+    with steer(llama, BLOCK, rotation(120), target_of(llama), [range(len(prompt), EVERY)]):
+        theirs = llama.model.generate(
+            torch.tensor([prompt]), max_new_tokens=N_NEW, do_sample=False, pad_token_id=0
+        )[0, len(prompt) :].tolist()
+    assert theirs == plain_steered(llama, prompt, range(len(prompt), 64), N_NEW)
+
+
+def test_leaving_the_context_restores_the_logits_bit_for_bit(decoder: Decoder) -> None:
+    before = logits(decoder, PROMPTS[0])
+    with steer(decoder, BLOCK, stretching(60), target_of(decoder), [[2]]):
+        assert not torch.equal(logits(decoder, PROMPTS[0]), before)
+    assert torch.equal(logits(decoder, PROMPTS[0]), before)
+    with (
+        pytest.raises(RuntimeError, match="on purpose"),
+        steer(decoder, BLOCK, stretching(60), target_of(decoder), [[2]]),
+    ):
+        raise RuntimeError("on purpose")
+    assert torch.equal(logits(decoder, PROMPTS[0]), before)
+
+
+def test_generation_stops_at_the_end_of_text(llama: Decoder) -> None:
+    llama.model.generation_config.eos_token_id = None
+    free = generate(llama, [PROMPTS[0]], N_NEW)[0]
+    llama.model.generation_config.eos_token_id = [free[2]]
+    try:
+        stopped = generate(llama, [PROMPTS[0]], N_NEW)[0]
+    finally:
+        llama.model.generation_config.eos_token_id = None
+    assert stopped == free[: free.index(free[2])]
+
+
+def test_what_cannot_be_steered_is_refused_in_one_line(llama: Decoder) -> None:
+    target = target_of(llama)
+
+    def attempt(block: int = BLOCK, donor: Tensor = target, positions: Any = (1,)) -> None:
+        with steer(llama, block, rotation(20), donor, positions):
+            logits(llama, PROMPTS[0])
+
+    for call, message in (
+        (lambda: attempt(block=99), "Block 99 does not exist"),
+        (lambda: attempt(donor=target[:-1]), "expected \\[32\\]"),
+        (lambda: attempt(donor=target.expand(2, -1)), "\\[1 prompts, 32\\]"),
+        (lambda: attempt(positions=[[-1]]), "Position -1 does not exist"),
+        (lambda: attempt(positions=[[1, 9]]), "Position 9 of prompt 0 was in no pass"),
+        (lambda: attempt(positions=[1, 2]), "1 rows, but positions were given for 2"),
+        (lambda: attempt(positions=[]), "No positions"),
+        (lambda: generate(llama, [], 3), "got 0 prompts"),
+        (lambda: generate(llama, [[1], []], 3), "at least one token"),
+    ):
+        with pytest.raises(ValueError, match=message) as raised:
+            call()
+        assert "\n" not in str(raised.value)
