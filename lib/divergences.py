@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -59,13 +62,14 @@ def jeffreys_of_logits(logits: ArrayLike) -> FloatArray:
 
 
 def lens_divergences(
-    decoder: Decoder, states: ArrayLike, *, description: str | None = None
+    decoder: Decoder, states: Sequence[Any], *, description: str | None = None
 ) -> FloatArray:
     """Return J_ℓ, the Jeffreys divergence of the logit lens at every block, in nats.
 
     Args:
         decoder: the model, of which the final norm and the unembedding are used.
-        states: ``[n_blocks, n_items, d_model]``, as `lib.extraction.extract_residuals` returns.
+        states: tensor ``[n_blocks, n_items, d_model]``, as `lib.extraction.extract_residuals`
+            returns it.
         description: what a progress display calls this; None shows none.
 
     Returns:
@@ -74,6 +78,6 @@ def lens_divergences(
     Raises:
         ValueError: As `jeffreys_of_logits`.
     """
-    blocks = list(states)  # type: ignore[arg-type]
+    blocks = list(states)
     shown = track(blocks, description) if description else blocks
     return np.stack([jeffreys_of_logits(logit_lens(decoder, block).numpy()) for block in shown])

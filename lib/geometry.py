@@ -207,18 +207,16 @@ class Geometry:
             self,
             items=self.items.select(kept, task=task),
             states=self.states[:, rows],
-            **{
-                name: np.stack([block[square] for block in getattr(self, name)])
-                for name in ("angle", "distance", "norm", "lens")
-            },
+            angle=self.angle[:, square[0], square[1]],
+            distance=self.distance[:, square[0], square[1]],
+            norm=self.norm[:, square[0], square[1]],
+            lens=self.lens[:, square[0], square[1]],
             prediction=self.prediction[square],
             predicted=self.predicted[rows],
         )
 
 
-def measure_geometry(
-    decoder: Decoder, items: Items, *, description: str | None = None
-) -> Geometry:
+def measure_geometry(decoder: Decoder, items: Items, *, description: str | None = None) -> Geometry:
     """Return all dissimilarity matrices of the items' last tokens, at every block.
 
     Args:
@@ -239,7 +237,7 @@ def measure_geometry(
     assert residuals.logits is not None
     states, logits = residuals.states.numpy(), residuals.logits.numpy()
     lens = lens_divergences(
-        decoder, residuals.states, description=description and f"{description}: logit lens"
+        decoder, list(residuals.states), description=description and f"{description}: logit lens"
     )
     return Geometry(
         items=items,
