@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
+from scipy.special import softmax
 from torch import Tensor
 
 from lib.extraction import Positions, extract_residuals
@@ -76,7 +77,7 @@ class ArmOutcome:
         recovered: recovered logit difference: 0 as unedited, 1 as the donor's own prompt.
         probability_change: change of the donor's answer's probability over the full vocabulary;
             empty unless asked for.
-        largest_shift: largest change of any answer's logit.
+        largest_shift: largest change of any answer's probability within the closed set.
     """
 
     pairs: np.ndarray
@@ -328,7 +329,7 @@ def _judge_pairs(
         probability_change=probability - _clean_probability(trial, recipient, target)
         if np.isfinite(normaliser).all()
         else np.empty((0, len(pairs))),
-        largest_shift=np.abs(logits - clean).max(-1),
+        largest_shift=np.abs(softmax(logits, axis=-1) - softmax(clean, axis=-1)).max(-1),
     )
 
 

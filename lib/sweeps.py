@@ -112,7 +112,7 @@ def sweep_blocks(
     where = _position_table(prompts, positions)
     pairs = _check_pairs(pairs, len(prompts), donors)
     if donors is None:
-        donors = _own_states(decoder, prompts, where, wanted)
+        donors = _own_states(decoder, prompts, where, wanted, np.unique(pairs[:, 1]))
     donors = donors if donors.dim() == 4 else donors[:, :, None]
     expected = (len(wanted), where.shape[1], decoder.d_model)
     if (donors.shape[0], donors.shape[2], donors.shape[3]) != expected:
@@ -293,13 +293,19 @@ def _replay_is_exact(
 
 
 def _own_states(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], where: np.ndarray, wanted: tuple[int, ...]
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    where: np.ndarray,
+    wanted: tuple[int, ...],
+    used: np.ndarray,
 ) -> Tensor:
-    states = [
-        extract_residuals(decoder, prompts, positions=column, blocks=wanted).states
-        for column in where.T
-    ]
-    return torch.stack(states, dim=2)
+    """Return the states of the prompts that serve as donors; those of the others are zero."""
+    states = torch.zeros(len(wanted), len(prompts), where.shape[1], decoder.d_model)
+    chosen = [prompts[index] for index in used]
+    for place, column in enumerate(where.T):
+        found = extract_residuals(decoder, chosen, positions=column[used], blocks=wanted)
+        states[:, used, place] = found.states
+    return states
 
 
 def _position_table(

@@ -27,6 +27,7 @@ from lib.tasks import gate, load_task, task_names
 from lib.transitions import Transition, compare_shapes
 
 CURVE_COLUMNS = ["model", "untrained", "task", "curve", "block", "estimate", "low", "high", "n"]
+CONTROLS = ("self-donor", "same answer", "random direction")
 Outcomes = Mapping[str, Mapping[Arm, ArmOutcome]]
 
 
@@ -98,11 +99,13 @@ def measure_arms(
     }
 
 
-def measure_steering(trials: Mapping[str, Trial]) -> dict[str, dict[Arm, ArmOutcome]]:
+def measure_steering(
+    trials: Mapping[str, Trial], *, templates: Sequence[int] = (0,)
+) -> dict[str, dict[Arm, ArmOutcome]]:
     """Return centroid steering in both arms, fitted on other templates, one donor a prompt."""
     outcomes: dict[str, dict[Arm, ArmOutcome]] = {}
     for name, trial in trials.items():
-        pairs = _choose(trial, None, donors_per_prompt=1)
+        pairs = _choose(trial, templates, donors_per_prompt=1)
         pairs = pairs[has_counterparts(trial, pairs)]
         if len(pairs) == 0:
             continue
@@ -143,9 +146,7 @@ def measure_control(
             same = control == "same answer"
             chosen = _choose(trial, templates, donors_per_prompt=1, same_answer=same)
         else:
-            raise ValueError(
-                f"Unknown control {control!r}; choose self-donor, same answer or random direction."
-            )
+            raise ValueError(f"Unknown control {control!r}; choose one of {', '.join(CONTROLS)}.")
         if len(chosen) == 0:
             continue
         outcomes[name] = {
@@ -159,6 +160,13 @@ def measure_control(
             for arm, site in ARMS.items()
         }
     return outcomes
+
+
+def measure_controls(
+    trials: Mapping[str, Trial], *, seed: int = 0
+) -> dict[str, dict[str, dict[Arm, ArmOutcome]]]:
+    """Return all controls of `measure_control` by name."""
+    return {name: measure_control(trials, name, seed=seed) for name in CONTROLS}
 
 
 def measure_routing(
