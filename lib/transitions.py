@@ -27,6 +27,8 @@ SMALLEST_CHANGE = 0.2
 _START_SCALES = 12
 _STEPS = 40
 _DAMPING = 1e-3
+_STIFFEST = 1e3  # no step this short gained anything: at the minimum
+_GAIN = 1e-9  # of the squared error: a step that gains less is the last
 
 
 @dataclass(frozen=True)
@@ -129,26 +131,30 @@ def _start(rows: FloatArray, falling: bool, below: FloatArray, above: FloatArray
 def _refine(
     rows: FloatArray, start: FloatArray, falling: bool, below: FloatArray, above: FloatArray
 ) -> FloatArray:
-    """Return the parameters after damped Gauss-Newton steps within the bounds, row by row."""
+    """Return the parameters after damped Gauss-Newton steps within the bounds, row by row.
+
+    A row is finished when a step gains it next to nothing, or no step gains it anything.
+    """
     blocks = np.arange(rows.shape[1])
     slope = -1 if falling else 1
-    parameters = start.copy()
+    result = start.copy()
+    active = np.arange(len(rows))
+    values, parameters = rows, start.copy()
     damping = np.full(len(rows), _DAMPING)
 
     def curve(p: FloatArray) -> tuple[FloatArray, FloatArray]:
         place = slope * (blocks - p[:, 2:3]) * np.exp(-p[:, 3:4])
-        share = expit(place)
-        return p[:, :1] + (p[:, 1:2] - p[:, :1]) * share, place
+        return p[:, :1] + (p[:, 1:2] - p[:, :1]) * expit(place), place
 
     fitted, place = curve(parameters)
-    error = np.square(rows - fitted).sum(axis=1)
+    error = np.square(values - fitted).sum(axis=1)
     for _ in range(_STEPS):
         share = expit(place)
         steep = (parameters[:, 1:2] - parameters[:, :1]) * share * (1 - share)
         jacobian = np.stack(
             [1 - share, share, -slope * steep * np.exp(-parameters[:, 3:4]), -steep * place], axis=2
         )
-        gradient = np.einsum("rbp,rb->rp", jacobian, rows - fitted)
+        gradient = ((values - fitted)[:, None, :] @ jacobian)[:, 0]
         # A parameter that its bound holds back is left out of the step.
         held = ((parameters <= below) & (gradient < 0)) | ((parameters >= above) & (gradient > 0))
         jacobian *= ~held[:, None, :]
@@ -160,13 +166,21 @@ def _refine(
         trial = np.clip(parameters + step, below, above)
         trial[:, 1] = np.maximum(trial[:, 0], trial[:, 1])
         trial_fitted, trial_place = curve(trial)
-        trial_error = np.square(rows - trial_fitted).sum(axis=1)
+        trial_error = np.square(values - trial_fitted).sum(axis=1)
         better = trial_error < error
+        finished = np.where(better, error - trial_error <= _GAIN * error, damping >= _STIFFEST)
         parameters[better] = trial[better]
         fitted[better], place[better] = trial_fitted[better], trial_place[better]
         error[better] = trial_error[better]
-        damping = np.clip(np.where(better, damping / 5, damping * 4), 1e-12, 1e6)
-    return parameters
+        damping = np.where(better, damping / 5, damping * 4)
+        result[active] = parameters
+        going = ~finished
+        if not going.any():
+            break
+        active, values, parameters = active[going], values[going], parameters[going]
+        fitted, place, error = fitted[going], place[going], error[going]
+        damping = damping[going]
+    return result
 
 
 # --- transition of the two causal arms -----------------------------------------------------------
