@@ -108,32 +108,36 @@ def pairs_across_kinds(sample: Sample, chosen: np.ndarray) -> np.ndarray:
     return pairs
 
 
-def summarise(
-    table: pd.DataFrame, value: str, weights: np.ndarray, blocks: Sequence[int] | None = None
+def average_exchanges(
+    exchanges: Mapping[str, pd.DataFrame], weights: Mapping[str, np.ndarray], value: str
 ) -> pd.DataFrame:
-    """Return the mean of an outcome by edit and block, with intervals over prompts.
+    """Return the mean of an outcome over tasks by edit and block, with intervals over prompts.
 
-    Args:
-        table: rows of one task, from this module.
-        value: the outcome's column.
-        weights: prompt weights `[n_draws, n_prompts]`: recipients and donors are drawn anew.
-        blocks: which blocks, all by default.
-
-    Returns:
-        Columns `edit`, `block`, `estimate`, `low`, `high`, `n` (prompts).
+    For `answer_flipped` pairs in which nothing can flip are left out, and tasks without others.
+    Columns `edit`, `block`, `estimate`, `low`, `high`, `n` (prompts of all tasks).
     """
-    chosen = table if blocks is None else table[table["block"].isin(blocks)]
-    rows = []
-    for edit, part in chosen.groupby("edit", sort=False):
-        wide = part.pivot(index="block", columns=["recipient", "donor"], values=value)
+    means, all_draws, n_prompts = [], [], 0
+    index: pd.Index | None = None
+    for task, table in exchanges.items():
+        chosen = table[table["comparable"]] if value == "answer_flipped" else table
+        if chosen.empty:
+            continue
+        wide = chosen.pivot(
+            index=["edit", "block"], columns=["recipient", "donor"], values=value
+        ).astype(float)
         pairs = np.array(wide.columns.tolist())
-        draws = pair_share_bootstrap(wide.to_numpy(dtype=float), pairs, weights)
-        low, high = np.nanquantile(draws, [0.025, 0.975], axis=0)
-        n = len(np.unique(pairs))
-        for index, block in enumerate(wide.index):
-            mean = float(wide.iloc[index].astype(float).mean())
-            rows.append((edit, int(block), mean, low[index], high[index], n))
-    return pd.DataFrame(rows, columns=["edit", "block", "estimate", "low", "high", "n"])
+        index = wide.index
+        means.append(wide.to_numpy().mean(axis=1))
+        all_draws.append(pair_share_bootstrap(wide.to_numpy(), pairs, weights[task]))
+        n_prompts += len(np.unique(pairs))
+    columns = ["edit", "block", "estimate", "low", "high", "n"]
+    if index is None:
+        return pd.DataFrame(columns=columns)
+    with np.errstate(invalid="ignore"):
+        low, high = np.nanquantile(np.nanmean(all_draws, axis=0), [0.025, 0.975], axis=0)
+    table = index.to_frame(index=False)
+    table = table.assign(estimate=np.mean(means, axis=0), low=low, high=high, n=n_prompts)
+    return table[columns]
 
 
 def mean_outcome(
@@ -224,27 +228,24 @@ def scale_and_rotate(
 
 
 def temperature_share(table: pd.DataFrame, weights: np.ndarray, items: np.ndarray) -> pd.DataFrame:
-    """Return how much of the KL a temperature accounts for: 1 − Σ KL left / Σ KL.
+    """Return how much of the KL a temperature accounts for, 1 − Σ KL left / Σ KL, blocks pooled.
 
-    Columns `edit`, `factor`, `block`, `estimate`, `low`, `high`, `n`, and the median fitted
-    `temperature`. Blocks where the edit changes next to nothing are left out.
+    Columns `edit`, `factor`, `estimate`, `low`, `high`, `n`, and the median fitted `temperature`.
 
     Args:
-        table: from `scale_and_rotate`.
+        table: rows of `scale_and_rotate`, of the blocks to be pooled.
         weights: `[n_draws, n_items]`.
         items: the prompts' numbers, in the order of the columns of `weights`.
     """
     rows = []
-    for (edit, factor, block), part in table.groupby(["edit", "factor", "block"], sort=False):
-        part = part.set_index("recipient").loc[items]
-        whole, left = part["kl_nats"].to_numpy(), part["kl_left_nats"].to_numpy()
-        if whole.mean() < 1e-6:
-            continue
+    for (edit, factor), part in table.groupby(["edit", "factor"], sort=False):
+        sums = part.groupby("recipient")[["kl_nats", "kl_left_nats"]].sum().loc[items]
+        whole, left = sums["kl_nats"].to_numpy(), sums["kl_left_nats"].to_numpy()
         draws = 1 - (weights @ left) / (weights @ whole)
         share = percentile_interval(1 - left.sum() / whole.sum(), draws, n=len(items))
         middle = float(np.median(part["temperature"]))
-        rows.append((edit, factor, block, share.estimate, share.low, share.high, share.n, middle))
-    columns = ["edit", "factor", "block", "estimate", "low", "high", "n", "temperature"]
+        rows.append((edit, factor, share.estimate, share.low, share.high, share.n, middle))
+    columns = ["edit", "factor", "estimate", "low", "high", "n", "temperature"]
     return pd.DataFrame(rows, columns=columns)
 
 

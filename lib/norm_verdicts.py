@@ -1,4 +1,4 @@
-"""The norm chapter's late blocks, its verdicts, and the words that depend on them."""
+"""The norm chapter's late blocks and its verdicts."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,7 @@ from lib.models import Decoder
 from lib.norm_edits import mean_outcome, ratio_interval
 from lib.norms import Relation
 from lib.stats import bootstrap_weights, equivalence_test, percentile_interval
-from lib.verdicts import ALL_TASKS, Record, claim_verdict, criterion_of, judge, late_blocks
+from lib.verdicts import ALL_TASKS, Record, criterion_of, judge, late_blocks
 
 CLAIM = "norm-code"
 PARTIAL = "norm given angle"
@@ -196,26 +196,3 @@ def _judge(
 
 def _untested(statistic: str, task: str | None, who: Decoder, reason: str) -> Record:
     return _judge(statistic, task, who, None, None, None, 0, reason)
-
-
-# --- words ---------------------------------------------------------------------------------------
-
-
-def verdict_sentence(records: Sequence[Record], model: str) -> str:
-    """Return the verdict on the model and on its twin in one sentence."""
-    words = {}
-    for untrained in (False, True):
-        found = claim_verdict(records, CLAIM, model, untrained)
-        parts = ", ".join(f"“{part}” is {verdict}" for part, verdict in found.parts.items())
-        words[untrained] = (found.verdict, parts)
-    return (
-        f"the claim as a whole is **{words[False][0]}** ({words[False][1]}); "
-        f"on its untrained twin it is {words[True][0]} ({words[True][1]})"
-    )
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return names as prose lists them; "none" for no names."""
-    if not names:
-        return "none"
-    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
