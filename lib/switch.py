@@ -270,7 +270,8 @@ def transition_table(transitions: Mapping[str, Transition]) -> pd.DataFrame:
                 "reason": found.reason,
             }
         )
-    return pd.DataFrame(rows)
+    columns = ["task", "block", "low", "high", "width_share", "width_low", "width_high"]
+    return pd.DataFrame(rows, columns=[*columns, "n", "reason"])
 
 
 def compare_arm_shapes(outcomes: Outcomes, *, seed: int) -> pd.DataFrame:
@@ -294,7 +295,9 @@ def compare_arm_shapes(outcomes: Outcomes, *, seed: int) -> pd.DataFrame:
                 row[f"over {shape}, low"] = interval.low
                 row[f"over {shape}, high"] = interval.high
             rows.append({**row, "n": found.n_prompts})
-    return pd.DataFrame(rows)
+    columns = ["over line", "over line, low", "over line, high"]
+    columns += [column.replace("line", "step") for column in columns]
+    return pd.DataFrame(rows, columns=["task", "arm", *columns, "n"])
 
 
 def _who(trial: Trial) -> str:

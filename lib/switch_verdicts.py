@@ -60,7 +60,7 @@ def judge_switch(
 
     for task, gate_reason in zip(gates["task"], gates["reason"], strict=True):
         arms = outcomes.get(task)
-        closed = "" if arms else str(gate_reason)
+        closed = "" if arms else str(gate_reason) or "no pairs of prompts"
         for arm in ("context arm", "prediction arm"):
             for span, blocks in (
                 ("early", early_blocks(decoder.n_blocks)),
@@ -72,7 +72,8 @@ def judge_switch(
         share = transition.width_share if transition else None
         add("causal_width_share", task, share, closed or (transition.reason if transition else ""))
         shift = controls.get("self-donor", {}).get(task)
-        add("self_donor_change", task, _largest_shift(shift) if shift else None, closed)
+        found = _largest_shift(shift) if shift else None
+        add("self_donor_change", task, found, closed or ("" if shift else "not measured"))
         for statistic, control, values in (
             ("same_answer_flip", "same answer", "changed"),
             ("random_direction_flip", "random direction", "flipped"),
