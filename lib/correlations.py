@@ -140,7 +140,9 @@ def spearman(first: ArrayLike, second: ArrayLike) -> float:
     return float(weighted_pair_correlation(ranked[0], ranked[1], np.ones((1, len(ranked[0]))))[0])
 
 
-def partial_correlation(correlations: ArrayLike) -> FloatArray:
+def partial_correlation(
+    correlations: ArrayLike, *, determined: Literal["raise", "nan"] = "raise"
+) -> FloatArray:
     """Return the correlation of variables 0 and 1 given all the others, over the leading axes.
 
     From the inverse P of the correlation matrix, −P₀₁ / √(P₀₀·P₁₁); with one given variable
@@ -148,6 +150,8 @@ def partial_correlation(correlations: ArrayLike) -> FloatArray:
 
     Args:
         correlations: ``[..., n_variables, n_variables]``, as `weighted_correlations` returns them.
+        determined: What to do where variable 0 or 1 is determined by the given ones: raise, or
+            return NaN, for bootstrap draws of few different items.
 
     Returns:
         ``[...]``; NaN where the correlations are NaN.
@@ -165,10 +169,12 @@ def partial_correlation(correlations: ArrayLike) -> FloatArray:
     if matrix.shape[-1] > 2:
         residual = residual - cross @ np.linalg.pinv(given, hermitian=True) @ cross.swapaxes(1, 2)
     variances = residual[:, [0, 1], [0, 1]]
-    if (variances < 1e-9).any():
+    lost = np.any(variances < 1e-9, axis=1)
+    if lost.any() and determined == "raise":
         raise ValueError(
             "A variable is determined by the given ones: its partial correlation is undefined."
         )
+    variances = np.where(np.expand_dims(lost, 1), np.nan, variances)
     result[defined] = np.clip(residual[:, 0, 1] / np.sqrt(variances.prod(axis=1)), -1, 1)
     return result
 
