@@ -188,8 +188,12 @@ def judge_sets(
             except ValueError as problem:
                 reason = str(problem)
         for statistic in STATISTICS:
-            measured = found is not None and statistic in values
-            interval = found.interval(values[statistic]) if found and measured else None
+            interval, missing = None, reason
+            if found and statistic in values:
+                try:
+                    interval = found.interval(values[statistic])
+                except ValueError:
+                    missing = f"{found.n} subjects are too few for an interval"
             record = judge(
                 CLAIM,
                 statistic,
@@ -200,7 +204,7 @@ def judge_sets(
                 low=interval.low if interval else None,
                 high=interval.high if interval else None,
                 n=found.n if found else 0,
-                reason=None if interval else reason,
+                reason=None if interval else missing,
             )
             records.append(record)
     return verdict_table(records)

@@ -63,7 +63,8 @@ class DepthCorrelations:
         untrained: whether it is the untrained twin.
         n: independent units.
         values: by measure, ``[1 + n_draws, n_blocks]``; row 0 is the estimate. NaN where a measure
-            is undefined: given the lens at the last block, whose lens is the prediction itself.
+            is undefined: given the lens at the last block, whose lens is the prediction itself,
+            and in draws of too few different units.
     """
 
     task: str
@@ -93,15 +94,22 @@ class DepthCorrelations:
         return means
 
     def interval(self, values: FloatArray) -> Interval:
-        """Return the interval of ``[1 + n_draws]`` values made from these correlations."""
+        """Return the interval of ``[1 + n_draws]`` values made from these correlations.
+
+        Raises:
+            ValueError: too many draws without a value (of too few different units).
+        """
         return percentile_interval(float(values[0]), values[1:], n=self.n)
 
     def to_frame(self) -> pd.DataFrame:
-        """Return a row per measure (``curve``) and block at which it is defined."""
+        """Return a row per measure (``curve``) and block at which it has an interval."""
         rows = []
         for name, values in self.values.items():
             for block in np.flatnonzero(np.isfinite(values[0])):
-                found = self.interval(values[:, block])
+                try:
+                    found = self.interval(values[:, block])
+                except ValueError:
+                    continue  # Too few units: too many draws of too few different ones.
                 rows.append((name, int(block), found.estimate, found.low, found.high))
         frame = pd.DataFrame(rows, columns=["curve", "block", "estimate", "low", "high"])
         return frame.assign(model=self.model, untrained=self.untrained, task=self.task, n=self.n)
@@ -141,17 +149,20 @@ def correlate_with_predictions(
     for members in strata:
         square = np.ix_(members, members)
         target = _ranked(geometry.prediction[square], TARGET, items.task)
+        n_different = (rows[:, members] > 0).sum(axis=1)
+        drawn = np.where(n_different[:, None] < 3, 1.0, rows[:, members])  # Made NaN below.
         for block in range(geometry.n_blocks):
             ranked = [
                 _ranked(_matrix(geometry, name, block, extra)[square], name, items.task, block)
                 for name in names
             ]
-            found = correlations_of_pairs([*ranked, target], pairs, rows[:, members])
+            found = correlations_of_pairs([*ranked, target], pairs, drawn)
             table = {pair: found[:, column] for column, pair in enumerate(pairs)}
             for measure in measures:
-                values[measure.name][:, block] += _value(
-                    measure, names, table, last=block == geometry.n_blocks - 1
-                ) / len(strata)
+                one = _value(measure, names, table, last=block == geometry.n_blocks - 1)
+                # Three items are three pairs: with one matrix given, their ρ is 1 or −1 always.
+                one[n_different < 3 + len(measure.given)] = np.nan
+                values[measure.name][:, block] += one / len(strata)
     return DepthCorrelations(items.task, geometry.model, geometry.untrained, items.n_units, values)
 
 
@@ -312,4 +323,8 @@ def _value(
         for column, j in enumerate(variables):
             if i != j:
                 matrix[:, row, column] = table[min(i, j), max(i, j)]
-    return partial_correlation(matrix)
+    result = partial_correlation(matrix, determined="nan")
+    if not np.isfinite(result[0]):
+        given = " and ".join(measure.given)
+        raise ValueError(f"{measure.matrix} or the prediction is determined by {given}")
+    return result

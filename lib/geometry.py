@@ -38,6 +38,7 @@ class Items:
         strata: ``[n_items]``; only pairs within a stratum (a template) are compared.
         units: ``[n_items]``, 0 … n_units − 1; items of a unit (a subject) are drawn together.
         labels: a short name for each.
+        answers: the right answer to each; the label where there is none.
     """
 
     task: str
@@ -46,12 +47,16 @@ class Items:
     strata: IntArray
     units: IntArray
     labels: tuple[str, ...]
+    answers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that all attributes speak of the same items."""
-        lengths = {len(part) for part in (self.texts, self.tokens, self.strata, self.units)}
+        if not self.answers:
+            object.__setattr__(self, "answers", self.labels)
+        parts = (self.texts, self.tokens, self.strata, self.units, self.answers)
+        lengths = {len(part) for part in parts}
         if lengths != {len(self.labels)}:
-            raise ValueError(f"{self.task}: texts, tokens, strata, units, labels differ in length.")
+            raise ValueError(f"{self.task}: the items' attributes differ in length.")
 
     @property
     def n_items(self) -> int:
@@ -73,6 +78,7 @@ class Items:
             strata=self.strata[rows],
             units=np.unique(self.units[rows], return_inverse=True)[1].astype(np.int64),
             labels=tuple(self.labels[row] for row in rows),
+            answers=tuple(self.answers[row] for row in rows),
         )
 
 
@@ -136,6 +142,7 @@ def task_items(task: Task, correct: ArrayLike) -> Items:
         strata=prompts["template"].to_numpy(dtype=np.int64),
         units=np.unique(units, return_inverse=True)[1].astype(np.int64),
         labels=tuple(prompts["subject"]),
+        answers=tuple(prompts["answer"]),
     ).select(kept)
 
 

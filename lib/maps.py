@@ -8,6 +8,7 @@ work from the keyboard.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -163,9 +164,7 @@ def depth_map_html(maps: Sequence[DepthMap], *, title: str, start: int | None = 
         "BODIES": bodies,
         "DATA": data,
     }
-    for key, value in parts.items():
-        template = template.replace(f"[[{key}]]", value)
-    return template
+    return re.sub(r"\[\[([A-Z]+)\]\]", lambda found: parts[found[1]], template)
 
 
 def _check(one: DepthMap) -> None:
