@@ -133,25 +133,6 @@ def _files(node: Any) -> Iterator[str]:
             yield from _files(node.get(key))
 
 
-def claim_verdict(rows: list[Record]) -> str:
-    """Returns the verdict on a claim as a whole, for one model.
-
-    The claim is supported when each of its parts is; a part is supported when at least three
-    quarters of its testable tasks are; a task when all its statistics in that part are. A claim
-    with a part that could not be tested is not testable, unless another part is not supported.
-
-    Args:
-        rows: the records of one claim for one model, trained or untrained.
-    """
-    by_part: dict[str, dict[str, list[str]]] = {}
-    for row in rows:
-        by_part.setdefault(row["part"], {}).setdefault(row["task"], []).append(row["verdict"])
-    parts = {_part_verdict(list(tasks.values())) for tasks in by_part.values()}
-    if "not supported" in parts:
-        return "not supported"
-    return "supported" if parts == {"supported"} else "not testable"
-
-
 def plain(value: Any) -> Any:
     """Returns a value as JSON knows it: NumPy scalars unpacked, NaN and NA as None.
 
@@ -165,14 +146,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and math.isinf(value):
         raise ValueError("A record holds an infinite number; expected a finite one or NaN.")
     return value
-
-
-def _part_verdict(tasks: list[list[str]]) -> str:
-    testable = [verdicts for verdicts in tasks if "not testable" not in verdicts]
-    if not testable:
-        return "not testable"
-    supported = sum(set(verdicts) == {"supported"} for verdicts in testable)
-    return "supported" if supported >= 0.75 * len(testable) else "not supported"
 
 
 def _check(row: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,13 @@ from lib.results import (
     results_file,
     write_rows,
 )
+from lib.verdicts import claim_verdict, criteria
 
 RECORDED = Path("tests", "recorded", "results.json")
-CRITERIA = Path("lib", "data", "criteria.toml")
-CLAIMS = ("phase-transition", "angular-code", "norm-code", "causal-control")
 
 
 def verify(
-    rows: Sequence[Record], recorded: Sequence[Record], chapters: Sequence[str], root: Path = ROOT
+    rows: Sequence[Record], recorded: Sequence[Record], chapters: Sequence[str]
 ) -> list[str]:
     """Returns what is wrong with the results of a build, one sentence each; empty if nothing is.
 
@@ -34,7 +32,6 @@ def verify(
         rows: the records of the build.
         recorded: the records that were reviewed and kept.
         chapters: the claims whose chapters are in the book; each owes records.
-        root: the project's folder, for the criteria.
     """
     problems = [
         f"{claim}: no records; its chapter failed or was not built"
@@ -52,39 +49,38 @@ def verify(
     problems += [
         f"{name_of(row)}: not recorded yet" for key, row in now.items() if key not in before
     ]
-    exempt = without_null(root / CRITERIA)
-    problems += [
-        f"{name_of(row)}: supported on the untrained twin, so the criterion proves nothing"
-        for row in rows
-        if row["untrained"] and row["verdict"] == "supported" and not _is_exempt(row, exempt)
-    ]
+    return problems + incomplete_claims(rows) + false_positives(rows)
+
+
+def incomplete_claims(rows: Sequence[Record]) -> list[str]:
+    """Returns which records of a claim are missing or there twice, by the criteria."""
+    problems = []
+    for claim, model, untrained in _claims(rows):
+        try:
+            claim_verdict(rows, claim, model, untrained)
+        except ValueError as problem:
+            weights = "untrained" if untrained else "trained"
+            problems.append(f"{claim} ({model}, {weights}): {problem}")
     return problems
 
 
-def without_null(criteria: Path) -> set[tuple[str, str, str]]:
-    """Returns what an untrained model may pass, as (claim, part, statistic or "" for all).
+def false_positives(rows: Sequence[Record]) -> list[str]:
+    """Returns what holds on the untrained twin and therefore is no evidence on the trained model.
 
-    These are the entries of the file of criteria that say `null_expected = false`, for instance
-    the control that an edit with the prompt's own state changes nothing.
+    Criteria that any network may meet are marked `null_expected = false` and passed over.
     """
-    if not criteria.is_file():
-        return set()
-    return set(_exempt(tomllib.loads(criteria.read_text(encoding="utf-8"))))
+    null_expected = {(c.claim, c.statistic) for c in criteria() if c.null_expected}
+    return [
+        f"{name_of(row)}: supported on the untrained twin, so it is no evidence"
+        for row in rows
+        if row["untrained"]
+        and row["verdict"] == "supported"
+        and (row["claim"], row["statistic"]) in null_expected
+    ]
 
 
-def _is_exempt(row: Record, exempt: set[tuple[str, str, str]]) -> bool:
-    claim, part, statistic = row["claim"], row["part"], row["statistic"]
-    return (claim, part, statistic) in exempt or (claim, part, "") in exempt
-
-
-def _exempt(node: Any) -> list[tuple[str, str, str]]:
-    if isinstance(node, list):
-        return [entry for item in node for entry in _exempt(item)]
-    if not isinstance(node, Mapping):
-        return []
-    if node.get("null_expected") is False:
-        return [(node["claim"], node["part"], node.get("statistic", ""))]
-    return [entry for item in node.values() for entry in _exempt(item)]
+def _claims(rows: Sequence[Record]) -> list[tuple[str, str, bool]]:
+    return sorted({(row["claim"], row["model"], row["untrained"]) for row in rows})
 
 
 def comparison(rows: Sequence[Record], recorded: Sequence[Record]) -> pd.DataFrame:
@@ -139,13 +135,14 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     if rows:
         _print_table(comparison(rows, recorded))
     present = {Path(page).name for page in pages(root)}
-    chapters = [claim for claim in CLAIMS if claim in present]
+    claims = dict.fromkeys(criterion.claim for criterion in criteria())
+    chapters = [claim for claim in claims if claim in present]
     if update:
         lines = changes(rows, recorded)
         write_rows(file, rows)
         print("\n".join(lines) or "Nothing changed.")
         recorded = rows
-    problems = verify(rows, recorded, chapters, root)
+    problems = verify(rows, recorded, chapters)
     for problem in problems:
         print(f"FAILED {problem}")
     print(f"{len(rows)} records, {len(problems)} problems")

@@ -14,7 +14,7 @@ from IPython.utils.capture import capture_output
 from lib import notebook, results
 from lib.notebook import estimate_text, glue, record, table_html
 from lib.progress import PROGRESS_CHAPTER, PROGRESS_FILE, track
-from lib.results import claim_verdict, read_records, to_json, to_rows
+from lib.results import read_records, to_json, to_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -162,22 +162,6 @@ def test_records_of_two_claims_or_with_a_column_missing_are_refused():
         to_rows(pd.DataFrame([one_record()]).drop(columns="n"))
     with pytest.raises(ValueError, match="recorded twice"):
         to_rows(pd.DataFrame([one_record(), one_record(estimate=0.2)]))
-
-
-def test_claim_stands_only_if_each_part_does_on_three_quarters_of_its_tasks():
-    def rows(*verdicts: str, part: str = "switch") -> list[dict[str, object]]:
-        return [
-            one_record(part=part, task=f"task {i}", verdict=verdict)
-            for i, verdict in enumerate(verdicts)
-        ]
-
-    yes, no, shut = "supported", "not supported", "not testable"
-    assert claim_verdict(rows(yes, yes, yes, no, shut)) == yes
-    assert claim_verdict(rows(yes, yes, no, shut)) == no
-    assert claim_verdict(rows(yes) + rows(no, part="place")) == no
-    assert claim_verdict(rows(yes) + rows(shut, part="place")) == shut
-    assert claim_verdict(rows(no) + rows(shut, part="place")) == no
-    assert claim_verdict([]) == shut
 
 
 def test_table_says_verdicts_in_words_and_escapes_what_it_shows():

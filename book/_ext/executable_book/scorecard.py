@@ -8,7 +8,8 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from executable_book.results import records_of
-from lib.results import Record, claim_verdict, pages
+from lib.results import Record, pages
+from lib.verdicts import claim_verdict
 
 COMING = "chapter to come"
 NO_RESULT = "no result"
@@ -42,7 +43,8 @@ class Scorecard(SphinxDirective):
         for claim, words in claims.items():
             if claim in chapters:
                 first = [self._link(chapters[claim], words)]
-                cells = [verdict_text(records[claim], model) for model in models or [("", False)]]
+                cells = [self._verdict(claim, records[claim], model) for model in models]
+                cells = cells or [NO_RESULT]
             else:
                 first = [nodes.Text(words)]
                 cells = [COMING] * max(1, len(models))
@@ -56,6 +58,14 @@ class Scorecard(SphinxDirective):
             raise self.error(f"Expected 'claim: the claim in words', got {line!r}.")
         return claim.strip(), words.strip()
 
+    def _verdict(self, claim: str, rows: list[Record], model: tuple[str, bool]) -> str:
+        if not any(_model(row) == model for row in rows):
+            return NO_RESULT
+        try:
+            return claim_verdict(rows, claim, *model).verdict
+        except ValueError as problem:
+            raise self.error(str(problem)) from problem
+
     def _link(self, page: str, words: str) -> nodes.Node:
         link = addnodes.pending_xref(
             refdomain="std",
@@ -67,12 +77,6 @@ class Scorecard(SphinxDirective):
         )
         link += nodes.inline("", words)
         return link
-
-
-def verdict_text(rows: list[Record], model: tuple[str, bool]) -> str:
-    """Returns the verdict on a claim for one model in words."""
-    own = [row for row in rows if _model(row) == model]
-    return claim_verdict(own) if own else NO_RESULT
 
 
 def model_text(model: tuple[str, bool]) -> str:
