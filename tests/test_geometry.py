@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import rankdata, spearmanr
 
-from lib import angular, depth, geometry, metrics
+from lib import angular, angular_views, depth, geometry, metrics
 from lib.correlations import mantel_test
 from lib.divergences import jeffreys_of_logits, lens_divergences
 from lib.extraction import extract_residuals
@@ -527,3 +527,72 @@ def test_the_statistics_are_means_and_differences_over_the_windows() -> None:
     twins = twin.values["angle beyond the lens"][0]
     difference = values["late_angle_partial_minus_twin"][0]
     assert difference == pytest.approx((beyond - twins)[3:5].mean())
+
+
+# --- what the chapter says -----------------------------------------------------------------------
+
+
+def test_words_follow_the_numbers_and_change_with_them(llama: Decoder) -> None:
+    records, _ = judged(pd.DataFrame({"block": [2.5]}), llama)
+    words = angular_views.prose(records)
+    assert (
+        "better late in depth than early; in the untrained twin less closely"
+        in (words["contexts_finding"])
+    )
+    assert "nothing that could be told from zero" in words["beyond_finding"]
+    turned = records.assign(untrained=~records["untrained"].astype(bool))
+    words = angular_views.prose(turned)
+    assert "more closely still" in words["contexts_finding"]
+    assert words["beyond_finding"].startswith("Beyond the logit lens, angles tell little")
+
+
+def test_words_and_tables_survive_a_model_on_which_nothing_is_testable(llama: Decoder) -> None:
+    records, _ = judged(pd.DataFrame({"block": []}), llama)
+    words = angular_views.prose(records)
+    assert words["contexts_late"].startswith("not testable (no task has a transition")
+    assert not any("nan" in text.lower() for text in words.values())
+    windows = angular.find_windows(N_BLOCKS, pd.DataFrame({"block": []}))
+    found = {"centred": correlate(make_geometry(np.random.default_rng(0)))}
+    assert "No variant is testable" in angular_views.robust_words(found, windows)
+    table = angular_views.robustness_table(found, {}, windows)
+    assert set(table.iloc[0, 2:]) == {"not testable"}
+    assert (
+        len(
+            angular_views.mantel_summary(
+                [angular.mantel_sets({}, n_permutations=9, seed=0)], windows
+            )
+        )
+        == 0
+    )
+    assert len(angular_views.neighbours_table({}, {}, windows)) == 0
+
+
+def test_nearest_neighbours_show_whether_template_or_answer_rules() -> None:
+    rng = np.random.default_rng(17)
+    base = make_geometry(rng, 6, n_strata=2)
+    answers = tuple(str(k % 3) for k in range(12))
+    items = dataclasses.replace(base.items, answers=answers)
+    spread = 1 + rng.uniform(size=(12, 12))
+    spread = spread + spread.T
+    by_template = spread + 10 * (items.strata[:, None] != items.strata[None, :])
+    by_answer = spread + 10 * (np.array(answers)[:, None] != np.array(answers)[None, :])
+    angle = np.stack([by_template] * 3 + [by_answer] * 3)
+    found = {"planted": dataclasses.replace(base, items=items, angle=angle)}
+    windows = angular.Windows([0, 1], [3, 4], (2.5, 2.5, 2.5))
+    row = angular_views.neighbours_table(found, found, windows).iloc[0]
+    assert row["same template, early"] == 1.0
+    assert row["same answer, late"] == 1.0
+    assert row["same answer, early"] < 1.0
+
+
+def test_maps_are_made_of_mapped_tasks_and_else_of_contexts() -> None:
+    found = make_geometry(np.random.default_rng(18), 6, n_strata=2)
+    curve = correlate(found)
+    windows = angular.Windows([1], [3, 4], (2.5, 2.0, 3.0))
+    for name in ("continents", "contexts"):
+        maps = angular_views.depth_maps(
+            {name: found, "other": found}, {name: found}, {name: curve}, {name: curve}, windows
+        )
+        assert [one.name for one in maps] == [name]
+        assert [panel.title for panel in maps[0].panels] == ["trained", "untrained twin"]
+        assert maps[0].transition == 2.5
