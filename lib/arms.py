@@ -28,6 +28,7 @@ from lib.transitions import Transition, find_transition
 
 Arm = Literal["context arm", "prediction arm"]
 Site = Literal["subject", "last", "subject to second last", "subject to last"]
+Values = Literal["flipped", "changed", "excess", "recovered", "probability_change"]
 ARMS: Mapping[Arm, Site] = {"context arm": "subject", "prediction arm": "last"}
 TRANSITIONS = RESULTS / "transitions.json"
 
@@ -86,11 +87,22 @@ class ArmOutcome:
     recovered: np.ndarray
     probability_change: np.ndarray
     largest_shift: np.ndarray
+    n_answers: int
+
+    @property
+    def excess(self) -> np.ndarray:
+        """Flips beyond chance: 1 for the donor's answer, −1 / (n_answers − 2) for other wrong ones.
+
+        0 on average for an edit that brings wrong answers without regard to the donor.
+        """
+        other = self.changed & ~self.flipped
+        result: np.ndarray = self.flipped - other / max(self.n_answers - 2, 1)
+        return result
 
     def curve(
         self,
         weights: np.ndarray,
-        values: Literal["flipped", "changed", "recovered", "probability_change"] = "flipped",
+        values: Values = "flipped",
     ) -> tuple[pd.DataFrame, np.ndarray]:
         """Return the mean over pairs by block with its interval, and the draws behind it.
 
@@ -330,6 +342,7 @@ def _judge_pairs(
         if np.isfinite(normaliser).all()
         else np.empty((0, len(pairs))),
         largest_shift=np.abs(softmax(logits, axis=-1) - softmax(clean, axis=-1)).max(-1),
+        n_answers=len(trial.task.answers),
     )
 
 

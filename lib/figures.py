@@ -32,10 +32,10 @@ STYLES: Mapping[str, Mapping[str, Any]] = {
     "angles against context": {"color": _COLOURS[9], "marker": "P"},
     "angles against prediction": {"color": _COLOURS[2], "marker": "D"},
     # edits and their controls
-    "exchange": {"color": _COLOURS[7], "marker": "o", "linestyle": "-"},
-    "steering on held-out templates": {"color": _COLOURS[8], "marker": "h"},
-    "same answer": {"color": _COLOURS[5], "marker": "X"},
-    "random direction": {"color": _COLOURS[6], "marker": "*"},
+    "exchange": {"color": "#222222", "marker": "o"},
+    "steering on held-out templates": {"color": _COLOURS[1], "marker": "h"},
+    "same answer": {"color": _COLOURS[2], "marker": "X"},
+    "random direction": {"color": _COLOURS[4], "marker": "*"},
     # sites of an edit
     "subject": {"color": _COLOURS[0], "marker": "o"},
     "subject to second last": {"color": _COLOURS[9], "marker": "<"},
@@ -107,11 +107,12 @@ def mark_transition(axes: Axes, block: float, low: float, high: float, label: st
     axes.axvline(block, color="#444444", linestyle=":", linewidth=1.2)
     axes.annotate(
         label,
-        (block, 1.0),
+        (block, 0.55),
         xycoords=("data", "axes fraction"),
-        xytext=(3, -2),
+        xytext=(-4, 0),
         textcoords="offset points",
-        va="top",
+        va="center",
+        ha="right",
         fontsize="small",
         color="#444444",
     )

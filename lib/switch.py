@@ -13,6 +13,7 @@ from lib.arms import (
     ArmOutcome,
     Site,
     Trial,
+    Values,
     has_counterparts,
     prepare_trial,
     steering_vectors,
@@ -196,11 +197,11 @@ def curves_of(
     trials: Mapping[str, Trial],
     outcomes: Mapping[str, Mapping[str, ArmOutcome]],
     weights: Mapping[str, np.ndarray],
-    values: str = "flipped",
+    values: Values = "flipped",
 ) -> pd.DataFrame:
     """Return one row per task, curve and block: `CURVE_COLUMNS`."""
     tables = [
-        outcome.curve(weights[name], values)[0].assign(  # type: ignore[arg-type]
+        outcome.curve(weights[name], values)[0].assign(
             model=trials[name].decoder.name,
             untrained=trials[name].decoder.untrained,
             task=name,
@@ -217,7 +218,7 @@ def curves_of(
 def average_curves(
     outcomes: Mapping[str, Mapping[str, ArmOutcome]],
     weights: Mapping[str, np.ndarray],
-    values: str = "flipped",
+    values: Values = "flipped",
 ) -> pd.DataFrame:
     """Return the mean over tasks of each curve, with its interval over the tasks' prompts.
 
@@ -226,7 +227,7 @@ def average_curves(
     found: dict[str, list[tuple[pd.DataFrame, np.ndarray]]] = {}
     for name, by_curve in outcomes.items():
         for curve, outcome in by_curve.items():
-            both = outcome.curve(weights[name], values)  # type: ignore[arg-type]
+            both = outcome.curve(weights[name], values)
             found.setdefault(curve, []).append(both)
     tables = []
     for curve, parts in found.items():

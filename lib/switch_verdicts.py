@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from lib.arms import Arm, ArmOutcome
+from lib.arms import Arm, ArmOutcome, Values
 from lib.models import Decoder
 from lib.reorganisation import Alignment
 from lib.stats import Interval, percentile_interval
@@ -14,6 +14,7 @@ from lib.transitions import Transition, width_difference
 from lib.verdicts import Record, early_blocks, judge, last_sixth, verdict_table
 
 CLAIM = "phase-transition"
+TOO_FEW = "too few pairs of prompts for an interval"
 Controls = Mapping[str, Outcomes]
 
 
@@ -43,6 +44,7 @@ def judge_switch(
         statistic: str, task: str | None, found: Interval | None, reason: str = "", n: int = 0
     ) -> None:
         place = {} if task is None else {"task": task}
+        reason = reason or ("" if found else TOO_FEW)
         records.append(
             judge(
                 CLAIM,
@@ -74,32 +76,53 @@ def judge_switch(
         shift = controls.get("self-donor", {}).get(task)
         found = _largest_shift(shift) if shift else None
         add("self_donor_change", task, found, closed or ("" if shift else "not measured"))
-        for statistic, control, values in (
+        kinds: tuple[tuple[str, str, Values], ...] = (
             ("same_answer_flip", "same answer", "changed"),
             ("random_direction_flip", "random direction", "flipped"),
-        ):
+        )
+        for statistic, control, values in kinds:
             by_arm = controls.get(control, {}).get(task)
             worst = _largest_over(by_arm, weights[task], values) if by_arm else None
             reason = closed or ("" if by_arm else "no donor of the same answer")
             add(statistic, task, worst, reason)
+        by_arm = controls.get("random direction", {}).get(task)
+        beyond = _mean_excess(by_arm, weights[task]) if by_arm else None
+        add("random_direction_excess", task, beyond, closed or ("" if by_arm else "not measured"))
         add("width_difference", task, *_width_difference(task, closed, transition, alignments))
     add("transition_spread", None, *_spread(transitions, decoder.n_blocks))
     return verdict_table(records)
 
 
-def _mean_over(outcome: ArmOutcome, weights: np.ndarray, blocks: range) -> Interval:
+def _interval(estimate: float, draws: np.ndarray, n: int) -> Interval | None:
+    """Return the interval, or None where too few pairs leave many draws without any."""
+    if np.isnan(draws).mean() > 0.05:
+        return None
+    return percentile_interval(estimate, draws, n=n)
+
+
+def _mean_over(outcome: ArmOutcome, weights: np.ndarray, blocks: range) -> Interval | None:
     curve, draws = outcome.curve(weights)
     chosen = list(blocks)
     estimate = float(curve["estimate"].to_numpy()[chosen].mean())
-    return percentile_interval(estimate, draws[:, chosen].mean(axis=1), n=int(curve["n"].iloc[0]))
+    return _interval(estimate, draws[:, chosen].mean(axis=1), n=int(curve["n"].iloc[0]))
 
 
-def _largest_over(by_arm: Mapping[Arm, ArmOutcome], weights: np.ndarray, values: str) -> Interval:
+def _largest_over(
+    by_arm: Mapping[Arm, ArmOutcome], weights: np.ndarray, values: Values
+) -> Interval:
     """Return the largest share over arms and blocks, the last block left out, with its interval."""
-    curves = [outcome.curve(weights, values) for outcome in by_arm.values()]  # type: ignore[arg-type]
+    curves = [outcome.curve(weights, values) for outcome in by_arm.values()]
     largest = max(float(curve["estimate"].to_numpy()[:-1].max()) for curve, _ in curves)
     draws = np.concatenate([draws[:, :-1] for _, draws in curves], axis=1).max(axis=1)
-    return percentile_interval(largest, draws, n=int(curves[0][0]["n"].iloc[0]))
+    return _interval(largest, draws, n=int(curves[0][0]["n"].iloc[0]))
+
+
+def _mean_excess(by_arm: Mapping[Arm, ArmOutcome], weights: np.ndarray) -> Interval | None:
+    """Return the mean excess over arms and blocks, the last block left out, with its interval."""
+    curves = [outcome.curve(weights, "excess") for outcome in by_arm.values()]
+    estimate = float(np.mean([curve["estimate"].to_numpy()[:-1].mean() for curve, _ in curves]))
+    draws = np.mean([draws[:, :-1].mean(axis=1) for _, draws in curves], axis=0)
+    return _interval(estimate, draws, n=int(curves[0][0]["n"].iloc[0]))
 
 
 def _largest_shift(by_arm: Mapping[Arm, ArmOutcome]) -> Interval:

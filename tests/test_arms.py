@@ -11,7 +11,14 @@ from conftest import tiny_model, tiny_tokenizer
 from scipy.special import softmax
 
 from lib import arms
-from lib.arms import Trial, has_counterparts, prepare_trial, steering_vectors, sweep_site
+from lib.arms import (
+    ArmOutcome,
+    Trial,
+    has_counterparts,
+    prepare_trial,
+    steering_vectors,
+    sweep_site,
+)
 from lib.models import Decoder, load_decoder
 from lib.stats import bootstrap_weights
 from lib.switch import measure_control, measure_routing
@@ -69,6 +76,20 @@ def test_each_site_edits_its_positions_and_no_other(
                        (clean, logits, trial.clean_logits[pair[1]])]  # fmt: skip
                 expected = (gap[1] - gap[0]) / (gap[2] - gap[0])
                 assert np.isclose(outcome.recovered[block, column], expected, atol=1e-3)
+
+
+def test_excess_is_zero_on_average_for_answers_that_ignore_the_donor() -> None:
+    rng = np.random.default_rng(8)
+    n_answers, n_pairs = 5, 20_000
+    source, target = rng.integers(0, n_answers, (2, n_pairs))
+    choice = rng.integers(0, n_answers, n_pairs)
+    kept = source != target
+    flipped, changed = (choice == target)[kept][None], (choice != source)[kept][None]
+    nothing = np.zeros(flipped.shape)
+    pairs = np.stack([source, target], axis=1)[kept]
+    outcome = ArmOutcome(pairs, flipped, changed, nothing, nothing, nothing, n_answers)
+    assert abs(outcome.excess.mean()) < 0.01
+    assert flipped.mean() > 0.15
 
 
 def test_exchange_at_the_last_block_recovers_the_donors_logits(trial: Trial) -> None:
