@@ -123,6 +123,16 @@ def replay_rows(
     Returns:
         `[n_prompts, n_rows, d_model]`.
     """
+    return replay_tokens(decoder, prefix, row_blocks, rows)[:, :, -1]
+
+
+def replay_tokens(
+    decoder: Decoder, prefix: Prefix, row_blocks: Sequence[int], rows: Tensor
+) -> Tensor:
+    """Return what `replay_rows` returns, for all tokens of every row.
+
+    The shape is that of `rows`, `[n_prompts, n_rows, row_length, d_model]`.
+    """
     n_prompts, n_rows, length, width = rows.shape
     masks: dict[int, Tensor] = {}
     hidden = rows[:, :0].reshape(n_prompts, 0, width)
@@ -137,7 +147,7 @@ def replay_rows(
                 new = rows[:, n_active : n_active + entering].reshape(n_prompts, -1, width)
                 hidden = torch.cat([hidden, new.to(hidden.dtype)], dim=1)
                 n_active += entering
-    return hidden.view(n_prompts, n_rows, length, width)[:, :, -1]
+    return hidden.view(n_prompts, n_rows, length, width)
 
 
 def _tile(
