@@ -109,7 +109,7 @@ def _mean_over(outcome: ArmOutcome, weights: np.ndarray, blocks: range) -> Inter
 
 def _largest_over(
     by_arm: Mapping[Arm, ArmOutcome], weights: np.ndarray, values: Values
-) -> Interval:
+) -> Interval | None:
     """Return the largest share over arms and blocks, the last block left out, with its interval."""
     curves = [outcome.curve(weights, values) for outcome in by_arm.values()]
     largest = max(float(curve["estimate"].to_numpy()[:-1].max()) for curve, _ in curves)
