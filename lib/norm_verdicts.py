@@ -15,6 +15,9 @@ from lib.verdicts import ALL_TASKS, Record, criterion_of, judge, late_blocks
 CLAIM = "norm-code"
 PARTIAL = "norm given angle"
 WITHIN = ", same answer"
+UNDEFINED = "too few prompts, or the angle alone orders their predictions"
+UNDEFINED_ALLOWED = 0.05
+"""At most this share of bootstrap draws may be without a partial correlation."""
 NO_TRANSITION = "no testable task has a transition, so late blocks are undefined"
 
 
@@ -75,6 +78,8 @@ def late_relations(relations: Mapping[str, Relation], late: Sequence[int]) -> pd
         if not late:
             continue
         estimate, draws = relation.mean_over(PARTIAL, late)
+        if not np.isfinite(estimate) or np.isnan(draws).mean() > UNDEFINED_ALLOWED:
+            continue  # too few prompts, or the angle alone orders their predictions
         test = equivalence_test(estimate, draws, margin=margin(), n=relation.n)
         rows.append((name, estimate, test.low, test.high, test.n, test.p_value, test.equivalent))
     columns = ["task", "estimate", "low", "high", "n", "p_value", "equivalent"]
@@ -111,7 +116,7 @@ def judge_norms(
             found = (row["estimate"], row["low"], row["high"], row["n"], remark)
             records.append(_judge("norm_partial_correlation", task, decoder, *found))
         else:
-            reason = "too few prompts, or nothing varies" if late else NO_TRANSITION
+            reason = UNDEFINED if late else NO_TRANSITION
             records.append(_untested("norm_partial_correlation", task, decoder, reason))
         records += _judge_exchange(task, table, weights[task], late, decoder)
     for task, reason in skipped.items():

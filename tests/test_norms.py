@@ -7,9 +7,11 @@ import pandas as pd
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 
 from lib.correlations import rank_matrix, weighted_correlations
+from lib.divergences import jeffreys_of_logits
+from lib.metrics import angles, log_norm_differences
 from lib.models import Decoder, load_decoder
 from lib.norm_edits import (
     average_exchanges,
@@ -42,6 +44,8 @@ from lib.norm_words import (
     verdict_sentence,
 )
 from lib.norms import (
+    RELATIONS,
+    Relation,
     Sample,
     decode_contexts,
     norm_growth,
@@ -114,6 +118,29 @@ def test_norm_that_sets_the_prediction_is_found_given_the_angle(sample: Sample) 
     assert relation is not None
     assert relation.estimate["norm given angle"][0] > 0.9
     assert not late_relations({"contexts": relation}, [0])["equivalent"].any()
+
+
+def test_partial_correlation_is_that_of_the_residuals(sample: Sample) -> None:
+    relation = relate_norms(sample, bootstrap_weights(12, 20, RNG(0)), [2])
+    assert relation is not None and sample.logits is not None
+    states = sample.states[2].numpy()
+    prediction = jeffreys_of_logits(sample.logits.numpy())
+    norm, angle, j = (
+        rankdata(matrix[np.triu_indices(12, 1)])
+        for matrix in (log_norm_differences(states), angles(states), prediction)
+    )
+    left = [one - np.polyval(np.polyfit(angle, one, 1), angle) for one in (norm, j)]
+    expected = np.corrcoef(*left)[0, 1]
+    assert relation.estimate["norm given angle"][0] == pytest.approx(expected)
+    assert relation.estimate["angle"][0] == pytest.approx(np.corrcoef(angle, j)[0, 1])
+
+
+def test_relation_without_value_in_many_draws_is_left_out() -> None:
+    draws = np.full((100, 1), 0.01)
+    draws[:20] = np.nan
+    values = dict.fromkeys(RELATIONS, np.zeros(1))
+    relation = Relation("a", (0,), values, dict.fromkeys(RELATIONS, draws), 9)
+    assert late_relations({"a": relation}, [0]).empty
 
 
 def test_equal_norms_are_not_related_and_not_an_error(sample: Sample) -> None:
