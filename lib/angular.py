@@ -134,24 +134,28 @@ def late_statistics(
 ) -> dict[str, FloatArray]:
     """Return each statistic of the claim, ``[1 + n_draws]``, the estimate first.
 
-    Without ``twin`` the difference to it is left out.
+    One that is undefined at one of the blocks is left out, and without ``twin`` the difference to
+    it.
 
     Raises:
-        ValueError: a window without blocks, or a correlation that is undefined in it.
+        ValueError: a window without blocks.
     """
     if not len(windows.late) or not len(windows.early):
         raise ValueError(windows.reason)
     late = found.mean(ANGLE.name, windows.late)
-    beyond = found.mean(BEYOND_LENS.name, windows.late)
     values = {
         "late_angle_correlation": late,
         "late_minus_early_angle_correlation": late - found.mean(ANGLE.name, windows.early),
         "late_angle_minus_distance": late - found.mean("distance", windows.late),
-        "late_angle_partial_correlation": beyond,
     }
-    if twin is not None:
-        difference = beyond - twin.mean(BEYOND_LENS.name, windows.late)
-        values["late_angle_partial_minus_twin"] = difference
+    try:
+        beyond = found.mean(BEYOND_LENS.name, windows.late)
+        values["late_angle_partial_correlation"] = beyond
+        if twin is not None:
+            difference = beyond - twin.mean(BEYOND_LENS.name, windows.late)
+            values["late_angle_partial_minus_twin"] = difference
+    except ValueError:
+        pass  # The lens leaves nothing over at a block.
     return values
 
 
@@ -180,15 +184,15 @@ def judge_sets(
         reason = reasons.get(name, "not measured")
         found, twin = correlations.get(name), (twins or {}).get(name)
         if found is not None:
-            reason = "the untrained twin could not be measured"
-            if decoder.untrained:
-                reason = "the untrained twin is what the trained model is compared with"
+            reason = "the lens leaves nothing over to be correlated, here or in the untrained twin"
             try:
                 values = late_statistics(found, windows, twin)
             except ValueError as problem:
                 reason = str(problem)
         for statistic in STATISTICS:
             interval, missing = None, reason
+            if found and decoder.untrained and statistic == "late_angle_partial_minus_twin":
+                missing = "the untrained twin is what the trained model is compared with"
             if found and statistic in values:
                 try:
                     interval = found.interval(values[statistic])

@@ -9,7 +9,7 @@ import pandas as pd
 
 from lib.angular import Windows
 from lib.depth import ANGLE, BEYOND_LENS, DepthCorrelations
-from lib.geometry import CONTEXTS, Geometry
+from lib.geometry import CONTEXTS, Geometry, n_components
 from lib.maps import DepthMap, Panel, depth_positions
 from lib.notebook import estimate_text
 from lib.verdicts import ClaimVerdict, criterion_of
@@ -85,6 +85,35 @@ def robust_words(
     return (
         f"{share} {len(found)} variants keep the increment over the lens above the criterion; it "
         f"is lowest {_variant_words(lowest)}, at {text}."
+    )
+
+
+def components_words(
+    variants: Mapping[str, DepthCorrelations], windows: Windows, d_model: int
+) -> str:
+    """Return what is left without the first principal components, and what that says."""
+    one = variants.get("without components")
+    try:
+        if one is None:
+            raise ValueError("not measured")
+        plain = one.interval(one.mean(ANGLE.name, windows.late))
+        beyond = one.interval(one.mean(BEYOND_LENS.name, windows.late))
+    except ValueError:
+        return "Without the first principal components nothing is testable on this model."
+    texts = [
+        estimate_text(found.estimate, found.low, found.high, found.n, items="contexts")
+        for found in (plain, beyond)
+    ]
+    few = beyond.high < criterion_of("angular-code", _BEYOND).threshold
+    place = (
+        "So what angles say of predictions lies in a few leading directions of the contexts' "
+        "spread, and hardly in the rest"
+        if few
+        else "So what angles say of predictions is not confined to a few leading directions"
+    )
+    return (
+        f"Without the first {n_components(d_model)} principal components the late correlation is "
+        f"{texts[0]}, and beyond the lens {texts[1]}. {place}."
     )
 
 

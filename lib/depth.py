@@ -64,7 +64,7 @@ class DepthCorrelations:
         n: independent units.
         values: by measure, ``[1 + n_draws, n_blocks]``; row 0 is the estimate. NaN where a measure
             is undefined: given the lens at the last block, whose lens is the prediction itself,
-            and in draws of too few different units.
+            or wherever else the lens leaves nothing over; and in draws of too few different units.
     """
 
     task: str
@@ -133,8 +133,7 @@ def correlate_with_predictions(
 
     Raises:
         ValueError: weights for another number of units; a matrix that is constant in a stratum,
-            fewer than three items in one, or a measure that is undefined at a block other than the
-            last: the message says which, and no number comes back.
+            or fewer than three items in one: the message says which, and no number comes back.
     """
     items = geometry.items
     if weights.ndim != 2 or weights.shape[1] != items.n_units:
@@ -323,8 +322,4 @@ def _value(
         for column, j in enumerate(variables):
             if i != j:
                 matrix[:, row, column] = table[min(i, j), max(i, j)]
-    result = partial_correlation(matrix, determined="nan")
-    if not np.isfinite(result[0]):
-        given = " and ".join(measure.given)
-        raise ValueError(f"{measure.matrix} or the prediction is determined by {given}")
-    return result
+    return partial_correlation(matrix, determined="nan")

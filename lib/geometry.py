@@ -260,6 +260,11 @@ def measure_geometry(decoder: Decoder, items: Items, *, description: str | None 
     )
 
 
+def n_components(d_model: int) -> int:
+    """Return how many components `variant_angles` takes out: d_model / 100, at least 1."""
+    return max(1, round(d_model / 100))
+
+
 def variant_angles(geometry: Geometry) -> dict[str, FloatArray]:
     """Return θ of states that were changed in three ways, each ``[n_blocks, n_items, n_items]``.
 
@@ -271,7 +276,7 @@ def variant_angles(geometry: Geometry) -> dict[str, FloatArray]:
     Raises:
         ValueError: states that are all equal, or too few items for the components.
     """
-    k = max(1, round(geometry.states.shape[2] / 100))
+    k = n_components(geometry.states.shape[2])
     edits = {
         "centred": metrics.centred,
         "without components": lambda states: metrics.without_components(states, k),

@@ -129,9 +129,9 @@ def statistics_forest(
             thresholds[statistic], color="#222222", linestyle=":", linewidth=1.4, label="criterion"
         )
         axes.set_title(title, fontsize="small")
-        axes.tick_params(axis="x", labelsize="small")
+        axes.tick_params(labelsize="small")
     first = grid.flat[0]
-    first.set_yticks(range(len(tasks)), tasks, fontsize="small")
+    first.set_yticks(range(len(tasks)), tasks)
     first.set_ylim(len(tasks) - 0.5, -0.5)
     spare = grid.flat[len(titles) :]
     for axes in spare:

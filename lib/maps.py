@@ -25,7 +25,7 @@ SIZE = 360
 """Width and height of a map in the drawing's own units."""
 
 _MARGIN = 22
-_STRIP = (360, 84)  # width, height of the curve below the maps
+_STRIP = (480, 92)  # width, height of the curve below the maps
 # Okabe and Ito's colours, told apart with any colour vision, and the text colour to write on each.
 _COLOURS = (
     ("#0072b2", "#fff"),
@@ -40,10 +40,10 @@ _COLOURS = (
 # The ends and the middle of cividis, for more groups than that.
 _ORDERED = ((0, 34, 78), (124, 123, 120), (254, 232, 56))
 _SHAPES = (
-    '<circle r="12"/>',
-    '<rect x="-11" y="-11" width="22" height="22"/>',
-    '<path d="M0-15 15 0 0 15-15 0Z"/>',
-    '<path d="M-8-13H8L15 0 8 13H-8L-15 0Z"/>',
+    '<circle r="10"/>',
+    '<rect x="-9" y="-9" width="18" height="18"/>',
+    '<path d="M0-13 13 0 0 13-13 0Z"/>',
+    '<path d="M-6-10H6L12 0 6 10H-6L-12 0Z"/>',
 )
 _SHAPE_NAMES = ("circles", "squares", "diamonds", "hexagons")
 

@@ -554,6 +554,7 @@ def test_words_and_tables_survive_a_model_on_which_nothing_is_testable(llama: De
     windows = angular.find_windows(N_BLOCKS, pd.DataFrame({"block": []}))
     found = {"centred": correlate(make_geometry(np.random.default_rng(0)))}
     assert "No variant is testable" in angular_views.robust_words(found, windows)
+    assert "nothing is testable" in angular_views.components_words({}, windows, 576)
     table = angular_views.robustness_table(found, {}, windows)
     assert set(table.iloc[0, 2:]) == {"not testable"}
     assert (
