@@ -64,9 +64,9 @@ def norm_curves(table: pd.DataFrame) -> Figure:
     left.set_ylabel("geometric mean of r")
     left.set_title("The norm grows with depth", fontsize="small")
     right.set_yscale("log", base=2)
-    right.set_yticks([0.25, 0.5, 0.71, 1, 1.41, 2, 4], ["¼", "½", "1/√2", "1", "√2", "2", "4"])
+    right.set_yticks([0.25, 0.5, 1, 2, 4, 8], ["¼", "½", "1", "2", "4", "8"])
     right.minorticks_off()
-    right.set_ylim(0.22, 4.5)
+    right.set_ylim(min(0.22, table["range_low"].min()), max(4.5, 1.1 * table["range_high"].max()))
     right.set_ylabel("r / its mean")
     right.set_title("Its natural range", fontsize="small")
     for axes in (left, right):
@@ -183,7 +183,7 @@ def dose_grid(table: pd.DataFrame, *, blocks: Sequence[int], n_blocks: int) -> F
 
 
 def temperature_curves(table: pd.DataFrame) -> Figure:
-    """Returns the fitted temperature of a scaling, and the share of KL a temperature explains.
+    """Returns the fitted temperatures of the edits, and the share of KL a temperature explains.
 
     Args:
         table: columns `edit`, `factor`, `estimate`, `low`, `high`, `temperature`, `untrained`.
@@ -196,11 +196,10 @@ def temperature_curves(table: pd.DataFrame) -> Figure:
         for edit in ("rotation", "scaling"):
             one = table[(table["edit"] == edit) & (table["untrained"] == untrained)]
             _draw_dose(right, one, edit, untrained=untrained)
-            if edit == "scaling" and len(one):
-                one = one.sort_values("factor")
-                style = style_of("norm", untrained=untrained)
-                label = _who("scaling by c", untrained)
-                left.plot(one["factor"], one["temperature"], label=label, **style)
+            fitted = one.assign(
+                estimate=one["temperature"], low=one["temperature"], high=one["temperature"]
+            )
+            _draw_dose(left, fitted, edit, untrained=untrained)
     left.axhline(1, color="#444444", linewidth=0.8)
     left.set_yscale("log", base=2)
     left.set_ylabel("fitted temperature, median")
