@@ -209,6 +209,8 @@ def test_tost_from_draws_agrees_with_the_normal_closed_form():
     assert result.equivalent
     assert not stats.equivalence_test(0.08, draws + 0.04, margin=0.1, n=50).equivalent
     assert not stats.equivalence_test(-0.08, -draws - 0.04, margin=0.1, n=50).equivalent
+    mirrored = stats.equivalence_test(-0.04, -draws, margin=0.1, n=50)
+    assert mirrored.p_value == result.p_value
     exact = stats.equivalence_test(0, np.r_[np.zeros(95), np.full(5, np.nan)], margin=0.1, n=5)
     assert (exact.p_value, exact.low, exact.high) == (1 / 96, 0, 0)
 
