@@ -404,6 +404,28 @@ def test_partial_correlation_given_a_copy_is_refused():
         correlations.partial_correlation(estimate)
 
 
+def test_draws_whose_partial_correlation_is_undefined_can_be_left_out():
+    independent = np.eye(3)
+    copied = np.array([[1.0, 0.5, 0.5], [0.5, 1, 1], [0.5, 1, 1]])
+    stack = np.stack([independent, copied])
+    assert np.isnan(correlations.partial_correlation(stack, determined="nan")).tolist() == [
+        False,
+        True,
+    ]
+    with pytest.raises(ValueError, match="determined by the given ones"):
+        correlations.partial_correlation(stack)
+
+
+def test_chosen_pairs_of_matrices_are_entries_of_the_whole_table():
+    ranked = [correlations.rank_matrix(m) for m in related_matrices(35, n_matrices=4)]
+    weights = stats.bootstrap_weights(20, 7, np.random.default_rng(36))
+    whole = correlations.weighted_correlations(ranked, weights)
+    chosen = correlations.correlations_of_pairs(ranked, [(3, 1), (0, 2), (2, 2)], weights)
+    np.testing.assert_allclose(chosen[:, 0], whole[:, 3, 1], atol=1e-12)
+    np.testing.assert_allclose(chosen[:, 1], whole[:, 0, 2], atol=1e-12)
+    np.testing.assert_allclose(chosen[:, 2], 1)
+
+
 def test_given_matrices_may_repeat_each_other():
     first, second, third = related_matrices(22, n_matrices=3)
     ones = np.ones((1, 20))
