@@ -132,7 +132,7 @@ def steered_losses(
     wanted = torch.tensor(continuation, device=decoder.device)
     try:
         prefix, run = run_prefix(decoder, tokens, first), _replayed
-        one = new[:1]
+        one = new[:1].repeat(2, 1)  # two rows, since side by side is what a block may refuse
         fast, slow = (way(decoder, prefix, one, block) for way in (_replayed, _recomputed))
         if float((fast - slow).abs().max()) > 1e-4 * float(slow.abs().max()):
             run = _recomputed

@@ -18,6 +18,7 @@ from lib.models import Decoder
 from lib.stats import pair_share_bootstrap
 from lib.sweeps import sweep_blocks
 from lib.tasks import gate, load_task, ordered_pairs
+from lib.verdicts import late_blocks
 
 EXCHANGES = {"both": exchange, "direction": exchange_direction, "norm": exchange_norm}
 CURVE_COLUMNS = ["model", "untrained", "task", "curve", "block", "estimate", "low", "high", "n"]
@@ -55,6 +56,21 @@ def choose_pairs(
     if templates is None:
         return pairs
     return pairs[np.isin(prompts["template"].to_numpy()[pairs[:, 0]], list(templates))]
+
+
+def late_from(transitions: pd.DataFrame, n_blocks: int) -> tuple[int, range]:
+    """Return the transition block and the late blocks, from the median transition over tasks.
+
+    Both begin at ℓ* rounded up. A model without a transition is shown from three quarters of its
+    depth on, for want of a better place.
+
+    Args:
+        transitions: column `block`, one row a task; may be empty.
+        n_blocks: depth of the model.
+    """
+    median = transitions["block"].median() if len(transitions) else 0.75 * n_blocks
+    late = late_blocks(n_blocks, float(np.clip(median, 0, n_blocks - 2)))
+    return late[0], late
 
 
 # --- direction and norm --------------------------------------------------------------------------

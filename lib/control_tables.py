@@ -230,13 +230,12 @@ def interval_of(draws: np.ndarray, n: int) -> Interval | None:
     return percentile_interval(float(draws[0]), draws[1:], n=n)
 
 
-def full_angle_flips(
+def full_angle_draws(
     outcome: DoseOutcome, weights: np.ndarray, block: int, method: str
-) -> Interval | None:
-    """Return the flip rate when every state is turned by its full angle to the target."""
+) -> np.ndarray:
+    """Return the flip rate of a turn by the full angle: estimate and draws `[1 + n_draws]`."""
     values = outcome.values("flipped", block, method)[-1].astype(float)
-    draws = pair_share_bootstrap(values, outcome.pairs, _with_ones(weights))[:, 0]
-    return interval_of(draws, len(np.unique(outcome.pairs)))
+    return pair_share_bootstrap(values, outcome.pairs, _with_ones(weights))[:, 0]
 
 
 def judge_control(
@@ -272,8 +271,8 @@ def judge_control(
             for part in ("direction", "norm"):
                 found[f"{part}_share"] = interval_of(shares[part], n)
             for statistic, method in FULL_ANGLE.items():
-                turned = full_angle_flips(whole_way[task], weights[task], block, method)
-                found[statistic] = turned
+                turned = full_angle_draws(whole_way[task], weights[task], block, method)
+                found[statistic] = interval_of(turned, n)
             matched = match_flip_rate(outcomes[task], weights[task], block)
             for rival in RIVALS:
                 found[f"rest_kl_ratio_{rival}"] = matched.ratio(rival)
