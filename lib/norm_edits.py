@@ -252,8 +252,14 @@ def temperature_share(table: pd.DataFrame, weights: np.ndarray, items: np.ndarra
 def dose_table(
     table: pd.DataFrame, value: str, weights: np.ndarray, items: np.ndarray
 ) -> pd.DataFrame:
-    """Return the mean of one outcome by edit, factor and block, with intervals over prompts."""
+    """Return the mean of one outcome by edit, factor and block, with intervals over prompts.
+
+    With c = 1 added, which changes nothing: the argmax is kept, KL and change of entropy are 0.
+    """
     rows = []
+    unchanged = 1.0 if value == "argmax_kept" else 0.0
+    for edit, block in table[["edit", "block"]].drop_duplicates().itertuples(index=False):
+        rows.append((edit, 1.0, block, unchanged, unchanged, unchanged, len(items)))
     for (edit, factor, block), part in table.groupby(["edit", "factor", "block"], sort=False):
         values = part.set_index("recipient").loc[items][value].to_numpy(dtype=float)
         draws = (weights @ values) / weights.sum(axis=1)
@@ -263,12 +269,17 @@ def dose_table(
     return pd.DataFrame(rows, columns=columns)
 
 
-def own_pairs(samples: Mapping[str, Sample]) -> dict[str, np.ndarray]:
+def own_pairs(
+    samples: Mapping[str, Sample], *, first_template_only: bool = False
+) -> dict[str, np.ndarray]:
     """Return one donor for each usable prompt of each task: pairs that differ in answer."""
     found = {}
     for name, sample in samples.items():
         assert sample.trial is not None
         pairs = sample.trial.pairs(donors_per_prompt=1)
+        template = sample.prompts["template"].to_numpy()[pairs[:, 0]]
+        if first_template_only and len(pairs):
+            pairs = pairs[template == template.min()]
         if len(pairs):
             found[name] = pairs
     return found

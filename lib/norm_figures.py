@@ -1,6 +1,6 @@
 """Figures of the norm chapter; theme, colours and markers are those of `lib.figures`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -15,13 +15,14 @@ from lib.figures import (
     mark_last_block,
     mark_transition,
     nothing_to_show,
-    shared_legend,
     style_of,
     use_theme,
 )
 
 Transition = tuple[float, float, float] | None
 NAMES = {"norm": "norm exchanged", "direction": "direction exchanged"}
+LEAST_KL = 1e-7
+"""Lower end of the axis of KL, in nats: below it lies the rounding of float32 logits."""
 EDIT_STYLES = {"norm": "norm", "direction": "angle", "scaling": "norm", "rotation": "angle"}
 CARRIED: Mapping[str, Mapping[str, Any]] = {
     "template": {"color": "#0173b2", "marker": "o"},
@@ -71,7 +72,7 @@ def norm_curves(table: pd.DataFrame) -> Figure:
     right.set_title("Its natural range", fontsize="small")
     for axes in (left, right):
         axes.set_xlabel("block")
-    shared_legend(figure, (left, right))
+    _legend(figure, (left, right))
     return figure
 
 
@@ -103,7 +104,7 @@ def relation_curves(table: pd.DataFrame, *, margin: float, transition: Transitio
     right.set_title("Norm given angle", fontsize="small")
     limit = max(0.3, 1.1 * float(table[table["curve"] == "norm given angle"]["high"].abs().max()))
     right.set_ylim(-limit, limit)
-    shared_legend(figure, (left, right))
+    _legend(figure, (left, right))
     return figure
 
 
@@ -125,7 +126,9 @@ def exchange_curves(table: pd.DataFrame, *, transition: Transition) -> Figure:
             for untrained in (True, False):
                 one = chosen[(chosen["edit"] == edit) & (chosen["untrained"] == untrained)]
                 if outcome == "KL":
-                    one = one.assign(**{c: one[c].clip(lower=1e-8) for c in ("estimate", "low")})
+                    one = one.assign(
+                        **{c: one[c].clip(lower=LEAST_KL) for c in ("estimate", "low")}
+                    )
                 if len(one):
                     label = _who(name, untrained)
                     draw_curve(axes, one, EDIT_STYLES[edit], untrained=untrained, label=label)
@@ -135,11 +138,12 @@ def exchange_curves(table: pd.DataFrame, *, transition: Transition) -> Figure:
             axes.set_ylabel("flip rate, mean over tasks")
         else:
             axes.set_yscale("log")
+            axes.set_ylim(bottom=LEAST_KL)
             axes.set_ylabel("KL (nats)")
         _finish_depth(axes, int(table["block"].max()) + 1, transition)
     grid[0].set_title("Answer becomes the donor's", fontsize="small")
     grid[1].set_title("Change of the distribution", fontsize="small")
-    shared_legend(figure, grid)
+    _legend(figure, grid)
     return figure
 
 
@@ -178,7 +182,7 @@ def dose_grid(table: pd.DataFrame, *, blocks: Sequence[int], n_blocks: int) -> F
     grid[0, 0].set_ylim(-0.05, 1.05)
     for axes in grid[-1]:
         axes.set_xlabel("factor c", fontsize="small")
-    shared_legend(figure, grid.flat)
+    _legend(figure, grid.flat)
     return figure
 
 
@@ -201,7 +205,6 @@ def temperature_curves(table: pd.DataFrame) -> Figure:
             )
             _draw_dose(left, fitted, edit, untrained=untrained)
     left.axhline(1, color="#444444", linewidth=0.8)
-    left.set_yscale("log", base=2)
     left.set_ylabel("fitted temperature, median")
     left.set_title("Which temperature?", fontsize="small")
     right.set_ylim(-0.04, 1.04)
@@ -210,7 +213,7 @@ def temperature_curves(table: pd.DataFrame) -> Figure:
     for axes in (left, right):
         _finish_dose(axes, last=False)
         axes.set_xlabel("factor c")
-    shared_legend(figure, (left, right))
+    _legend(figure, (left, right))
     return figure
 
 
@@ -234,7 +237,7 @@ def dissociation(
         n_blocks: L.
     """
     use_theme()
-    figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(WIDTH, 7.6), sharex=True)
+    figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(WIDTH, 8.2), sharex=True)
     for attribute in dict.fromkeys(carried["attribute"]):
         for untrained in (True, False):
             one = carried[
@@ -250,7 +253,9 @@ def dissociation(
                 one["block"], one["low"], one["high"], color=style["color"], alpha=0.15, linewidth=0
             )
     top.set_ylabel("accuracy above\nshuffled labels", fontsize="small")
-    top.set_title("1  The norm tells contexts apart …", fontsize="small")
+    top.set_title(
+        "1  What is read off the norm, among prompts of the same answer", fontsize="small"
+    )
     for untrained in (True, False):
         one = partial[
             (partial["curve"] == "norm given angle") & (partial["untrained"] == untrained)
@@ -262,7 +267,7 @@ def dissociation(
     _draw_margin(middle, margin)
     middle.set_ylim(-0.3, 0.3)
     middle.set_ylabel("partial correlation\nwith J", fontsize="small")
-    middle.set_title("2  … says of predictions what the angle leaves unsaid …", fontsize="small")
+    middle.set_title("2  What the norm says of predictions beyond the angle", fontsize="small")
     chosen = flips[flips["outcome"] == "flip rate"]
     for edit, name in NAMES.items():
         for untrained in (True, False):
@@ -273,14 +278,23 @@ def dissociation(
                 _tell_twins_apart(bottom, edit, untrained=untrained)
     bottom.set_ylim(-0.04, 1.04)
     bottom.set_ylabel("flip rate", fontsize="small")
-    bottom.set_title("3  … and moves answers when it is exchanged", fontsize="small")
+    bottom.set_title("3  Answers that follow an exchange", fontsize="small")
     bottom.set_xlabel("block")
     for axes in (top, middle, bottom):
         axes.axhline(0, color="#444444", linewidth=0.8)
         _finish_depth(axes, n_blocks, transition, labelled=False)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="x-small")
+    _legend(figure, (top, middle, bottom))
     return figure
+
+
+def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
+    """Puts one legend below all panels, each name once, the model's before its twin's."""
+    entries: dict[str, Any] = {}
+    for one in axes:
+        for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    labels = sorted(entries, key=lambda label: "untrained" in label)
+    figure.legend([entries[label] for label in labels], labels, loc="outside lower center", ncols=2)
 
 
 def _who(name: str, untrained: bool) -> str:

@@ -158,13 +158,13 @@ def _judge_exchange(
         return [_untested(statistic, task, who, NO_TRANSITION) for statistic in statistics]
     records = []
     able = table[table["comparable"]]
-    if able.empty:
-        reason = "all prompts get the same answer, so none can flip"
+    flips = mean_outcome(able, "norm", "answer_flipped", weights, late) if len(able) else None
+    if flips is None or np.isnan(flips[1]).mean() > UNDEFINED_ALLOWED:
+        reason = f"{able['recipient'].nunique()} prompts have a donor with another answer: too few"
         records.append(_untested(statistics[0], task, who, reason))
     else:
-        mean, draws, n = mean_outcome(able, "norm", "answer_flipped", weights, late)
-        at = percentile_interval(mean, draws, n=n)
-        records.append(_judge(statistics[0], task, who, mean, at.low, at.high, n))
+        at = percentile_interval(flips[0], flips[1], n=flips[2])
+        records.append(_judge(statistics[0], task, who, flips[0], at.low, at.high, at.n))
     kl = [mean_outcome(table, edit, "kl_nats", weights, late) for edit in ("norm", "direction")]
     if kl[1][0] == 0:
         reason = "exchanging directions changes nothing"

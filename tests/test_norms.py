@@ -15,6 +15,7 @@ from lib.metrics import angles, log_norm_differences
 from lib.models import Decoder, load_decoder
 from lib.norm_edits import (
     average_exchanges,
+    dose_table,
     exchange_in_contexts,
     mean_outcome,
     own_pairs,
@@ -179,6 +180,16 @@ def test_scaling_is_null_at_the_last_block_and_the_rotation_is_not(sample: Sampl
     assert 1.0 not in table["factor"].unique()
 
 
+def test_dose_of_one_changes_nothing_and_the_others_are_means(sample: Sample) -> None:
+    items = np.arange(4)
+    table = scale_and_rotate(sample, items, [0.5, 2], [1], seed=1)
+    doses = dose_table(table, "argmax_kept", bootstrap_weights(4, 20, RNG(0)), items)
+    scaling = doses[doses["edit"] == "scaling"].set_index("factor")["estimate"]
+    assert scaling[1.0] == 1.0
+    own = table[(table["edit"] == "scaling") & (table["factor"] == 2)]
+    assert scaling[2.0] == pytest.approx(own["argmax_kept"].mean())
+
+
 def test_random_rotation_does_not_depend_on_the_batch(
     sample: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +292,17 @@ def test_records_are_complete_and_verdicts_follow_the_criteria(llama: Decoder) -
     flipping = judged(llama, exchanges={"contexts": outcomes([True] * 8)})
     verdicts = {row["statistic"]: row["verdict"] for row in flipping if row["task"] == "contexts"}
     assert verdicts["norm_exchange_flip"] == "not supported"
+
+
+def test_too_few_pairs_that_could_flip_are_not_testable(llama: Decoder) -> None:
+    for n_able in (0, 1):
+        table = outcomes([False] * 8).assign(
+            comparable=lambda rows, n=n_able: rows["recipient"] < n
+        )
+        rows = judged(llama, exchanges={"contexts": table})
+        found = [row for row in rows if row["statistic"] == "norm_exchange_flip"]
+        assert {row["verdict"] for row in found} == {"not testable"}
+        assert f"{n_able} prompts" in found[0]["reason"]
 
 
 def test_model_without_late_blocks_is_not_testable_throughout(llama: Decoder) -> None:
