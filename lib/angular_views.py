@@ -24,7 +24,7 @@ _ABOVE_TWIN = "late_angle_partial_minus_twin"
 
 def verdict_words(overall: ClaimVerdict) -> str:
     """Return the verdict on the claim and on its parts as the end of a sentence."""
-    return f"the claim as a whole is **{overall.verdict}** ({overall.reason})"
+    return f"the claim as a whole is {overall.verdict} ({overall.reason})"
 
 
 def prose(records: pd.DataFrame) -> dict[str, str]:
