@@ -256,7 +256,7 @@ def dose_table(
 
     With c = 1 added, which changes nothing: the argmax is kept, KL and change of entropy are 0.
     """
-    rows = []
+    rows: list[tuple[object, ...]] = []
     unchanged = 1.0 if value == "argmax_kept" else 0.0
     for edit, block in table[["edit", "block"]].drop_duplicates().itertuples(index=False):
         rows.append((edit, 1.0, block, unchanged, unchanged, unchanged, len(items)))
