@@ -166,8 +166,8 @@ def _judge_exchange(
         at = percentile_interval(flips[0], flips[1], n=flips[2])
         records.append(_judge(statistics[0], task, who, flips[0], at.low, at.high, at.n))
     kl = [mean_outcome(table, edit, "kl_nats", weights, late) for edit in ("norm", "direction")]
-    if kl[1][0] == 0:
-        reason = "exchanging directions changes nothing"
+    if np.isnan(kl[1][1]).mean() > UNDEFINED_ALLOWED or kl[1][0] == 0:
+        reason = f"{kl[1][2]} prompts are too few, or exchanging directions changes nothing"
         records.append(_untested(statistics[1], task, who, reason))
     else:
         at = ratio_interval(kl[0], kl[1])

@@ -305,6 +305,13 @@ def test_too_few_pairs_that_could_flip_are_not_testable(llama: Decoder) -> None:
         assert f"{n_able} prompts" in found[0]["reason"]
 
 
+def test_pairs_that_most_draws_miss_are_not_testable(llama: Decoder) -> None:
+    weights = {"contexts": bootstrap_weights(40, 200, RNG(0))}
+    rows = judged(llama, exchanges={"contexts": outcomes([False] * 3)}, weights=weights)
+    found = {row["statistic"]: row["verdict"] for row in rows if row["task"] == "contexts"}
+    assert found["norm_exchange_flip"] == found["norm_exchange_kl_ratio"] == "not testable"
+
+
 def test_model_without_late_blocks_is_not_testable_throughout(llama: Decoder) -> None:
     nothing = late_excess({}, (), n_draws=10, seed=0)
     rows = judged(llama, excess=nothing, equivalence=late_relations({}, ()), late=())
