@@ -66,6 +66,20 @@ def exchange_in_contexts(
     )
 
 
+def exchange_in_all(
+    contexts: Sample,
+    tasks: Mapping[str, Sample],
+    context_pairs: np.ndarray,
+    pairs: Mapping[str, np.ndarray],
+    blocks: Sequence[int],
+) -> dict[str, pd.DataFrame]:
+    """Return the exchanges in the contexts and in every task that has pairs, by name."""
+    found = {contexts.task: exchange_in_contexts(contexts, context_pairs, blocks)}
+    for name, rows in pairs.items():
+        found[name] = exchange_in_task(tasks[name], rows, blocks, description=name)
+    return found
+
+
 def _exchange(
     sample: Sample,
     pairs: np.ndarray,

@@ -360,6 +360,22 @@ def relate_norms(
     )
 
 
+def relate_samples(
+    contexts: Sample,
+    tasks: Mapping[str, Sample],
+    weights: Mapping[str, FloatArray],
+    blocks: Sequence[int],
+) -> dict[str, Relation]:
+    """Return `relate_norms` of the contexts and of every task where it exists, by name."""
+    found = {
+        name: relate_norms(
+            sample, weights[name][:, sample.usable], blocks, description=f"{name}: relation"
+        )
+        for name, sample in {CONTEXTS: contexts, **tasks}.items()
+    }
+    return {name: relation for name, relation in found.items() if relation is not None}
+
+
 def stratified_correlations(
     matrices: Sequence[FloatArray], strata: np.ndarray, weights: FloatArray
 ) -> FloatArray:
