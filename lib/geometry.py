@@ -87,17 +87,19 @@ def context_items(decoder: Decoder, n_contexts: int | None = None) -> Items:
 
     Args:
         decoder: whose tokenizer to use.
-        n_contexts: how many, all by default; the first of each kind, so that no choice is made.
+        n_contexts: how many, all by default; spread evenly over each kind, since the contexts of a
+            kind are laid down by their endings.
 
     Raises:
         ValueError: more contexts asked for than there are, or fewer than three.
     """
     table = load_contexts()
-    table = table.assign(turn=table.groupby("kind").cumcount()).sort_values("turn", kind="stable")
     if n_contexts is not None and not 3 <= n_contexts <= len(table):
         raise ValueError(f"n_contexts must be from 3 to {len(table)}; got {n_contexts}.")
-    texts = table["context"].tolist()[:n_contexts]
-    return items_of_texts(decoder, texts, labels=table["kind"].tolist()[:n_contexts])
+    # The place of each context within its kind, halved again and again: any first part is even.
+    turn = table.groupby("kind").cumcount().map(lambda place: int(f"{place:012b}"[::-1], 2))
+    table = table.assign(turn=turn).sort_values("turn", kind="stable")[:n_contexts]
+    return items_of_texts(decoder, table["context"].tolist(), labels=table["kind"].tolist())
 
 
 def items_of_texts(

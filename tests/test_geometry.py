@@ -18,7 +18,7 @@ from lib.extraction import extract_residuals
 from lib.geometry import Geometry, Items, items_of_texts, measure_geometry, task_items
 from lib.models import Decoder
 from lib.stats import bootstrap_weights
-from lib.tasks import PROMPT_COLUMNS, Task
+from lib.tasks import PROMPT_COLUMNS, Task, load_contexts
 from lib.verdicts import claim_verdict
 
 N_BLOCKS = 6
@@ -231,6 +231,12 @@ def test_a_task_with_too_few_prompts_says_so() -> None:
 def test_contexts_take_equal_parts_of_every_kind(llama: Decoder) -> None:
     items = geometry.context_items(llama, 24)
     assert set(pd.Series(items.labels).value_counts()) == {2}
+    assert geometry.context_items(llama).n_items == len(load_contexts())
+    places = load_contexts().groupby("kind")["context"].agg(list)
+    chosen = [
+        places[kind].index(text) for kind, text in zip(items.labels, items.texts, strict=True)
+    ]
+    assert max(chosen) >= len(places.iloc[0]) / 3  # Not the first ones alone.
     with pytest.raises(ValueError, match="n_contexts must be from 3 to"):
         geometry.context_items(llama, 100_000)
 
