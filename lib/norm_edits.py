@@ -146,7 +146,7 @@ def average_exchanges(
         n_prompts += len(np.unique(pairs))
     columns = ["edit", "block", "estimate", "low", "high", "n"]
     if index is None:
-        return pd.DataFrame(columns=columns)
+        return pd.DataFrame({column: np.empty(0) for column in columns})
     with np.errstate(invalid="ignore"):
         low, high = np.nanquantile(np.nanmean(all_draws, axis=0), [0.025, 0.975], axis=0)
     table = index.to_frame(index=False)

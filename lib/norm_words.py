@@ -78,7 +78,7 @@ def carried_sentences(excess: pd.DataFrame, twin_excess: pd.DataFrame) -> tuple[
         )
     only = [name for name in own if name not in twin]
     if only:
-        second += f" What the trained norm adds is {listed(only)}."
+        second += f" Above shuffled labels in the trained model only: {listed(only)}."
     return first, second
 
 
