@@ -37,6 +37,7 @@ def continuation_losses(
     texts: pd.DataFrame,
     block: int,
     *,
+    tasks_per_text: int | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Return how much steering in an unrelated text raises the loss on its continuation.
@@ -52,6 +53,7 @@ def continuation_losses(
         matched: by task, from `match_flip_rate`.
         texts: columns `context` and `continuation`.
         block: after which to steer.
+        tasks_per_text: tasks that lend their edit to each context, in turn; all by default.
         seed: of the random planes.
 
     Returns:
@@ -75,8 +77,9 @@ def continuation_losses(
             if not np.isfinite(dose):
                 continue
             for index, state in enumerate(steer_states(method, states, vector, dose)):
-                edited[index].append(state)
-                labels[index].append((name, method))
+                if (number - index) % len(trials) < (tasks_per_text or len(trials)):
+                    edited[index].append(state)
+                    labels[index].append((name, method))
     rows = []
     for index in track(range(len(contexts)), "loss on continuations"):
         if not edited[index]:
@@ -191,7 +194,7 @@ def read_before_and_after(
     block: int,
     *,
     n_top: int = 5,
-    n_new_tokens: int = 8,
+    n_new_tokens: int = 6,
 ) -> pd.DataFrame:
     """Return what the model says before and after a rotation onto the target, a prompt a task.
 

@@ -116,6 +116,7 @@ def measure_exchange(
     blocks: Sequence[int],
     *,
     donors_per_prompt: int = 2,
+    templates: Sequence[int] | None = None,
     same_answer: bool = False,
 ) -> dict[str, ExchangeOutcome]:
     """Return the 2 × 2 exchange at the last token, by task.
@@ -124,6 +125,7 @@ def measure_exchange(
         trials: by task.
         blocks: after which to exchange.
         donors_per_prompt: donors of each recipient.
+        templates: of the recipients, all by default; not for donors of the same answer.
         same_answer: donors of the same answer and another subject: the null. Tasks that have none
             are left out.
     """
@@ -132,7 +134,7 @@ def measure_exchange(
         if same_answer:
             pairs = trial.pairs(donors_per_prompt=donors_per_prompt, same_answer=True)
         else:
-            pairs = choose_pairs(trial, donors_per_prompt)
+            pairs = choose_pairs(trial, donors_per_prompt, templates)
         if len(pairs) == 0:
             continue
         sweep = sweep_blocks(

@@ -10,16 +10,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lib.doses import METHODS, OWN_ANSWER
-from lib.figures import TWIN, WIDTH, nothing_to_show, shared_legend, style_of, use_theme
+from lib.figures import TWIN, WIDTH, nothing_to_show, style_of, use_theme
 
 # Each method wears the colour of the quantity that it acts on.
 ACTS_ON = {
     "rotation": "angle",
     "additive": "distance",
     "unembedding": "logit lens",
-    "random plane": "random direction",
+    "random plane": "random plane",
     "radial": "norm",
-    OWN_ANSWER: "same answer",
+    OWN_ANSWER: "own answer",
 }
 LABELS = {
     "rotation": "rotation to target",
@@ -59,7 +59,7 @@ def dose_figure(
             _draw(axes, curve.sort_values("degrees"), str(method), bool(untrained))
         axes.set_title(name, fontsize="small")
         axes.set_ylim(-0.04, 1.04)
-        axes.set_xticks(range(0, 91, 30))
+        axes.set_xticks(range(0, 61, 20))
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for axes in grid[:, 0]:
@@ -131,7 +131,8 @@ def ratio_figure(table: pd.DataFrame) -> Figure:
     for (rival, untrained), rows in table.groupby(["rival", "untrained"], sort=False):
         label = RIVAL_LABELS[str(rival)] + (", untrained" if untrained else "")
         style = style_of(ACTS_ON[str(rival)], untrained=bool(untrained)) | {"linestyle": "none"}
-        places = [tasks.index(task) + offsets[str(rival)] for task in rows["task"]]
+        offset = offsets[str(rival)] * (2 if untrained else 1)
+        places = [tasks.index(task) + offset for task in rows["task"]]
         axes.errorbar(rows["estimate"], places, xerr=_arms(rows), label=label, **style)
     axes.axvline(1.0, color="#444444", linestyle=":", linewidth=1.2)
     axes.set_xscale("log")
@@ -140,7 +141,7 @@ def ratio_figure(table: pd.DataFrame) -> Figure:
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("rotation's collateral over its rival's (log scale); left of 1: more selective")
-    shared_legend(figure, [axes])
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 

@@ -1,6 +1,6 @@
 """The computed sentences of the chapter on causal control: numbers, and words that could flip."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -30,17 +30,25 @@ def verdict_sentence(records: Sequence[Record], model: str) -> str:
     )
 
 
-def pool(
-    by_task: Mapping[str, np.ndarray], n: int, average: Callable[..., np.ndarray] = np.mean
-) -> Interval | None:
-    """Return the mean over tasks, with its interval over their prompts.
+def pool(by_task: Mapping[str, np.ndarray], counts: Mapping[str, int]) -> Interval | None:
+    """Return the mean over tasks, with its interval over their prompts; None if no task has any.
+
+    Tasks on which the quantity is not defined in nearly all draws are left out.
 
     Args:
         by_task: the estimate and then the draws of each task `[1 + n_draws]`.
-        n: prompts of all tasks.
-        average: of the tasks, along the first axis.
+        counts: prompts of each task.
     """
-    return interval_of(average(list(by_task.values()), axis=0), n) if by_task else None
+    defined = {task: d for task, d in by_task.items() if interval_of(d, counts[task]) is not None}
+    if not defined:
+        return None
+    n = sum(counts[task] for task in defined)
+    return interval_of(np.mean(list(defined.values()), axis=0), n)
+
+
+def prompts_of(outcomes: Mapping[str, ExchangeOutcome | DoseOutcome]) -> dict[str, int]:
+    """Return how many prompts take part in each task."""
+    return {name: len(np.unique(outcome.pairs)) for name, outcome in outcomes.items()}
 
 
 def words_of(found: Interval | None, items: str = "prompts") -> str:
@@ -55,13 +63,13 @@ def late_effects(
 ) -> dict[str, Interval | None]:
     """Return direction, norm, interaction and both, mean over late blocks and tasks."""
     draws: dict[str, dict[str, np.ndarray]] = {}
-    n = sum(len(np.unique(outcome.pairs)) for outcome in outcomes.values())
     for name, outcome in outcomes.items():
         both = np.concatenate([np.ones((1, weights[name].shape[1])), weights[name]])
         for part, values in outcome.effects(late).items():
             found = pair_share_bootstrap(values, outcome.pairs, both).mean(axis=1)
             draws.setdefault(part, {})[name] = found
-    return {part: pool(by_task, n) for part, by_task in draws.items()}
+    counts = prompts_of(outcomes)
+    return {part: pool(by_task, counts) for part, by_task in draws.items()}
 
 
 def exchange_sentence(
@@ -71,13 +79,12 @@ def exchange_sentence(
     if not own:
         return NOT_TESTABLE
     text = (
-        f"Late, the donor's direction alone flips {words_of(own['direction'])}; its norm alone "
-        f"flips {words_of(own['norm'])}."
+        "Late, the donor's direction alone flips answers at a rate of "
+        f"{words_of(own['direction'])}; its norm alone, of {words_of(own['norm'])}."
     )
     if twin:
         text += (
-            f" In the untrained twin the direction alone flips {words_of(twin['direction'])}, the "
-            f"norm alone {words_of(twin['norm'])}."
+            f" In the untrained twin: {words_of(twin['direction'])} and {words_of(twin['norm'])}."
         )
     return text
 
@@ -86,18 +93,17 @@ def same_answer_sentence(
     outcomes: Mapping[str, ExchangeOutcome], weights: Weights, late: Sequence[int]
 ) -> str:
     """Return how often a donor of the same answer changes the answer late."""
-    draws, n = {}, 0
+    draws = {}
     for name, outcome in outcomes.items():
         rows = [outcome.blocks.index(block) for block in late]
         values = outcome.changed["both"][rows].astype(float)
         both = np.concatenate([np.ones((1, weights[name].shape[1])), weights[name]])
         draws[name] = pair_share_bootstrap(values, outcome.pairs, both).mean(axis=1)
-        n += len(np.unique(outcome.pairs))
     if not draws:
         return "No task has donors of the same answer."
     return (
         "Donors of the same answer and another subject change the answer in a share of "
-        f"{words_of(pool(draws, n))} (tasks: {', '.join(draws)})."
+        f"{words_of(pool(draws, prompts_of(outcomes)))} (tasks: {', '.join(draws)})."
     )
 
 
@@ -105,12 +111,11 @@ def turned_interval(
     outcomes: Mapping[str, DoseOutcome], weights: Weights, block: int, method: str
 ) -> Interval | None:
     """Return the flip rate of the full angle, mean over tasks."""
-    n = sum(len(np.unique(outcome.pairs)) for outcome in outcomes.values())
     draws = {
         name: full_angle_draws(outcome, weights[name], block, method)
         for name, outcome in outcomes.items()
     }
-    return pool(draws, n)
+    return pool(draws, prompts_of(outcomes))
 
 
 def turned_sentence(outcomes: Mapping[str, DoseOutcome], weights: Weights, block: int) -> str:
@@ -132,17 +137,16 @@ def pooled_ratio(
     matched: Mapping[str, Matched], rival: str, readout: str = "rest_kl_nats"
 ) -> Interval | None:
     """Return the geometric mean over tasks of the rotation's collateral over a rival's."""
-    draws, n = {}, 0
+    draws = {}
     for task, found in matched.items():
         if found.ratio(rival, readout) is not None:
             collateral = found.collateral[readout]
             draws[task] = np.log(collateral["rotation"] / collateral[rival])
-            n += found.n
-    pooled = pool(draws, n)
+    pooled = pool(draws, {task: matched[task].n for task in draws})
     if pooled is None:
         return None
     low, middle, high = np.exp([pooled.low, pooled.estimate, pooled.high]).tolist()
-    return Interval(middle, low, high, n)
+    return Interval(middle, low, high, pooled.n)
 
 
 def ratio_sentence(matched: Mapping[str, Matched]) -> str:
@@ -154,16 +158,16 @@ def ratio_sentence(matched: Mapping[str, Matched]) -> str:
             sentences.append(f"Against {_RIVALS[rival]} nothing can be matched.")
             continue
         sentences.append(
-            f"At a flip rate of one half, rotation changes the rest of the distribution "
-            f"{words_of(found)} times as much as {_RIVALS[rival]}: {_selective(found)}."
+            f"At a flip rate of one half, the KL of the rest under rotation over that under "
+            f"{_RIVALS[rival]} is {words_of(found)}: rotation {_selective(found)}."
         )
     return " ".join(sentences)
 
 
 def _selective(ratio: Interval) -> str:
     if ratio.high < 1:
-        return "it is the more selective of the two"
-    return "it is the less selective of the two" if ratio.low > 1 else "no difference is resolved"
+        return "is the more selective of the two"
+    return "is the less selective of the two" if ratio.low > 1 else "is not told apart from it"
 
 
 def winner_sentence(matched: Mapping[str, Matched], methods: Sequence[str]) -> str:
@@ -249,15 +253,14 @@ def own_answer_sentence(
     outcomes: Mapping[str, DoseOutcome], weights: Weights, block: int, method: str
 ) -> str:
     """Return how often a rotation to the prompt's own answer, by the full angle, loses it."""
-    draws, n = {}, 0
+    draws = {}
     for name, outcome in outcomes.items():
         values = outcome.values("changed", block, method)[-1].astype(float)
         both = np.concatenate([np.ones((1, weights[name].shape[1])), weights[name]])
         draws[name] = pair_share_bootstrap(values, outcome.pairs, both)[:, 0]
-        n += len(np.unique(outcome.pairs))
     if not draws:
         return NOT_TESTABLE
     return (
         "Turned towards the centroid of its own answer, by the angle that leads to the target, a "
-        f"prompt loses its answer in a share of {words_of(pool(draws, n))}."
+        f"prompt loses its answer in a share of {words_of(pool(draws, prompts_of(outcomes)))}."
     )

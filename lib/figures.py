@@ -36,6 +36,8 @@ STYLES: Mapping[str, Mapping[str, Any]] = {
     "steering on held-out templates": {"color": _COLOURS[1], "marker": "h"},
     "same answer": {"color": _COLOURS[2], "marker": "X"},
     "random direction": {"color": _COLOURS[4], "marker": "*"},
+    "random plane": {"color": _COLOURS[9], "marker": "*"},
+    "own answer": {"color": "#333333", "marker": "p"},
     # sites of an edit
     "subject": {"color": _COLOURS[0], "marker": "o"},
     "subject to second last": {"color": _COLOURS[9], "marker": "<"},

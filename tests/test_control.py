@@ -314,7 +314,7 @@ def test_words_say_less_selective_only_when_the_interval_is_above_one() -> None:
         doses_ = dict.fromkeys(costs, np.full(100, 10.0))
         return Matched(0.5, dict.fromkeys(costs, 1.0), doses_, {"rest_kl_nats": costs}, 12)
 
-    for ratio, words in ((2.0, "less selective"), (0.5, "more selective"), (1.0, "no difference")):
+    for ratio, words in ((2.0, "less selective"), (0.5, "more selective"), (1.0, "not told apart")):
         assert words in control_words.ratio_sentence({"task": matched(ratio)})
 
 
