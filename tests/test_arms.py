@@ -20,8 +20,8 @@ from lib.arms import (
     sweep_site,
 )
 from lib.models import Decoder, load_decoder
+from lib.phase_transition.switch import measure_control, measure_routing
 from lib.stats import bootstrap_weights
-from lib.switch import measure_control, measure_routing
 from lib.tasks import build_task, gate
 
 

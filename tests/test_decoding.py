@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lib.decoding import Decoding, decode_attribute, pool_decodings, thirds
+from lib.norm_code.decoding import Decoding, decode_attribute, pool_decodings, thirds
 from lib.stats import bootstrap_weights
 
 N = 120

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lib import metrics
-from lib.maps import DepthMap, Panel, depth_map_html, depth_positions
+from lib.angular_code.maps import DepthMap, Panel, depth_map_html, depth_positions
 
 
 def make_map(n_items: int = 48, n_blocks: int = 30, name: str = "capitals") -> DepthMap:

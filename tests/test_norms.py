@@ -13,7 +13,7 @@ from lib.correlations import rank_matrix, weighted_correlations
 from lib.divergences import jeffreys_of_logits
 from lib.metrics import angles, log_norm_differences
 from lib.models import Decoder, load_decoder
-from lib.norm_edits import (
+from lib.norm_code.norm_edits import (
     average_exchanges,
     dose_table,
     exchange_in_contexts,
@@ -25,7 +25,7 @@ from lib.norm_edits import (
     spread_contexts,
     temperature_share,
 )
-from lib.norm_verdicts import (
+from lib.norm_code.norm_verdicts import (
     dose_blocks,
     find_late,
     judge_norms,
@@ -33,7 +33,7 @@ from lib.norm_verdicts import (
     late_relations,
     shown_blocks,
 )
-from lib.norm_words import (
+from lib.norm_code.norm_words import (
     carried_sentences,
     dissociation_sentence,
     exchange_sentences,
@@ -44,7 +44,7 @@ from lib.norm_words import (
     temperature_sentence,
     verdict_sentence,
 )
-from lib.norms import (
+from lib.norm_code.norms import (
     RELATIONS,
     Relation,
     Sample,
@@ -62,7 +62,7 @@ KINDS = ["letter", "list", "law"]
 @pytest.fixture(scope="module")
 def sample() -> Sample:
     """Twelve contexts of three kinds, read by a tiny model."""
-    from lib.norms import _read
+    from lib.norm_code.norms import _read
 
     decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
     rng = RNG(0)

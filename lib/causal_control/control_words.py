@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 
 from lib.arms import Trial
-from lib.control import ExchangeOutcome, Weights
-from lib.control_tables import CLAIM, RIVALS, Matched, full_angle_draws, interval_of
-from lib.doses import DoseOutcome
+from lib.causal_control.control import ExchangeOutcome, Weights
+from lib.causal_control.control_tables import CLAIM, RIVALS, Matched, full_angle_draws, interval_of
+from lib.causal_control.doses import DoseOutcome
 from lib.notebook import estimate_text
 from lib.stats import Interval, pair_share_bootstrap
 from lib.verdicts import Record, claim_verdict

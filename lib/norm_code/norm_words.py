@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from lib.norm_verdicts import CLAIM, WITHIN, margin
+from lib.norm_code.norm_verdicts import CLAIM, WITHIN, margin
 from lib.verdicts import Record, claim_verdict
 
 HALF, DOUBLE = 0.5, 2.0
@@ -56,7 +56,7 @@ def carried_sentences(excess: pd.DataFrame, twin_excess: pd.DataFrame) -> tuple[
     """Return what is decoded late, and what the twin has to do with it.
 
     Args:
-        excess: from `lib.norm_verdicts.late_excess`, of the model.
+        excess: from `norm_verdicts.late_excess`, of the model.
         twin_excess: the same of its twin.
     """
     if excess.empty:
@@ -97,7 +97,7 @@ def relation_sentence(equivalence: pd.DataFrame) -> str:
     """Return the late partial correlation on the contexts in words.
 
     Args:
-        equivalence: from `lib.norm_verdicts.late_relations`.
+        equivalence: from `norm_verdicts.late_relations`.
     """
     table = equivalence[equivalence["task"] == "contexts"]
     if table.empty:
@@ -162,7 +162,7 @@ def dose_sentences(response: pd.DataFrame, blocks: Sequence[int]) -> tuple[str, 
     """Return what scaling does late: its headline, and its comparison with rotation.
 
     Args:
-        response: `lib.norm_edits.dose_table` with `outcome` and `untrained`.
+        response: `norm_edits.dose_table` with `outcome` and `untrained`.
         blocks: blocks to average over, the last block not among them.
     """
     chosen = response[response["block"].isin(blocks) & ~response["untrained"]]
@@ -210,7 +210,7 @@ def temperature_sentence(shares: pd.DataFrame) -> str:
     """Return how much of a scaling is a temperature.
 
     Args:
-        shares: `lib.norm_edits.temperature_share` with `untrained`.
+        shares: `norm_edits.temperature_share` with `untrained`.
     """
     own = shares[~shares["untrained"] & (shares["edit"] == "scaling")].set_index("factor")
     if own.empty:

@@ -7,9 +7,9 @@ import pandas as pd
 
 from lib.arms import Arm, ArmOutcome, Values
 from lib.models import Decoder
-from lib.reorganisation import Alignment
+from lib.phase_transition.reorganisation import Alignment
+from lib.phase_transition.switch import Outcomes
 from lib.stats import Interval, percentile_interval
-from lib.switch import Outcomes
 from lib.transitions import Transition, width_difference
 from lib.verdicts import Record, early_blocks, judge, last_sixth, verdict_table
 

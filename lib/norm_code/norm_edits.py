@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 
 from lib.interventions import exchange_direction, exchange_norm, rotate_by_displacement, scale
-from lib.norms import Sample
+from lib.norm_code.norms import Sample
 from lib.readouts import distribution_measure
 from lib.stats import Interval, pair_share_bootstrap, percentile_interval
 from lib.sweeps import Sweep, sweep_blocks

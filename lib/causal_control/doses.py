@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lib.arms import ARMS, Arm, Trial
-from lib.control import choose_pairs
+from lib.causal_control.control import choose_pairs
+from lib.causal_control.selectivity import rest_measure
 from lib.extraction import Positions, extract_residuals
 from lib.interventions import exchange
-from lib.selectivity import rest_measure
 from lib.steering import (
     angle_degrees,
     held_out_centroids,
@@ -42,7 +42,7 @@ class DoseOutcome:
         doses: in degrees `[n_doses]`, without the full angle.
         full_angles: θ(h, target) in degrees `[n_blocks, n_pairs]`.
         choice: closed-set argmax, an index into the task's answers.
-        measures: readouts of `lib.selectivity.rest_measure`, by name; empty unless asked for.
+        measures: readouts of `selectivity.rest_measure`, by name; empty unless asked for.
     """
 
     trial: Trial

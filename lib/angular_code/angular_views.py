@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from lib.angular import Windows
-from lib.depth import ANGLE, BEYOND_LENS, DepthCorrelations
-from lib.geometry import CONTEXTS, Geometry, n_components
-from lib.maps import DepthMap, Panel, depth_positions
+from lib.angular_code.angular import Windows
+from lib.angular_code.depth import ANGLE, BEYOND_LENS, DepthCorrelations
+from lib.angular_code.geometry import CONTEXTS, Geometry, n_components
+from lib.angular_code.maps import DepthMap, Panel, depth_positions
 from lib.notebook import estimate_text
 from lib.verdicts import ClaimVerdict, criterion_of
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from lib.control import ExchangeOutcome, Weights, effect_shares
-from lib.doses import METHODS, OWN_ANSWER, DoseOutcome
+from lib.causal_control.control import ExchangeOutcome, Weights, effect_shares
+from lib.causal_control.doses import METHODS, OWN_ANSWER, DoseOutcome
 from lib.models import Decoder
 from lib.stats import Interval, pair_share_bootstrap, percentile_interval
 from lib.verdicts import Record, judge

@@ -9,14 +9,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lib.depth import (
+from lib.angular_code.depth import (
     ANGLE,
     BEYOND_LENS,
     DepthCorrelations,
     correlate_with_predictions,
     mantel_by_depth,
 )
-from lib.geometry import Geometry, Items, measure_geometry
+from lib.angular_code.geometry import Geometry, Items, measure_geometry
 from lib.models import Decoder
 from lib.stats import bootstrap_weights
 from lib.verdicts import early_blocks, judge, late_blocks, verdict_table
@@ -110,7 +110,7 @@ def correlate_sets(
 def mantel_sets(
     geometries: Mapping[str, Geometry], *, n_permutations: int, seed: int
 ) -> pd.DataFrame:
-    """Return `lib.depth.mantel_by_depth` of all sets in one table; sets without one left out."""
+    """Return `depth.mantel_by_depth` of all sets in one table; sets without one left out."""
     frames = []
     for name, geometry in geometries.items():
         rng = np.random.default_rng([seed, *name.encode(), 1])

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lib.arms import Trial
-from lib.control_tables import Matched
-from lib.doses import METHODS, steer_states, steering_vectors
+from lib.causal_control.control_tables import Matched
+from lib.causal_control.doses import METHODS, steer_states, steering_vectors
 from lib.extraction import extract_residuals, run_blocks, tokenize
 from lib.generation import generate, steer
 from lib.interventions import exchange

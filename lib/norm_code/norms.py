@@ -11,11 +11,11 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from lib.arms import Trial
-from lib.decoding import Decoding, decode_attribute, pool_decodings, thirds
 from lib.divergences import jeffreys_of_logits
 from lib.extraction import extract_residuals, tokenize
 from lib.metrics import angles, log_norm_differences
 from lib.models import Decoder
+from lib.norm_code.decoding import Decoding, decode_attribute, pool_decodings, thirds
 from lib.progress import track
 from lib.stats import weighted_mean
 from lib.tasks import Task, gate, load_contexts, load_task, task_names

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from lib.angular_code.geometry import Geometry, same_last_token, variant_angles
 from lib.correlations import (
     correlations_of_pairs,
     partial_correlation,
@@ -22,7 +23,6 @@ from lib.correlations import (
     permuted_correlations,
     rank_matrix,
 )
-from lib.geometry import Geometry, same_last_token, variant_angles
 from lib.metrics import token_set_distances
 from lib.stats import Interval, bootstrap_weights, holm, percentile_interval
 
@@ -221,7 +221,7 @@ def robustness(
 ) -> tuple[dict[str, DepthCorrelations], dict[str, str]]:
     """Return ρ(θ, J) and its increment over the lens in five variants, by the variant's name.
 
-    Three change the states (`lib.geometry.variant_angles`). ``same last token``: only the contexts
+    Three change the states (`geometry.variant_angles`). ``same last token``: only the contexts
     that end in the most frequent last token. ``given word overlap``: the Jaccard distance of the
     token sets partialled out.
 

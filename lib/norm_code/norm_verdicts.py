@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from lib.decoding import Decoding
 from lib.models import Decoder
-from lib.norm_edits import mean_outcome, ratio_interval
-from lib.norms import Relation
+from lib.norm_code.decoding import Decoding
+from lib.norm_code.norm_edits import mean_outcome, ratio_interval
+from lib.norm_code.norms import Relation
 from lib.stats import bootstrap_weights, equivalence_test, percentile_interval
 from lib.verdicts import ALL_TASKS, Record, criterion_of, judge, late_blocks
 
@@ -102,7 +102,7 @@ def judge_norms(
         decoder: the model, or its twin.
         excess: from `late_excess`.
         equivalence: from `late_relations`.
-        exchanges: by task, from `lib.norm_edits`.
+        exchanges: by task, from `lib.norm_code.norm_edits`.
         weights: prompt weights by task `[n_draws, n_prompts]`.
         late: the late blocks.
         skipped: tasks that were not analysed, with the reason.

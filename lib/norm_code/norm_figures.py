@@ -39,7 +39,7 @@ def norm_curves(table: pd.DataFrame) -> Figure:
     """Returns r by block on a logarithmic axis, with the range of 95 % of the contexts.
 
     Args:
-        table: rows of `lib.norms.norm_growth` with `untrained`.
+        table: rows of `norms.norm_growth` with `untrained`.
     """
     use_theme()
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.1), sharex=True)
@@ -80,7 +80,7 @@ def relation_curves(table: pd.DataFrame, *, margin: float, transition: Transitio
     """Returns rank correlations with J: of angle and norm, and of the norm given the angle.
 
     Args:
-        table: rows of `lib.norms.Relation.to_frame` for one sample, with `untrained`.
+        table: rows of `norms.Relation.to_frame` for one sample, with `untrained`.
         margin: the margin of equivalence, drawn as a band.
         transition: ℓ* with its interval, or None.
     """

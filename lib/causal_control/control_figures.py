@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lib.doses import METHODS, OWN_ANSWER
+from lib.causal_control.doses import METHODS, OWN_ANSWER
 from lib.figures import TWIN, WIDTH, nothing_to_show, style_of, use_theme
 
 # Each method wears the colour of the quantity that it acts on.
@@ -38,7 +38,7 @@ def dose_figure(
     """Returns dose–response curves, a panel for each value of a column; the twin's grey, dashed.
 
     Args:
-        table: from `lib.control_tables.dose_curves`, one readout.
+        table: from `control_tables.dose_curves`, one readout.
         panel: column that holds the panel's title.
         ylabel: what is measured.
         columns: panels side by side.
@@ -120,7 +120,7 @@ def ratio_figure(table: pd.DataFrame) -> Figure:
     """Returns the rotation's collateral over each rival's at the matched flip rate, by task.
 
     Args:
-        table: from `lib.control_tables.matched_table`, one readout; trained and untrained.
+        table: from `control_tables.matched_table`, one readout; trained and untrained.
     """
     if table.empty:
         return nothing_to_show()
@@ -149,7 +149,7 @@ def loss_figure(table: pd.DataFrame) -> Figure:
     """Returns how much each method raises the loss on unrelated continuations.
 
     Args:
-        table: from `lib.continuations.loss_table`.
+        table: from `continuations.loss_table`.
     """
     if table.empty:
         return nothing_to_show()

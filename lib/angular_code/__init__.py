@@ -1,0 +1,1 @@
+"""The angular code: what its chapter measures, maps and judges."""

@@ -1,0 +1,1 @@
+"""Causal control: what its chapter measures and judges."""

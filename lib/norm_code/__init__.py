@@ -1,0 +1,1 @@
+"""The norm code: what its chapter measures and judges."""

@@ -1,0 +1,1 @@
+"""The phase transition: what its chapter measures and judges."""
