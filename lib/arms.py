@@ -30,7 +30,7 @@ Arm = Literal["context arm", "prediction arm"]
 Site = Literal["subject", "last", "subject to second last", "subject to last"]
 Values = Literal["flipped", "changed", "excess", "recovered", "probability_change"]
 ARMS: Mapping[Arm, Site] = {"context arm": "subject", "prediction arm": "last"}
-TRANSITIONS = RESULTS / "transitions.json"
+TRANSITIONS = RESULTS.parent / "transitions.json"  # the results folder holds records alone
 
 
 @dataclass(frozen=True, eq=False)
