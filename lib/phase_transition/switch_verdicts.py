@@ -15,6 +15,7 @@ from lib.verdicts import Record, early_blocks, judge, last_sixth, verdict_table
 
 CLAIM = "phase-transition"
 TOO_FEW = "too few pairs of prompts for an interval"
+NOT_RUN = "controls are run on the trained model alone"
 Controls = Mapping[str, Outcomes]
 
 
@@ -75,7 +76,8 @@ def judge_switch(
         add("causal_width_share", task, share, closed or (transition.reason if transition else ""))
         shift = controls.get("self-donor", {}).get(task)
         found = _largest_shift(shift) if shift else None
-        add("self_donor_change", task, found, closed or ("" if shift else "not measured"))
+        add("self_donor_change", task, found, closed or ("" if shift else NOT_RUN))
+        absent = "no donor of the same answer"
         kinds: tuple[tuple[str, str, Values], ...] = (
             ("same_answer_flip", "same answer", "changed"),
             ("random_direction_flip", "random direction", "flipped"),
@@ -83,11 +85,11 @@ def judge_switch(
         for statistic, control, values in kinds:
             by_arm = controls.get(control, {}).get(task)
             worst = _largest_over(by_arm, weights[task], values) if by_arm else None
-            reason = closed or ("" if by_arm else "no donor of the same answer")
+            reason = closed or ("" if by_arm else absent if controls else NOT_RUN)
             add(statistic, task, worst, reason)
         by_arm = controls.get("random direction", {}).get(task)
         beyond = _mean_excess(by_arm, weights[task]) if by_arm else None
-        add("random_direction_excess", task, beyond, closed or ("" if by_arm else "not measured"))
+        add("random_direction_excess", task, beyond, closed or ("" if by_arm else NOT_RUN))
         add("width_difference", task, *_width_difference(task, closed, transition, alignments))
     add("transition_spread", None, *_spread(transitions, decoder.n_blocks))
     return verdict_table(records)
