@@ -126,7 +126,7 @@ def profile_depth(
     prompts: list[list[int]],
     rng: np.random.Generator,
     *,
-    n_halves: int = 10,
+    n_halves: int = 5,
 ) -> pd.DataFrame:
     """Return measures of the whole cloud of residual streams over depth, at the last token.
 
