@@ -155,7 +155,7 @@ def depth_curves(
         ylim: limits of y, the same in all panels.
         columns: panels side by side.
         sharey: whether all panels have the same y axis; if not, each panel's title says what it is.
-        labels: names in the legend, where they differ from those of the curves.
+        labels: names in the legend by curve, where they differ; the twin's is `curve, untrained`.
     """
     use_theme()
     if len(table) == 0:
@@ -175,7 +175,8 @@ def depth_curves(
                 one = chosen[(chosen[by] == curve) & (chosen["untrained"] == untrained)]
                 if len(one):
                     label = (labels or {}).get(curve, curve)
-                    shown = f"{label}, untrained" if untrained else label
+                    twin = (labels or {}).get(f"{curve}, untrained", f"{label}, untrained")
+                    shown = twin if untrained else label
                     draw_curve(axes, one, curve, untrained=untrained, label=shown)
         if transitions and name in transitions:
             mark_transition(axes, *transitions[name])

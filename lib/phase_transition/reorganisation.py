@@ -138,15 +138,14 @@ def profile_depth(
             would repeat items, which breaks neighbour-based measures.
 
     Returns:
-        Columns `block`, `quantity`, `estimate` (all texts), `low`, `high` (smallest and largest
-        over the halves), `n`.
+        Columns `block`, `quantity`, `estimate`, `low`, `high` (mean, smallest and largest over the
+        halves: several of these measures grow with the number of texts), `n` (texts in a half).
     """
     residuals = extract_residuals(decoder, prompts, logits=True)
     assert residuals.logits is not None
     divergence = jeffreys_divergence(log_probabilities(residuals.logits))
     states = residuals.states.numpy()
     halves = [rng.permutation(len(prompts))[: len(prompts) // 2] for _ in range(n_halves)]
-    everyone = np.arange(len(prompts))
 
     def overlap(block: int, items: np.ndarray) -> float:
         geometry = angles(states[block, items])
@@ -170,6 +169,6 @@ def profile_depth(
             if measure is step and block == 0:
                 continue  # nothing to compare the first block with
             spread = [measure(block, items) for items in halves]
-            estimate = measure(block, everyone)
-            rows.append((block, name, estimate, min(spread), max(spread), len(prompts)))
+            mean = float(np.mean(spread))
+            rows.append((block, name, mean, min(spread), max(spread), len(halves[0])))
     return pd.DataFrame(rows, columns=["block", "quantity", "estimate", "low", "high", "n"])
