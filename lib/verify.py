@@ -18,7 +18,7 @@ from lib.results import (
     results_file,
     write_rows,
 )
-from lib.verdicts import claim_verdict, criteria
+from lib.verdicts import SHARE_OF_TASKS, claim_verdict, criteria
 
 RECORDED = Path("tests", "recorded", "results.json")
 
@@ -67,16 +67,25 @@ def incomplete_claims(rows: Sequence[Record]) -> list[str]:
 def false_positives(rows: Sequence[Record]) -> list[str]:
     """Returns what holds on the untrained twin and therefore is no evidence on the trained model.
 
-    Criteria that any network may meet are marked `null_expected = false` and passed over.
+    As for a part of a claim, a criterion holds when it does on three quarters of the testable
+    tasks. Those that any network may meet are marked `null_expected = false` and passed over.
     """
-    null_expected = {(c.claim, c.statistic) for c in criteria() if c.null_expected}
-    return [
-        f"{name_of(row)}: supported on the untrained twin, so it is no evidence"
-        for row in rows
-        if row["untrained"]
-        and row["verdict"] == "supported"
-        and (row["claim"], row["statistic"]) in null_expected
-    ]
+    problems = []
+    for criterion in criteria():
+        tested = [
+            row
+            for row in rows
+            if row["untrained"]
+            and row["verdict"] != "not testable"
+            and (row["claim"], row["statistic"]) == (criterion.claim, criterion.statistic)
+        ]
+        met = [row for row in tested if row["verdict"] == "supported"]
+        if criterion.null_expected and met and len(met) >= SHARE_OF_TASKS * len(tested):
+            problems += [
+                f"{name_of(row)}: supported on the untrained twin, so it is no evidence"
+                for row in met
+            ]
+    return problems
 
 
 def _claims(rows: Sequence[Record]) -> list[tuple[str, str, bool]]:

@@ -113,8 +113,9 @@ def test_only_a_control_that_some_tasks_cannot_have_or_that_was_added_is_optiona
     assert optional == {"same_answer_flip", *(statistic for _, _, statistic in ADDED)}
 
 
-def test_each_claim_but_the_architectural_half_has_a_part_the_twin_must_fail():
-    for claim in CLAIMS:
+def test_each_claim_but_the_norms_has_a_part_the_twin_must_fail():
+    # What the norm carries and does not decide, an untrained network shows as well.
+    for claim in set(CLAIMS) - {"norm-code"}:
         assert any(c.null_expected for c in criteria() if c.claim == claim)
 
 
