@@ -62,9 +62,11 @@ class Scorecard(SphinxDirective):
         if not any(_model(row) == model for row in rows):
             return NO_RESULT
         try:
-            return claim_verdict(rows, claim, *model).verdict
+            found = claim_verdict(rows, claim, *model)
         except ValueError as problem:
             raise self.error(str(problem)) from problem
+        parts = "; ".join(f"{part}: {verdict}" for part, verdict in found.parts.items())
+        return f"{found.verdict} ({parts})" if len(found.parts) > 1 else found.verdict
 
     def _link(self, page: str, words: str) -> nodes.Node:
         link = addnodes.pending_xref(
