@@ -13,6 +13,8 @@ from typing import Any, Literal, get_args
 
 import pandas as pd
 
+from lib.results import RECORD_COLUMNS
+
 CRITERIA_FILE = Path(__file__).parent / "data" / "criteria.toml"
 ALL_TASKS = "all tasks"
 """The task of a record that is judged once a model rather than task by task."""
@@ -25,22 +27,7 @@ Relation = Literal[">=", ">", "<=", "<"]
 Verdict = Literal["supported", "not supported", "not testable"]
 Record = dict[str, Any]
 
-RECORD_ORDER = (
-    "claim",
-    "part",
-    "task",
-    "model",
-    "untrained",
-    "statistic",
-    "estimate",
-    "ci_low",
-    "ci_high",
-    "criterion",
-    "n",
-    "verdict",
-    "reason",
-    "held_out",
-)
+RECORD_ORDER = (*RECORD_COLUMNS, "reason", "held_out")
 
 
 @dataclass(frozen=True)
