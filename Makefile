@@ -5,9 +5,9 @@ PYTHON ?= python3
 TORCH_INDEX_URL ?=
 # Model that the chapters run on: "embedded", a name on a model hub, or a folder.
 export MODEL ?= embedded
-# Idle threads sleep instead of spinning: beside other work on the machine, sweeps that would take
-# ten times as long do not.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Idle threads spin for a moment only, then sleep: beside other work on the machine, sweeps that
+# would take ten times as long do not.
+export GOMP_SPINCOUNT ?= 10000
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -6,8 +6,8 @@ did the donor's answer come through?
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -16,12 +16,13 @@ import torch
 from scipy.special import softmax
 from torch import Tensor
 
-from lib.extraction import Positions, extract_residuals
+from lib.extraction import Positions
 from lib.files import write_atomically
 from lib.interventions import Edit, exchange
 from lib.models import Decoder
 from lib.results import RESULTS
 from lib.stats import bootstrap_weights, pair_share_bootstrap
+from lib.store import recall_residuals
 from lib.sweeps import sweep_blocks
 from lib.tasks import Gate, Task, gate, load_task, ordered_pairs, task_names
 from lib.transitions import Transition, find_transition
@@ -88,6 +89,12 @@ class ArmOutcome:
     probability_change: np.ndarray
     largest_shift: np.ndarray
     n_answers: int
+
+    def select(self, kept: np.ndarray) -> "ArmOutcome":
+        """Return the outcome of the pairs where `kept` is true `[n_pairs]`."""
+        arrays = ("flipped", "changed", "recovered", "probability_change", "largest_shift")
+        chosen = {name: getattr(self, name)[:, kept] for name in arrays}
+        return replace(self, pairs=self.pairs[kept], **chosen)
 
     @property
     def excess(self) -> np.ndarray:
@@ -170,25 +177,33 @@ def sweep_site(
     shape = (trial.decoder.n_blocks, len(pairs))
     n_answers = len(trial.task.answers)
     logits, normaliser = np.empty((*shape, n_answers)), np.full(shape, np.nan)
-    templates = trial.task.prompts["template"].to_numpy()[pairs[:, 0]]
-    for template in np.unique(templates):
-        chosen = np.flatnonzero(templates == template)
-        rows = pairs[chosen] if donors is None else np.stack([pairs[chosen, 0], chosen], axis=1)
+    rows = pairs
+    if donors is not None:
+        rows = np.stack([pairs[:, 0], np.arange(len(pairs))], axis=1)
+    elif site in ("subject", "last"):
+        donors = site_states(trial, site)
+    for positions, chosen in _line_up(trial.task, site, pairs):
         sweep = sweep_blocks(
             trial.decoder,
             trial.task.tokens,
-            rows,
+            rows[chosen],
             {"edit": edit},
-            positions=_positions(trial.task, site, int(template)),
+            positions=positions,
             donors=donors,
             read_ids=trial.task.answer_ids.tolist(),
             measure=_normaliser if full_vocabulary else None,
-            description=f"{description}, template {template}" if description else None,
+            description=description,
         )
         logits[:, chosen] = sweep.logits[0]
         if full_vocabulary:
             normaliser[:, chosen] = sweep.measures["normaliser"][0]
     return _judge_pairs(trial, pairs, logits, normaliser)
+
+
+def site_states(trial: Trial, site: Literal["subject", "last"]) -> Tensor:
+    """Return the residual streams of all prompts at one site `[n_blocks, n_prompts, d_model]`."""
+    where: Positions = trial.task.subject_positions if site == "subject" else "last"
+    return recall_residuals(trial.decoder, trial.task.tokens, positions=where).states
 
 
 def steering_vectors(trial: Trial, pairs: np.ndarray, site: Literal["subject", "last"]) -> Tensor:
@@ -203,8 +218,7 @@ def steering_vectors(trial: Trial, pairs: np.ndarray, site: Literal["subject", "
         ValueError: a pair has no prompt of its subject or target in another template.
     """
     task, prompts = trial.task, trial.task.prompts
-    where: Positions = task.subject_positions if site == "subject" else "last"
-    states = extract_residuals(trial.decoder, task.tokens, positions=where).states
+    states = site_states(trial, site)
     stands_for = prompts["subject"].factorize()[0] if site == "subject" else trial.target
     templates = prompts["template"].to_numpy()
     vectors = torch.empty(states.shape[0], len(pairs), states.shape[2])
@@ -304,19 +318,24 @@ def _normaliser(logits: Tensor, _pair: Tensor) -> dict[str, Tensor]:
     return {"normaliser": logits.logsumexp(-1)}
 
 
-def _positions(task: Task, site: Site, template: int) -> np.ndarray:
-    """Return positions for every prompt; other templates' are placeholders, never edited."""
-    rows = task.prompts[task.prompts["template"] == template]
-    subject, length = int(rows["subject_position"].iloc[0]), len(rows["tokens"].iloc[0])
-    chosen: Sequence[int] = {
-        "subject": [subject],
-        "last": [length - 1],
-        "subject to second last": range(subject, length - 1),
-        "subject to last": range(subject, length),
-    }[site]
-    positions = np.ones((task.n_prompts, len(chosen)), dtype=np.int64)
-    positions[(task.prompts["template"] == template).to_numpy()] = list(chosen)
-    return positions
+def _line_up(task: Task, site: Site, pairs: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield positions for every prompt `[n_prompts, k]` and the pairs that they hold for.
+
+    Templates differ in k where a site has several tokens; then each is a call of its own, and the
+    positions of the others are placeholders that are never edited.
+    """
+    subjects = np.asarray(task.subject_positions)
+    ends = np.array([len(tokens) for tokens in task.tokens]) - 1
+    if site in ("subject", "last"):
+        yield (subjects if site == "subject" else ends)[:, None], np.arange(len(pairs))
+        return
+    templates = task.prompts["template"].to_numpy()
+    for template in np.unique(templates[pairs[:, 0]]):
+        prompt = int(np.flatnonzero(templates == template)[0])
+        chosen = range(subjects[prompt], ends[prompt] + (site == "subject to last"))
+        positions = np.ones((task.n_prompts, len(chosen)), dtype=np.int64)
+        positions[templates == template] = list(chosen)
+        yield positions, np.flatnonzero(templates[pairs[:, 0]] == template)
 
 
 def _judge_pairs(
@@ -347,10 +366,9 @@ def _judge_pairs(
 
 
 def _clean_probability(trial: Trial, recipient: np.ndarray, target: np.ndarray) -> np.ndarray:
-    tokens = [trial.task.tokens[index] for index in recipient]
-    logits = extract_residuals(trial.decoder, tokens, blocks=(), logits=True).logits
+    logits = recall_residuals(trial.decoder, trial.task.tokens, logits=True).logits
     assert logits is not None
-    normaliser = logits.double().logsumexp(-1).numpy()
+    normaliser = logits[recipient].double().logsumexp(-1).numpy()
     result: np.ndarray = np.exp(
         trial.clean_logits[recipient, target].astype(np.float64) - normaliser
     )

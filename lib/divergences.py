@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from lib.extraction import logit_lens
@@ -36,26 +37,29 @@ def jeffreys_of_logits(logits: ArrayLike) -> FloatArray:
     Raises:
         ValueError: Fewer than three items, a value that is not finite.
     """
-    rows = np.asarray(logits)
-    if rows.ndim != 2 or len(rows) < 3:
-        raise ValueError(f"logits must be [n_items, d_vocab], 3 items or more; got {rows.shape}.")
-    peaks = rows.max(axis=1).astype(np.float64)[:, None]
-    if not np.isfinite(rows).all():
-        item = int(np.argmin(np.isfinite(rows).all(axis=1)))
+    rows = torch.as_tensor(logits)
+    if rows.dim() != 2 or len(rows) < 3:
+        raise ValueError(
+            f"logits must be [n_items, d_vocab], 3 items or more; got {tuple(rows.shape)}."
+        )
+    if not (finite := torch.isfinite(rows).all(dim=1)).all():
+        item = int(finite.int().argmin())
         raise ValueError(f"logits: item {item} has a NaN or infinite value.")
-    cross, totals = np.zeros((len(rows), len(rows))), np.zeros((len(rows), 1))
-    for start in range(0, rows.shape[1], _COLUMNS_AT_ONCE):
-        part = rows[:, start : start + _COLUMNS_AT_ONCE].astype(np.float64)
-        weights = np.exp(part - peaks)
-        totals += weights.sum(axis=1, keepdims=True)
-        part -= part.mean(axis=0)
-        cross += weights @ part.T
+    peaks = rows.amax(dim=1, keepdim=True).double()
+    cross = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    totals = torch.zeros(len(rows), 1, dtype=torch.float64)
+    for part in rows.split(_COLUMNS_AT_ONCE, dim=1):
+        values = part.double()
+        weights = (values - peaks).exp_()
+        totals += weights.sum(dim=1, keepdim=True)
+        values -= values.mean(dim=0)
+        cross.addmm_(weights, values.T)
     cross /= totals
-    own = np.diag(cross)
-    result: FloatArray = np.clip(own[:, None] + own[None, :] - (cross + cross.T), 0, None)
+    own = cross.diagonal()
+    result: FloatArray = (own[:, None] + own[None, :] - (cross + cross.T)).clamp_(min=0).numpy()
     for i, j in zip(*np.nonzero(np.triu(result < _CANCELLED, 1)), strict=True):
-        one, other = (rows[k].astype(np.float64) for k in (i, j))
-        p, q = np.exp(one - peaks[i]) / totals[i], np.exp(other - peaks[j]) / totals[j]
+        one, other = (rows[int(k)].double() for k in (i, j))
+        p, q = ((one - peaks[i]).exp() / totals[i], (other - peaks[j]).exp() / totals[j])
         result[i, j] = result[j, i] = max(float((p - q) @ (one - other)), 0.0)
     np.fill_diagonal(result, 0.0)
     return result
@@ -80,4 +84,4 @@ def lens_divergences(
     """
     blocks = list(states)
     shown = track(blocks, description) if description else blocks
-    return np.stack([jeffreys_of_logits(logit_lens(decoder, block).numpy()) for block in shown])
+    return np.stack([jeffreys_of_logits(logit_lens(decoder, block)) for block in shown])

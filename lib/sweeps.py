@@ -2,13 +2,21 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from lib.extraction import check_blocks, check_positions, extract_residuals, logit_lens
+from lib.extraction import BATCH_TOKENS as EXTRACTION_TOKENS
+from lib.extraction import (
+    check_blocks,
+    check_positions,
+    equal_length_batches,
+    logit_lens,
+    run_blocks,
+)
 from lib.interventions import Edit
 from lib.models import Decoder
 from lib.progress import track
@@ -25,6 +33,7 @@ from lib.replay import (
 Measure = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 BATCH_TOKENS = 1024
 UNEMBEDDING_ROWS = 512
+_compared: WeakKeyDictionary[Decoder, dict[tuple[int, int], bool]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -126,8 +135,10 @@ def sweep_blocks(
     measures: dict[str, np.ndarray] = {}
     n_rows = len(edits) * len(wanted) * int(np.bincount(pairs[:, 0]).max())
     groups = list(_recipient_groups(prompts, where, pairs[:, 0], n_rows, batch_tokens))
-    shared = _replay_is_exact(decoder, prompts, where, groups[0], donors, pairs, edits, wanted)
+    recomputed = False
     for group in track(groups, description) if description else groups:
+        shared = _replay_is_exact(decoder, prompts, where, group, donors, pairs, edits, wanted)
+        recomputed |= not shared
         prefix = _run(decoder, prompts, where, group.recipients, shared)
         if len(read_ids):
             read = logit_lens(decoder, prefix.states[-1][:, -1], read_ids).numpy()
@@ -137,7 +148,7 @@ def sweep_blocks(
             run = replay_rows if shared else recompute_rows
             last = run(decoder, prefix, [wanted[block] for block in rows.block], edited)
             _read(decoder, last, group, rows, read_ids, measure, logits, measures)
-    path = "prefix replay" if shared else "full recompute"
+    path = "full recompute" if recomputed else "prefix replay"
     return Sweep(tuple(edits), wanted, pairs, logits, clean, measures, path)
 
 
@@ -277,7 +288,32 @@ def _replay_is_exact(
     edits: Mapping[str, Edit],
     wanted: tuple[int, ...],
 ) -> bool:
-    """Compare replay with full recompute on one recipient, an early and a late block."""
+    """Compare replay with full recompute on one recipient, an early and a late block.
+
+    Once for a model, and again for prompts or rows longer than those that it was compared on.
+    """
+    length = len(prompts[int(group.recipients[0])])
+    row_length = length - int(where[group.recipients].min())
+    for (tokens, row_tokens), exact in _compared.setdefault(decoder, {}).items():
+        if (tokens, row_tokens) == (length, row_length) or (
+            exact and tokens >= length and row_tokens >= row_length
+        ):
+            return exact
+    exact = _compare(decoder, prompts, where, group, donors, pairs, edits, wanted)
+    _compared[decoder][length, row_length] = exact
+    return exact
+
+
+def _compare(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    where: np.ndarray,
+    group: _Group,
+    donors: Tensor,
+    pairs: np.ndarray,
+    edits: Mapping[str, Edit],
+    wanted: tuple[int, ...],
+) -> bool:
     one = _Group(group.recipients[:1], group.pair_table[:1, :1])
     block = np.unique([0, len(wanted) // 2])
     rows = _Rows(np.zeros_like(block), block, np.zeros_like(block))
@@ -301,10 +337,14 @@ def _own_states(
 ) -> Tensor:
     """Return the states of the prompts that serve as donors; those of the others are zero."""
     states = torch.zeros(len(wanted), len(prompts), where.shape[1], decoder.d_model)
-    chosen = [prompts[index] for index in used]
-    for place, column in enumerate(where.T):
-        found = extract_residuals(decoder, chosen, positions=column[used], blocks=wanted)
-        states[:, used, place] = found.states
+    for rows in equal_length_batches([prompts[index] for index in used], EXTRACTION_TOKENS):
+        chosen = used[rows]
+        tokens = torch.tensor([list(prompts[index]) for index in chosen], device=decoder.device)
+        captured = run_blocks(decoder, tokens, set(wanted))
+        members = torch.arange(len(chosen))[:, None]
+        for index, block in enumerate(wanted):
+            picked = captured[block][members, torch.as_tensor(where[chosen])]
+            states[index, chosen] = picked.float().cpu()
     return states
 
 

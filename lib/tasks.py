@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from lib.extraction import extract_residuals, tokenize
+from lib.extraction import tokenize
 from lib.models import Decoder
+from lib.store import recall_residuals
 
 DATA = Path(__file__).parent / "data"
 GATE_THRESHOLD = 0.8
@@ -214,7 +215,7 @@ def gate(
         ValueError: the model's logits are not finite.
     """
     if logits is None:
-        logits = extract_residuals(decoder, task.tokens, blocks=(), logits=True).logits
+        logits = recall_residuals(decoder, task.tokens, logits=True).logits
     assert logits is not None
     closed = logits[:, task.answer_ids.tolist()].numpy()
     if not np.isfinite(closed).all():

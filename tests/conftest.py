@@ -1,5 +1,6 @@
 """Models for the tests: tiny random decoders of many architectures, and the embedded model."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from lib import store
 from lib.models import Decoder, load_decoder
 
 SMALL: dict[str, Any] = {
@@ -43,6 +45,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "olmo2": SMALL,
     "bloom": {**SMALL, "n_layer": 4, "n_head": 4},
 }
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the tests' states out of the book's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "STORE", tmp_path_factory.mktemp("store"))
+        yield
 
 
 def tiny_model(architecture: str) -> Any:

@@ -130,7 +130,10 @@ def test_unknown_control_is_named(trial: Trial) -> None:
 
 
 def test_routing_reaches_the_last_token_only_where_it_says_so(trial: Trial) -> None:
-    sites = measure_routing({"toy": trial}, templates=(1,))["toy"]
+    alone = {"toy": {"context arm": sweep_site(trial, PAIRS, "subject")}}
+    sites = measure_routing({"toy": trial}, alone, templates=(1,))["toy"]
+    assert len(sites["subject"].pairs) == len(sites["subject to last"].pairs)
+    assert (trial.task.prompts["template"].to_numpy()[sites["subject"].pairs] == 1).all()
     assert sites["subject to second last"].largest_shift[-1].max() < 1e-5
     assert sites["subject to last"].largest_shift[-1].max() > 1e-3
 

@@ -15,8 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from lib import metrics
 from lib.divergences import jeffreys_of_logits, lens_divergences
-from lib.extraction import extract_residuals, tokenize
+from lib.extraction import tokenize
 from lib.models import Decoder
+from lib.store import recall_residuals
 from lib.tasks import Task, gate, load_contexts, load_task, task_names
 
 FloatArray = NDArray[np.float64]
@@ -242,7 +243,7 @@ def measure_geometry(decoder: Decoder, items: Items, *, description: str | None 
     for text, tokens in zip(items.texts, items.tokens, strict=True):
         if len(tokens) < 2:
             raise ValueError(f"{items.task}: {text!r} is one token; position 0 is not analysed.")
-    residuals = extract_residuals(decoder, items.tokens, logits=True, description=description)
+    residuals = recall_residuals(decoder, items.tokens, logits=True, description=description)
     assert residuals.logits is not None
     states, logits = residuals.states.numpy(), residuals.logits.numpy()
     lens = lens_divergences(

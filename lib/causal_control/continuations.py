@@ -11,7 +11,7 @@ from torch import Tensor
 from lib.arms import Trial
 from lib.causal_control.control_tables import Matched
 from lib.causal_control.doses import METHODS, steer_states, steering_vectors
-from lib.extraction import extract_residuals, run_blocks, tokenize
+from lib.extraction import run_blocks, tokenize
 from lib.generation import generate, steer
 from lib.interventions import exchange
 from lib.models import Decoder
@@ -26,6 +26,7 @@ from lib.replay import (
 )
 from lib.stats import bootstrap_interval, bootstrap_weights
 from lib.steering import angle_degrees, held_out_centroids, rotation, unembedding_direction
+from lib.store import recall_residuals
 
 NO_GROUP = -1
 
@@ -65,7 +66,7 @@ def continuation_losses(
     decoder = next(iter(trials.values())).decoder
     contexts = tokenize(decoder, texts["context"].tolist())
     ends = tokenize(decoder, [f" {text}" for text in texts["continuation"]])
-    states = extract_residuals(decoder, contexts, blocks=[block]).states[0]
+    states = recall_residuals(decoder, contexts).states[block]
     edited: list[list[Tensor]] = [[] for _ in contexts]
     labels: list[list[tuple[str, str]]] = [[] for _ in contexts]
     for number, (name, trial) in enumerate(trials.items()):
@@ -96,7 +97,7 @@ def _vectors_for(
 ) -> dict[str, Tensor]:
     """Return what each method acts with in unrelated texts, all templates fitted `[n, d_model]`."""
     chosen = pairs[np.linspace(0, len(pairs) - 1, len(states)).round().astype(int)]
-    own = extract_residuals(trial.decoder, trial.task.tokens, blocks=[block]).states
+    own = recall_residuals(trial.decoder, trial.task.tokens).states[[block]]
     ends = trial.target[chosen]
     template = trial.task.prompts["template"].to_numpy()
     source, target = (
@@ -208,7 +209,7 @@ def read_before_and_after(
     rows: list[dict[str, Any]] = []
     for name, trial in trials.items():
         decoder, pair = trial.decoder, pairs[name][:1]
-        states = extract_residuals(decoder, trial.task.tokens, blocks=[block]).states
+        states = recall_residuals(decoder, trial.task.tokens).states[[block]]
         target = steering_vectors(trial, pair, states)["rotation"][0, 0]
         degrees = float(angle_degrees(states[0, pair[0, 0]], target))
         prompt = trial.task.tokens[pair[0, 0]]

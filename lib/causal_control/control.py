@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from lib.arms import Trial, has_counterparts, prepare_trial
+from lib.arms import Trial, has_counterparts, prepare_trial, site_states
 from lib.interventions import exchange, exchange_direction, exchange_norm
 from lib.models import Decoder
 from lib.stats import pair_share_bootstrap
@@ -143,6 +143,7 @@ def measure_exchange(
             pairs,
             EXCHANGES,
             positions="last",
+            donors=site_states(trial, "last")[list(blocks)],
             blocks=blocks,
             read_ids=trial.task.answer_ids.tolist(),
             description=f"{name}: exchange{', same answer' if same_answer else ''}",

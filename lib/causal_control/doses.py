@@ -10,7 +10,7 @@ from torch import Tensor
 from lib.arms import ARMS, Arm, Trial
 from lib.causal_control.control import choose_pairs
 from lib.causal_control.selectivity import rest_measure
-from lib.extraction import Positions, extract_residuals
+from lib.extraction import Positions
 from lib.interventions import exchange
 from lib.steering import (
     angle_degrees,
@@ -20,6 +20,7 @@ from lib.steering import (
     stretch,
     unembedding_direction,
 )
+from lib.store import recall_residuals
 from lib.sweeps import sweep_blocks
 
 METHODS = ("rotation", "additive", "unembedding", "random plane", "radial")
@@ -100,12 +101,13 @@ def measure_doses(
             continue
         task, n_pairs = trial.task, len(pairs)
         where: Positions = "last" if ARMS[arm] == "last" else task.subject_positions
-        found = extract_residuals(
-            trial.decoder, task.tokens, positions=where, blocks=blocks, logits=full_vocabulary
+        found = recall_residuals(
+            trial.decoder, task.tokens, positions=where, logits=full_vocabulary
         )
-        vectors = steering_vectors(trial, pairs, found.states, arm=arm, seed=seed + number)
+        states = found.states[list(blocks)]
+        vectors = steering_vectors(trial, pairs, states, arm=arm, seed=seed + number)
         wanted = [name for name in vectors if name == "rotation" or name in methods]
-        start = found.states[:, pairs[:, 0]]
+        start = states[:, pairs[:, 0]]
         full = angle_degrees(start, vectors["rotation"])
         grid = torch.tensor([*doses], dtype=torch.float64)[None, :, None].expand(
             len(blocks), -1, n_pairs

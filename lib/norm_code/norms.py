@@ -12,12 +12,13 @@ from torch import Tensor
 
 from lib.arms import Trial
 from lib.divergences import jeffreys_of_logits
-from lib.extraction import extract_residuals, tokenize
+from lib.extraction import tokenize
 from lib.metrics import angles, log_norm_differences
 from lib.models import Decoder
 from lib.norm_code.decoding import Decoding, decode_attribute, pool_decodings, thirds
 from lib.progress import track
 from lib.stats import weighted_mean
+from lib.store import recall_residuals
 from lib.tasks import Task, gate, load_contexts, load_task, task_names
 
 FloatArray = NDArray[np.float64]
@@ -158,7 +159,7 @@ def _read(
             f"{task}: prompt {int(np.argmax(short))} is one token; position 0 is an attention "
             "sink that is never analysed. Leave it out."
         )
-    read = extract_residuals(
+    read = recall_residuals(
         decoder, prompts["tokens"].tolist(), logits=logits, description=description
     )
     usable = np.ones(len(prompts), dtype=bool)

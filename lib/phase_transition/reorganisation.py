@@ -13,20 +13,19 @@ import pandas as pd
 
 from lib.arms import Trial
 from lib.correlations import rank_matrix, weighted_correlations
-from lib.extraction import extract_residuals
+from lib.divergences import jeffreys_of_logits
 from lib.metrics import (
     angles,
     angular_step,
     effective_rank,
     intrinsic_dimension,
-    jeffreys_divergence,
-    log_probabilities,
     mean_cosine,
     neighbourhood_overlap,
     token_set_distances,
 )
 from lib.models import Decoder
 from lib.progress import track
+from lib.store import recall_residuals
 from lib.transitions import CurveWidth, curve_width
 
 N_NEIGHBOURS = 10
@@ -67,17 +66,17 @@ def align(trial: Trial, weights: np.ndarray) -> Alignment:
     """
     usable = np.flatnonzero(trial.usable)
     tokens = [trial.task.tokens[index] for index in usable]
-    residuals = extract_residuals(trial.decoder, tokens, logits=True)
+    residuals = recall_residuals(trial.decoder, trial.task.tokens, logits=True)
     assert residuals.logits is not None
     references = {
         "context": rank_matrix(token_set_distances(tokens)),
-        "prediction": rank_matrix(jeffreys_divergence(log_probabilities(residuals.logits))),
+        "prediction": rank_matrix(jeffreys_of_logits(residuals.logits[usable])),
     }
     weighted = np.concatenate([np.ones((1, len(usable))), weights[:, usable]])
     found = np.array(
         [
             weighted_correlations([rank_matrix(angles(states)), *references.values()], weighted)
-            for states in residuals.states.numpy()
+            for states in residuals.states[:, usable].numpy()
         ]
     )
     draws = {name: found[:, 1:, 0, index + 1].T for index, name in enumerate(references)}
@@ -141,9 +140,9 @@ def profile_depth(
         Columns `block`, `quantity`, `estimate`, `low`, `high` (mean, smallest and largest over the
         halves: several of these measures grow with the number of texts), `n` (texts in a half).
     """
-    residuals = extract_residuals(decoder, prompts, logits=True)
+    residuals = recall_residuals(decoder, prompts, logits=True)
     assert residuals.logits is not None
-    divergence = jeffreys_divergence(log_probabilities(residuals.logits))
+    divergence = jeffreys_of_logits(residuals.logits)
     states = residuals.states.numpy()
     halves = [rng.permutation(len(prompts))[: len(prompts) // 2] for _ in range(n_halves)]
 

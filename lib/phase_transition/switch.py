@@ -16,11 +16,11 @@ from lib.arms import (
     Values,
     has_counterparts,
     prepare_trial,
+    site_states,
     steering_vectors,
     sweep_site,
     transition_of,
 )
-from lib.extraction import Positions, extract_residuals
 from lib.interventions import add, random_directions
 from lib.models import Decoder
 from lib.stats import bootstrap_weights
@@ -28,6 +28,7 @@ from lib.tasks import gate, load_task, task_names
 from lib.transitions import Transition, compare_shapes
 
 CURVE_COLUMNS = ["model", "untrained", "task", "curve", "block", "estimate", "low", "high", "n"]
+SELF_DONORS = 6  # prompts a task: that nothing changes is exact, no matter of sampling
 CONTROLS = ("self-donor", "same answer", "random direction")
 Outcomes = Mapping[str, Mapping[Arm, ArmOutcome]]
 
@@ -142,7 +143,7 @@ def measure_control(
     outcomes: dict[str, dict[Arm, ArmOutcome]] = {}
     for name, trial in trials.items():
         if control == "self-donor":
-            chosen = _choose(trial, templates, donors_per_prompt=1)[:, [0, 0]]
+            chosen = _choose(trial, templates, donors_per_prompt=1)[:SELF_DONORS, [0, 0]]
         elif control in ("same answer", "random direction"):
             same = control == "same answer"
             chosen = _choose(trial, templates, donors_per_prompt=1, same_answer=same)
@@ -171,26 +172,35 @@ def measure_controls(
 
 
 def measure_routing(
-    trials: Mapping[str, Trial], *, templates: Sequence[int] = (0,)
+    trials: Mapping[str, Trial], outcomes: Outcomes, *, templates: Sequence[int] = (0,)
 ) -> dict[str, dict[Site, ArmOutcome]]:
     """Return the exchange at the subject together with later tokens, one donor for each prompt.
 
     The context arm could fall only because the subject has been copied to later tokens. Editing
     the subject and all tokens up to the second last, or all of them, tells.
+
+    Args:
+        trials: from `prepare_trials`.
+        outcomes: from `measure_arms`: the exchange at the subject alone, on these templates.
+        templates: which templates.
     """
-    sites: tuple[Site, ...] = ("subject", "subject to second last", "subject to last")
-    return {
-        name: {
-            site: sweep_site(
+    further: tuple[Site, ...] = ("subject to second last", "subject to last")
+    found: dict[str, dict[Site, ArmOutcome]] = {}
+    for name, trial in trials.items():
+        alone = outcomes[name]["context arm"]
+        template = trial.task.prompts["template"].to_numpy()[alone.pairs[:, 0]]
+        first = np.isin(
+            np.arange(len(alone.pairs)), np.unique(alone.pairs[:, 0], return_index=True)[1]
+        )
+        found[name] = {"subject": alone.select(first & np.isin(template, templates))}
+        for site in further:
+            found[name][site] = sweep_site(
                 trial,
-                _choose(trial, templates, donors_per_prompt=1),
+                found[name]["subject"].pairs,
                 site,
                 description=f"{name}: {_who(trial)}, exchange, {site}",
             )
-            for site in sites
-        }
-        for name, trial in trials.items()
-    }
+    return found
 
 
 def curves_of(
@@ -319,6 +329,6 @@ def _choose(
 
 
 def _random_donors(trial: Trial, pairs: np.ndarray, site: Site, seed: int) -> torch.Tensor:
-    where: Positions = trial.task.subject_positions if site == "subject" else "last"
-    states = extract_residuals(trial.decoder, trial.task.tokens, positions=where).states
+    assert site in ("subject", "last")
+    states = site_states(trial, "subject" if site == "subject" else "last")
     return random_directions(states[:, pairs[:, 1]], torch.Generator().manual_seed(seed))
