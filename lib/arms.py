@@ -58,10 +58,17 @@ class Trial:
     def pairs(
         self, *, donors_per_prompt: int | None = None, same_answer: bool = False
     ) -> np.ndarray:
-        """Return (recipient, donor) prompts `[n_pairs, 2]` that differ in target, or share it."""
-        stands_for = [self.task.answers[index] for index in self.target]
+        """Return (recipient, donor) prompts `[n_pairs, 2]` that differ in target, or share it.
+
+        Within a template; where a model is judged by its own choice, pairs that differ are formed
+        across templates, since within one an untrained model hardly ever wavers.
+        """
+        prompts = self.task.prompts.assign(answer=[self.task.answers[i] for i in self.target])
+        if self.own_choice and not same_answer:
+            apart = [str(row) for row in range(len(prompts))]
+            prompts = prompts.assign(template=0, group="", subject=apart)
         return ordered_pairs(
-            self.task.prompts.assign(answer=stands_for),
+            prompts,
             donors_per_prompt=donors_per_prompt,
             same_answer=same_answer,
             mask=self.usable,

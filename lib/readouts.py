@@ -65,22 +65,30 @@ def distribution_measure(
         recipient, index = torch.unique(rows[pair], return_inverse=True)
         log_p = log_softmax(clean_logits[recipient])
         p = log_p.exp()
-        entropy_p = -(p * log_p).sum(-1)[index]
+        entropy_p = -torch.linalg.vecdot(p, log_p)[index]
         z = logits.double().cpu()
-        log_q = log_softmax(z)
-        entropy_q = -(log_q.exp() * log_q).sum(-1)
-        cross = -(p[index] * log_q).sum(-1)
+        top, argmax = z.max(-1, keepdim=True)
+        z = z - top
+        weights = z.exp()
+        total = weights.sum(-1)
+        normaliser = total.log()
+        mean_p = torch.empty_like(total)  # of z, under p: one matrix-vector product a recipient
+        for number in range(len(recipient)):
+            own = index == number
+            mean_p[own] = z[own] @ p[number]
+        entropy_q = normaliser - torch.linalg.vecdot(weights, z) / total
         result = {
-            "kl_nats": (cross - entropy_p).clamp(min=0),
+            "kl_nats": (normaliser - mean_p - entropy_p).clamp(min=0),
             "entropy_nats": entropy_q,
             "entropy_change_nats": entropy_q - entropy_p,
-            "argmax": z.argmax(-1).double(),
-            "argmax_kept": (z.argmax(-1) == best[rows[pair]]).double(),
+            "argmax": argmax[:, 0].double(),
+            "argmax_kept": (argmax[:, 0] == best[rows[pair]]).double(),
         }
         if temperature:
-            fitted, left = fit_temperature(log_q, p[index], entropy_p)
+            fitted, left = _fit_temperature(z, mean_p, entropy_p)
             result |= {"temperature": fitted, "kl_left_nats": left}
         if left_out is not None:
+            log_q = z - normaliser[:, None]
             result["rest_kl_nats"] = _rest_kl(log_p[index], log_q, left_out[pair])
         return result
 
@@ -110,16 +118,21 @@ def fit_temperature(
     z = z - z.amax(-1, keepdim=True)
     if entropy_p is None:
         entropy_p = torch.special.entr(p).sum(-1)
-    wanted = (p * z).sum(-1)
+    return _fit_temperature(z, torch.linalg.vecdot(p, z), entropy_p)
+
+
+def _fit_temperature(z: Tensor, wanted: Tensor, entropy_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `fit_temperature` of logits whose largest is 0, given their mean under p."""
+    squares = z * z
     low = torch.full_like(wanted, LOWEST_TEMPERATURE)
     high = torch.full_like(wanted, HIGHEST_TEMPERATURE)
     fitted = torch.ones_like(wanted)
     for _ in range(_NEWTON_STEPS):
-        weights = (fitted[:, None] * z).exp()
-        weights /= weights.sum(-1, keepdim=True)
-        mean = (weights * z).sum(-1)
+        weights = torch.mul(fitted[:, None], z).exp_()
+        total = weights.sum(-1)
+        mean = torch.linalg.vecdot(weights, z) / total
         slope = mean - wanted
-        curvature = (weights * z * z).sum(-1) - mean**2
+        curvature = torch.linalg.vecdot(weights, squares) / total - mean**2
         low, high = torch.where(slope < 0, fitted, low), torch.where(slope > 0, fitted, high)
         step = torch.where(curvature > 0, fitted - slope / curvature, fitted)
         # Outside the bracket Newton's step is replaced by a bisection of its logarithm.

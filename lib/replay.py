@@ -133,6 +133,8 @@ def replay_tokens(
 
     The shape is that of `rows`, `[n_prompts, n_rows, row_length, d_model]`.
     """
+    if list(row_blocks) != sorted(row_blocks):
+        raise ValueError(f"Rows must enter in the order of their blocks; got {list(row_blocks)}.")
     n_prompts, n_rows, length, width = rows.shape
     masks: dict[int, Tensor] = {}
     hidden = rows[:, :0].reshape(n_prompts, 0, width)

@@ -143,7 +143,7 @@ def sweep_blocks(
         if len(read_ids):
             read = logit_lens(decoder, prefix.states[-1][:, -1], read_ids).numpy()
             clean[group.pair_table] = read[:, None]
-        for rows in _row_chunks(len(edits), len(wanted), group.pair_table.shape[1], prefix):
+        for rows in _row_chunks(len(edits), wanted, group.pair_table.shape[1], prefix):
             edited = _edit(prefix, where, group, donors, pairs, edits, wanted, rows)
             run = replay_rows if shared else recompute_rows
             last = run(decoder, prefix, [wanted[block] for block in rows.block], edited)
@@ -191,9 +191,12 @@ def _recipient_groups(
             yield _Group(chosen, np.stack([np.resize(column, n_columns) for column in columns]))
 
 
-def _row_chunks(n_edits: int, n_blocks: int, n_columns: int, prefix: Prefix) -> Iterator[_Rows]:
+def _row_chunks(
+    n_edits: int, wanted: tuple[int, ...], n_columns: int, prefix: Prefix
+) -> Iterator[_Rows]:
     """Yield a group's rows, early blocks first, in chunks of at most `MAX_ROW_TOKENS` tokens."""
-    block, edit, column = (axis.ravel() for axis in np.indices((n_blocks, n_edits, n_columns)))
+    place, edit, column = (axis.ravel() for axis in np.indices((len(wanted), n_edits, n_columns)))
+    block = np.argsort(wanted, kind="stable")[place]
     most = max(1, MAX_ROW_TOKENS // prefix.row_length)
     for part in np.array_split(np.arange(len(block)), -(-len(block) // most)):
         yield _Rows(edit[part], block[part], column[part])
@@ -315,7 +318,7 @@ def _compare(
     wanted: tuple[int, ...],
 ) -> bool:
     one = _Group(group.recipients[:1], group.pair_table[:1, :1])
-    block = np.unique([0, len(wanted) // 2])
+    block = np.argsort(wanted, kind="stable")[np.unique([0, len(wanted) // 2])]
     rows = _Rows(np.zeros_like(block), block, np.zeros_like(block))
     try:
         prefix = _run(decoder, prompts, where, one.recipients, shared=True)

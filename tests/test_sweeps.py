@@ -167,6 +167,7 @@ def test_donors_given_replace_the_prompts_own_states(llama: Decoder) -> None:
         llama, PROMPTS, pairs, {"x": exchange}, positions="last", donors=donors, blocks=[2, 0],
         read_ids=list(range(64)),
     )  # fmt: skip
+    assert sweep.path == "prefix replay"
     for column, block in enumerate([2, 0]):
         for row, (recipient, donor) in enumerate(pairs.tolist()):
             expected = oracle.patched_logits(

@@ -154,7 +154,7 @@ def test_alignment_with_the_prediction_is_exact_where_states_are_predictions(
     states = torch.tensor(np.stack([np.cos(turns), np.sin(turns)], axis=1))[None]
     logits = torch.tensor(np.stack([turns * 2, -turns * 2], axis=1))
     monkeypatch.setattr(
-        reorganisation, "extract_residuals", lambda *_, **__: Residuals(states, (0,), logits)
+        reorganisation, "recall_residuals", lambda *_, **__: Residuals(states, (0,), logits)
     )
 
     task = SimpleNamespace(tokens=[[index, index + 1, 50 - index] for index in range(12)])

@@ -270,7 +270,7 @@ def planted(monkeypatch, decoder, task, predicted, value=1.0):
     logits[:, 0] = 9.0  # outside the closed set
     logits[range(task.n_prompts), task.answer_ids[predicted].tolist()] = value
     monkeypatch.setattr(
-        tasks, "extract_residuals", lambda *_args, **_options: SimpleNamespace(logits=logits)
+        tasks, "recall_residuals", lambda *_args, **_options: SimpleNamespace(logits=logits)
     )
     return gate(decoder, task)
 

@@ -17,7 +17,7 @@ from lib.interventions import exchange, exchange_direction, exchange_norm
 from lib.models import Decoder
 from lib.stats import pair_share_bootstrap
 from lib.sweeps import sweep_blocks
-from lib.tasks import gate, load_task, ordered_pairs
+from lib.tasks import gate, load_task
 from lib.verdicts import late_blocks
 
 EXCHANGES = {"both": exchange, "direction": exchange_direction, "norm": exchange_norm}
@@ -41,21 +41,16 @@ def choose_pairs(
 ) -> np.ndarray:
     """Return pairs (recipient, donor) `[n_pairs, 2]` of different answers.
 
-    Within a template, and with source and target known from another one; for a model judged by
-    its own choice across templates, since within one the untrained twin hardly ever wavers.
+    Those of `Trial.pairs`, of which source and target are known from another template, but for a
+    model that is judged by its own choice.
     """
-    prompts = trial.task.prompts
-    if trial.own_choice:
-        chosen = [trial.task.answers[index] for index in trial.target]
-        subjects = [str(row) for row in range(len(prompts))]
-        table = prompts.assign(template=0, group="", answer=chosen, subject=subjects)
-        pairs = ordered_pairs(table, donors_per_prompt=donors_per_prompt)
-    else:
-        pairs = trial.pairs(donors_per_prompt=donors_per_prompt)
-        pairs = pairs[has_counterparts(trial, pairs)] if len(pairs) else pairs
+    pairs = trial.pairs(donors_per_prompt=donors_per_prompt)
+    if len(pairs) and not trial.own_choice:
+        pairs = pairs[has_counterparts(trial, pairs)]
     if templates is None:
         return pairs
-    return pairs[np.isin(prompts["template"].to_numpy()[pairs[:, 0]], list(templates))]
+    template = trial.task.prompts["template"].to_numpy()[pairs[:, 0]]
+    return pairs[np.isin(template, list(templates))]
 
 
 def late_from(transitions: pd.DataFrame, n_blocks: int) -> tuple[int, range]:

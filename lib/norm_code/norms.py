@@ -337,7 +337,7 @@ def relate_norms(
     strata, weights = strata[kept], weights[:, kept]
     rows = np.flatnonzero(sample.usable)[kept]
     assert sample.logits is not None
-    prediction = jeffreys_of_logits(sample.logits[rows].numpy())
+    prediction = jeffreys_of_logits(sample.logits[rows])
     states = sample.states[list(blocks)][:, rows].numpy()
     weights = np.concatenate([np.ones((1, len(rows))), weights])
     found = []
