@@ -16,6 +16,7 @@ from lib.progress import track
 FloatArray = NDArray[np.float64]
 
 _COLUMNS_AT_ONCE = 4096
+_ITEMS_AT_ONCE = 400
 # Below this a divergence has lost too many digits to the subtraction; see lib.metrics.
 _CANCELLED = 1e-6
 
@@ -77,11 +78,15 @@ def lens_divergences(
         description: what a progress display calls this; None shows none.
 
     Returns:
-        ``[n_blocks, n_items, n_items]``; the memory for one block's logits is used beside it.
+        ``[n_blocks, n_items, n_items]``; beside it the memory for the logits of one block, or of
+        `_ITEMS_AT_ONCE` items.
 
     Raises:
         ValueError: As `jeffreys_of_logits`.
     """
-    blocks = list(states)
-    shown = track(blocks, description) if description else blocks
-    return np.stack([jeffreys_of_logits(logit_lens(decoder, block)) for block in shown])
+    blocks = torch.stack(list(states))
+    n_items = blocks.shape[1]
+    together = blocks.split(max(1, _ITEMS_AT_ONCE // n_items))  # few rows waste a matrix product
+    shown = track(together, description) if description else together
+    logits = (logit_lens(decoder, part.flatten(0, 1)).split(n_items) for part in shown)
+    return np.stack([jeffreys_of_logits(block) for part in logits for block in part])

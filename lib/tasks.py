@@ -295,9 +295,24 @@ def ordered_pairs(
     return np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2)
 
 
-def load_contexts() -> pd.DataFrame:
-    """Return the book's contexts: columns `kind`, `context` and `continuation`."""
-    return _read("contexts.csv")
+def load_contexts(n: int | None = None) -> pd.DataFrame:
+    """Return the book's contexts: columns `kind`, `context` and `continuation`.
+
+    With `n` so many of them, the kinds of text in equal parts and each kind spread evenly, since
+    its contexts are laid down by their endings. Fewer are always the first of more.
+
+    Raises:
+        ValueError: fewer than one asked for, or more than there are.
+    """
+    table = _read("contexts.csv")
+    if n is None:
+        return table
+    if not 1 <= n <= len(table):
+        raise ValueError(f"There are {len(table)} contexts; {n} were asked for.")
+    # The place of each context within its kind, halved again and again: any first part is even.
+    turn = table.groupby("kind").cumcount().map(lambda place: int(f"{place:012b}"[::-1], 2))
+    order = turn.sort_values(kind="stable").index
+    return table.loc[order[:n]].reset_index(drop=True)
 
 
 def _read(file: str) -> pd.DataFrame:

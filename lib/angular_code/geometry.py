@@ -88,18 +88,12 @@ def context_items(decoder: Decoder, n_contexts: int | None = None) -> Items:
 
     Args:
         decoder: whose tokenizer to use.
-        n_contexts: how many, all by default; spread evenly over each kind, since the contexts of a
-            kind are laid down by their endings.
+        n_contexts: how many, all by default.
 
     Raises:
-        ValueError: more contexts asked for than there are, or fewer than three.
+        ValueError: as `lib.tasks.load_contexts`.
     """
-    table = load_contexts()
-    if n_contexts is not None and not 3 <= n_contexts <= len(table):
-        raise ValueError(f"n_contexts must be from 3 to {len(table)}; got {n_contexts}.")
-    # The place of each context within its kind, halved again and again: any first part is even.
-    turn = table.groupby("kind").cumcount().map(lambda place: int(f"{place:012b}"[::-1], 2))
-    table = table.assign(turn=turn).sort_values("turn", kind="stable")[:n_contexts]
+    table = load_contexts(n_contexts)
     return items_of_texts(decoder, table["context"].tolist(), labels=table["kind"].tolist())
 
 

@@ -65,19 +65,19 @@ class Sample:
         return result
 
 
-def read_contexts(decoder: Decoder, *, description: str | None = None) -> Sample:
-    """Return the book's contexts at their last token; position 0 is never one of them.
+def read_contexts(decoder: Decoder, n: int, *, description: str | None = None) -> Sample:
+    """Return `n` of the book's contexts at their last token; position 0 is never one of them.
 
     Raises:
         ValueError: a context of a single token.
     """
-    prompts = load_contexts()
+    prompts = load_contexts(n)
     prompts["tokens"] = pd.Series(tokenize(decoder, prompts["context"].tolist()))
     return _read(CONTEXTS, decoder, prompts, description)
 
 
-def read_tokens(decoder: Decoder, *, seed: int, description: str | None = None) -> Sample:
-    """Return one token from inside each context, no token of the vocabulary twice.
+def read_tokens(decoder: Decoder, n: int, *, seed: int, description: str | None = None) -> Sample:
+    """Return one token from inside each of `n` contexts, no token of the vocabulary twice.
 
     Contexts often end in the same word, which leaves little of token frequency to vary. So a
     position from 1 on is drawn in each context, in random order, among those whose token has not
@@ -85,7 +85,7 @@ def read_tokens(decoder: Decoder, *, seed: int, description: str | None = None) 
     the context is cut there.
     """
     rng = np.random.default_rng(seed)
-    prompts = load_contexts()
+    prompts = load_contexts(n)
     prompts["tokens"] = pd.Series(tokenize(decoder, prompts["context"].tolist()))
     seen: set[int] = set()
     cuts: dict[int, list[int]] = {}
