@@ -6,7 +6,7 @@ did the donor's answer come through?
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,7 +16,7 @@ import torch
 from scipy.special import softmax
 from torch import Tensor
 
-from lib.extraction import Positions
+from lib.extraction import Positions, check_blocks
 from lib.files import write_atomically
 from lib.interventions import Edit, exchange
 from lib.models import Decoder
@@ -28,9 +28,10 @@ from lib.tasks import Gate, Task, gate, load_task, ordered_pairs, task_names
 from lib.transitions import Transition, find_transition
 
 Arm = Literal["context arm", "prediction arm"]
-Site = Literal["subject", "last", "subject to second last", "subject to last"]
+Site = Literal["subject", "last", "subject to second last", "subject to last", "after subject"]
 Values = Literal["flipped", "changed", "excess", "recovered", "probability_change"]
 ARMS: Mapping[Arm, Site] = {"context arm": "subject", "prediction arm": "last"}
+_REST: Mapping[Site, Site] = {"subject": "after subject", "subject to second last": "last"}
 TRANSITIONS = RESULTS.parent / "transitions.json"  # the results folder holds records alone
 
 
@@ -81,6 +82,7 @@ class ArmOutcome:
 
     Attributes:
         pairs: recipient and donor `[n_pairs, 2]`.
+        blocks: after which the edit was made.
         flipped: whether the closed-set argmax became the donor's answer.
         changed: whether it is no longer the recipient's answer.
         recovered: recovered logit difference: 0 as unedited, 1 as the donor's own prompt.
@@ -90,6 +92,7 @@ class ArmOutcome:
     """
 
     pairs: np.ndarray
+    blocks: tuple[int, ...]
     flipped: np.ndarray
     changed: np.ndarray
     recovered: np.ndarray
@@ -134,7 +137,7 @@ class ArmOutcome:
         low, high = np.nanquantile(draws, [0.025, 0.975], axis=0)
         curve = pd.DataFrame(
             {
-                "block": np.arange(len(table)),
+                "block": self.blocks,
                 "estimate": table.mean(axis=1),
                 "low": low,
                 "high": high,
@@ -165,10 +168,15 @@ def sweep_site(
     *,
     edit: Edit = exchange,
     donors: Tensor | None = None,
+    blocks: Sequence[int] | None = None,
     full_vocabulary: bool = False,
     description: str | None = None,
 ) -> ArmOutcome:
     """Return what editing at `site` does to each pair, after each block.
+
+    Exchanges before the last token are computed from the other side. If donor and recipient begin
+    alike, the recipient with the donor's states from the subject's token to token t *is* the
+    donor's prompt with the recipient's states from token t + 1 on: fewer tokens to run.
 
     Args:
         trial: the task and the model.
@@ -177,34 +185,41 @@ def sweep_site(
         site: which positions are edited.
         edit: what is done there.
         donors: what the edit takes from the donor, one for each pair
-            `[n_blocks, n_pairs, d_model]`; by default the donor prompt's own states.
+            `[n_blocks, n_pairs, d_model]` for all blocks of the model; by default the donor
+            prompt's own states.
+        blocks: after which to edit, all by default.
         full_vocabulary: also measure probabilities over the full vocabulary.
         description: what a progress display calls this.
     """
-    shape = (trial.decoder.n_blocks, len(pairs))
-    n_answers = len(trial.task.answers)
-    logits, normaliser = np.empty((*shape, n_answers)), np.full(shape, np.nan)
+    decoder, task = trial.decoder, trial.task
+    wanted = check_blocks(decoder, blocks)
+    shape = (len(wanted), len(pairs))
+    logits, normaliser = np.empty((*shape, len(task.answers))), np.full(shape, np.nan)
     rows = pairs
-    if donors is not None:
+    mirrored = edit is exchange and donors is None and _begin_alike(task, pairs)
+    if mirrored and site in _REST:
+        site, rows = _REST[site], pairs[:, ::-1]
+    elif donors is not None:
         rows = np.stack([pairs[:, 0], np.arange(len(pairs))], axis=1)
-    elif site in ("subject", "last"):
-        donors = site_states(trial, site)
-    for positions, chosen in _line_up(trial.task, site, pairs):
+    if site in ("subject", "last") and donors is None:
+        donors = site_states(trial, "subject" if site == "subject" else "last")
+    for positions, chosen in _line_up(task, site, rows):
         sweep = sweep_blocks(
-            trial.decoder,
-            trial.task.tokens,
+            decoder,
+            task.tokens,
             rows[chosen],
             {"edit": edit},
             positions=positions,
-            donors=donors,
-            read_ids=trial.task.answer_ids.tolist(),
+            donors=None if donors is None else donors[list(wanted)],
+            blocks=wanted,
+            read_ids=task.answer_ids.tolist(),
             measure=_normaliser if full_vocabulary else None,
             description=description,
         )
         logits[:, chosen] = sweep.logits[0]
         if full_vocabulary:
             normaliser[:, chosen] = sweep.measures["normaliser"][0]
-    return _judge_pairs(trial, pairs, logits, normaliser)
+    return _judge_pairs(trial, pairs, wanted, logits, normaliser)
 
 
 def site_states(trial: Trial, site: Literal["subject", "last"]) -> Tensor:
@@ -339,14 +354,31 @@ def _line_up(task: Task, site: Site, pairs: np.ndarray) -> Iterator[tuple[np.nda
     templates = task.prompts["template"].to_numpy()
     for template in np.unique(templates[pairs[:, 0]]):
         prompt = int(np.flatnonzero(templates == template)[0])
-        chosen = range(subjects[prompt], ends[prompt] + (site == "subject to last"))
+        chosen = range(
+            subjects[prompt] + (site == "after subject"),
+            ends[prompt] + (site != "subject to second last"),
+        )
         positions = np.ones((task.n_prompts, len(chosen)), dtype=np.int64)
         positions[templates == template] = list(chosen)
         yield positions, np.flatnonzero(templates[pairs[:, 0]] == template)
 
 
+def _begin_alike(task: Task, pairs: np.ndarray) -> bool:
+    """Say whether recipient and donor of every pair share their tokens before the subject's."""
+    starts = [
+        tuple(tokens[:subject])
+        for tokens, subject in zip(task.tokens, task.subject_positions, strict=True)
+    ]
+    lengths = [len(tokens) for tokens in task.tokens]
+    return all(starts[x] == starts[y] and lengths[x] == lengths[y] for x, y in pairs)
+
+
 def _judge_pairs(
-    trial: Trial, pairs: np.ndarray, logits: np.ndarray, normaliser: np.ndarray
+    trial: Trial,
+    pairs: np.ndarray,
+    blocks: tuple[int, ...],
+    logits: np.ndarray,
+    normaliser: np.ndarray,
 ) -> ArmOutcome:
     recipient, donor = pairs.T
     source, target = trial.target[recipient], trial.target[donor]
@@ -361,6 +393,7 @@ def _judge_pairs(
     probability = np.exp(logits[:, column, target] - normaliser)
     return ArmOutcome(
         pairs=pairs,
+        blocks=blocks,
         flipped=choice == target,
         changed=choice != source,
         recovered=recovered,

@@ -87,7 +87,7 @@ def test_excess_is_zero_on_average_for_answers_that_ignore_the_donor() -> None:
     flipped, changed = (choice == target)[kept][None], (choice != source)[kept][None]
     nothing = np.zeros(flipped.shape)
     pairs = np.stack([source, target], axis=1)[kept]
-    outcome = ArmOutcome(pairs, flipped, changed, nothing, nothing, nothing, n_answers)
+    outcome = ArmOutcome(pairs, (0,), flipped, changed, nothing, nothing, nothing, n_answers)
     assert abs(outcome.excess.mean()) < 0.01
     assert flipped.mean() > 0.15
 

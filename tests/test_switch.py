@@ -36,7 +36,9 @@ def outcome(shares: np.ndarray, seed: int = 0) -> ArmOutcome:
     rng = np.random.default_rng(seed)
     flipped = rng.random((N_BLOCKS, len(PAIRS))) < shares[:, None]
     nothing = np.zeros(flipped.shape)
-    return ArmOutcome(PAIRS, flipped, flipped, flipped.astype(float), nothing, nothing, 4)
+    return ArmOutcome(
+        PAIRS, tuple(range(N_BLOCKS)), flipped, flipped, flipped.astype(float), nothing, nothing, 4
+    )
 
 
 def arms(centre: float, scale: float, seed: int) -> dict:

@@ -76,14 +76,16 @@ def measure_arms(
     *,
     donors_per_prompt: int | None,
     templates: Sequence[int] | None = None,
+    blocks: Sequence[int] | None = None,
     full_vocabulary: bool = False,
 ) -> dict[str, dict[Arm, ArmOutcome]]:
-    """Return the exchange in both arms, by task: every block, ordered pairs of prompts.
+    """Return the exchange in both arms, by task: ordered pairs of prompts.
 
     Args:
         trials: from `prepare_trials`.
         donors_per_prompt: donors of each recipient; None for all ordered pairs.
         templates: which templates, all by default.
+        blocks: after which to edit, all by default.
         full_vocabulary: also measure probabilities over the full vocabulary.
     """
     return {
@@ -92,6 +94,7 @@ def measure_arms(
                 trial,
                 _choose(trial, templates, donors_per_prompt=donors_per_prompt),
                 site,
+                blocks=blocks,
                 full_vocabulary=full_vocabulary,
                 description=f"{name}: {_who(trial)}, exchange, {arm}",
             )
@@ -102,7 +105,10 @@ def measure_arms(
 
 
 def measure_steering(
-    trials: Mapping[str, Trial], *, templates: Sequence[int] = (0,)
+    trials: Mapping[str, Trial],
+    *,
+    templates: Sequence[int] = (0,),
+    blocks: Sequence[int] | None = None,
 ) -> dict[str, dict[Arm, ArmOutcome]]:
     """Return centroid steering in both arms, fitted on other templates, one donor a prompt."""
     outcomes: dict[str, dict[Arm, ArmOutcome]] = {}
@@ -119,6 +125,7 @@ def measure_steering(
                 pairs,
                 site,
                 edit=add,
+                blocks=blocks,
                 donors=steering_vectors(trial, pairs, "subject" if site == "subject" else "last"),
                 description=f"{name}: {_who(trial)}, steering, {arm}",
             )
@@ -126,7 +133,12 @@ def measure_steering(
 
 
 def measure_control(
-    trials: Mapping[str, Trial], control: str, *, templates: Sequence[int] = (0,), seed: int = 0
+    trials: Mapping[str, Trial],
+    control: str,
+    *,
+    templates: Sequence[int] = (0,),
+    blocks: Sequence[int] | None = None,
+    seed: int = 0,
 ) -> dict[str, dict[Arm, ArmOutcome]]:
     """Return one control of the exchange in both arms, one donor for each prompt.
 
@@ -135,6 +147,7 @@ def measure_control(
         control: `"self-donor"`; `"same answer"` (another subject, the same answer: tasks without
             such donors are left out); `"random direction"` (the donor's norm, any direction).
         templates: which templates.
+        blocks: after which to edit, all by default.
         seed: of the random directions.
 
     Raises:
@@ -157,6 +170,7 @@ def measure_control(
                 chosen,
                 site,
                 donors=_random_donors(trial, chosen, site, seed) if "random" in control else None,
+                blocks=blocks,
                 description=f"{name}: {_who(trial)}, {control}, {arm}",
             )
             for arm, site in ARMS.items()
@@ -165,10 +179,10 @@ def measure_control(
 
 
 def measure_controls(
-    trials: Mapping[str, Trial], *, seed: int = 0
+    trials: Mapping[str, Trial], *, blocks: Sequence[int] | None = None, seed: int = 0
 ) -> dict[str, dict[str, dict[Arm, ArmOutcome]]]:
     """Return all controls of `measure_control` by name."""
-    return {name: measure_control(trials, name, seed=seed) for name in CONTROLS}
+    return {name: measure_control(trials, name, blocks=blocks, seed=seed) for name in CONTROLS}
 
 
 def measure_routing(

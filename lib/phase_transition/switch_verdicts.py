@@ -85,11 +85,13 @@ def judge_switch(
         )
         for statistic, control, values in kinds:
             by_arm = controls.get(control, {}).get(task)
-            worst = _largest_over(by_arm, weights[task], values) if by_arm else None
+            worst = (
+                _largest_over(by_arm, weights[task], values, decoder.n_blocks) if by_arm else None
+            )
             reason = closed or ("" if by_arm else absent if controls else NOT_RUN)
             add(statistic, task, worst, reason)
         by_arm = controls.get("random direction", {}).get(task)
-        beyond = _mean_excess(by_arm, weights[task]) if by_arm else None
+        beyond = _mean_excess(by_arm, weights[task], decoder.n_blocks) if by_arm else None
         add("random_direction_excess", task, beyond, closed or ("" if by_arm else NOT_RUN))
         add("width_difference", task, *_width_difference(task, closed, transition, alignments))
     add("transition_spread", None, *_spread(transitions, decoder.n_blocks))
@@ -113,20 +115,29 @@ def _mean_over(outcome: ArmOutcome, weights: np.ndarray, blocks: range) -> Inter
 
 
 def _largest_over(
-    by_arm: Mapping[Arm, ArmOutcome], weights: np.ndarray, values: Values
+    by_arm: Mapping[Arm, ArmOutcome], weights: np.ndarray, values: Values, n_blocks: int
 ) -> Interval | None:
     """Return the largest share over arms and blocks, the last block left out, with its interval."""
     curves = [outcome.curve(weights, values) for outcome in by_arm.values()]
-    largest = max(float(curve["estimate"].to_numpy()[:-1].max()) for curve, _ in curves)
-    draws = np.concatenate([draws[:, :-1] for _, draws in curves], axis=1).max(axis=1)
+    counted = _counted(by_arm, n_blocks)
+    largest = max(float(curve["estimate"].to_numpy()[counted].max()) for curve, _ in curves)
+    draws = np.concatenate([draws[:, counted] for _, draws in curves], axis=1).max(axis=1)
     return _interval(largest, draws, n=int(curves[0][0]["n"].iloc[0]))
 
 
-def _mean_excess(by_arm: Mapping[Arm, ArmOutcome], weights: np.ndarray) -> Interval | None:
+def _counted(by_arm: Mapping[Arm, ArmOutcome], n_blocks: int) -> np.ndarray:
+    """Return which blocks count: all that were edited after but the model's last."""
+    return np.array(next(iter(by_arm.values())).blocks) < n_blocks - 1
+
+
+def _mean_excess(
+    by_arm: Mapping[Arm, ArmOutcome], weights: np.ndarray, n_blocks: int
+) -> Interval | None:
     """Return the mean excess over arms and blocks, the last block left out, with its interval."""
     curves = [outcome.curve(weights, "excess") for outcome in by_arm.values()]
-    estimate = float(np.mean([curve["estimate"].to_numpy()[:-1].mean() for curve, _ in curves]))
-    draws = np.mean([draws[:, :-1].mean(axis=1) for _, draws in curves], axis=0)
+    counted = _counted(by_arm, n_blocks)
+    estimate = float(np.mean([curve["estimate"].to_numpy()[counted].mean() for curve, _ in curves]))
+    draws = np.mean([draws[:, counted].mean(axis=1) for _, draws in curves], axis=0)
     return _interval(estimate, draws, n=int(curves[0][0]["n"].iloc[0]))
 
 
