@@ -176,7 +176,8 @@ def sweep_site(
 
     Exchanges before the last token are computed from the other side. If donor and recipient begin
     alike, the recipient with the donor's states from the subject's token to token t *is* the
-    donor's prompt with the recipient's states from token t + 1 on: fewer tokens to run.
+    donor's prompt with the recipient's states from token t + 1 on: fewer tokens to run, and none
+    if t is the last.
 
     Args:
         trial: the task and the model.
@@ -203,6 +204,9 @@ def sweep_site(
         rows = np.stack([pairs[:, 0], np.arange(len(pairs))], axis=1)
     if site in ("subject", "last") and donors is None:
         donors = site_states(trial, "subject" if site == "subject" else "last")
+    if mirrored and site == "subject to last":  # nothing of the recipient is left
+        logits[:] = trial.clean_logits[pairs[:, 1]]
+        return _judge_pairs(trial, pairs, wanted, logits, normaliser)
     for positions, chosen in _line_up(task, site, rows):
         sweep = sweep_blocks(
             decoder,

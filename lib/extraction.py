@@ -1,18 +1,23 @@
 """Extraction: the residual stream after chosen blocks at chosen positions, and the logit lens."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from lib.models import Decoder, untuple
 from lib.progress import track
 
 Positions = Literal["last"] | Sequence[int] | np.ndarray
 BATCH_TOKENS = 2048
+SHARED_LEAST = 0.25  # of a prompt's tokens, for a pass of their own to pay
+_compared: WeakKeyDictionary[Decoder, dict[int, bool]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -98,8 +103,66 @@ def logit_lens(decoder: Decoder, states: Tensor, token_ids: Sequence[int] | None
 def run_blocks(decoder: Decoder, tokens: Tensor, blocks: set[int]) -> dict[int, Tensor]:
     """Run equal-length prompts `[n, length]`; return `{block: states [n, length, d_model]}`.
 
-    The hooks are removed when the pass ends, after an exception too.
+    Tokens with which all prompts begin are run once, where that is found to be exact. The hooks are
+    removed when the pass ends, after an exception too.
     """
+    n_shared = _n_shared(tokens)
+    if n_shared >= SHARED_LEAST * tokens.shape[1] and _sharing_is_exact(decoder, tokens, n_shared):
+        return _run_shared(decoder, tokens, n_shared, blocks)
+    with _capture(decoder, blocks) as captured, torch.inference_mode():
+        # The base model stops before the unembedding, which would cover every position.
+        decoder.model.base_model(tokens, use_cache=False)
+    return captured
+
+
+def _n_shared(tokens: Tensor) -> int:
+    """Return how many tokens all prompts begin with, less one if that is all of them."""
+    alike = (tokens == tokens[:1]).all(dim=0)
+    n_shared = int(alike.int().cumprod(dim=0).sum())
+    return min(n_shared, tokens.shape[1] - 1) if len(tokens) > 1 else 0
+
+
+def _run_shared(
+    decoder: Decoder, tokens: Tensor, n_shared: int, blocks: set[int]
+) -> dict[int, Tensor]:
+    """Return `run_blocks` from one pass over the shared tokens and one over the others."""
+    cache = DynamicCache(config=decoder.model.config.get_text_config())
+    with torch.inference_mode():
+        with _capture(decoder, blocks) as before:
+            decoder.model.base_model(tokens[:1, :n_shared], past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(tokens))
+        with _capture(decoder, blocks) as after:
+            decoder.model.base_model(tokens[:, n_shared:], past_key_values=cache, use_cache=True)
+        return {
+            block: torch.cat([before[block].expand(len(tokens), -1, -1), after[block]], dim=1)
+            for block in blocks
+        }
+
+
+def _sharing_is_exact(decoder: Decoder, tokens: Tensor, n_shared: int) -> bool:
+    """Compare, once for a model and again for longer prompts, on the first and the last prompt."""
+    length = tokens.shape[1]
+    known = _compared.setdefault(decoder, {})
+    if any(exact and longer >= length for longer, exact in known.items()):
+        return True
+    if length not in known:
+        two, last = tokens[[0, -1]], {decoder.n_blocks - 1}
+        with _capture(decoder, last) as whole, torch.inference_mode():
+            decoder.model.base_model(two, use_cache=False)
+        try:
+            shared = _run_shared(decoder, two, n_shared, last)
+        except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):
+            known[length] = False  # no keys and values to share (a state-space model, say)
+            return False
+        (slow,), (fast,) = whole.values(), shared.values()
+        tolerance = 1e-4 if slow.dtype in (torch.float32, torch.float64) else 5e-2
+        known[length] = bool((slow - fast).abs().max() <= tolerance * slow.abs().max())
+    return known[length]
+
+
+@contextlib.contextmanager
+def _capture(decoder: Decoder, blocks: set[int]) -> Iterator[dict[int, Tensor]]:
+    """Keep what the blocks put out while the context lasts."""
     captured: dict[int, Tensor] = {}
 
     def keep(block: int) -> Any:
@@ -110,13 +173,10 @@ def run_blocks(decoder: Decoder, tokens: Tensor, blocks: set[int]) -> dict[int, 
 
     handles = [decoder.blocks[block].register_forward_hook(keep(block)) for block in blocks]
     try:
-        with torch.inference_mode():
-            # The base model stops before the unembedding, which would cover every position.
-            decoder.model.base_model(tokens, use_cache=False)
+        yield captured
     finally:
         for handle in handles:
             handle.remove()
-    return captured
 
 
 def equal_length_batches(

@@ -4,9 +4,11 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from conftest import tiny_model, tiny_tokenizer
 
+from lib import extraction
 from lib.extraction import extract_residuals, logit_lens, tokenize
-from lib.models import Decoder
+from lib.models import Decoder, load_decoder
 
 RAGGED = [[5, 9, 4, 33], [8, 3, 17], [6, 6, 12, 40, 2, 9], [11, 30, 22], [7, 21, 9, 50, 50, 1]]
 
@@ -42,6 +44,52 @@ def test_result_does_not_depend_on_the_batch(llama: Decoder) -> None:
     assert whole.logits is not None and single.logits is not None
     assert torch.allclose(whole.states, single.states, atol=1e-5)
     assert torch.allclose(whole.logits, single.logits, atol=1e-4)
+
+
+BEGIN_ALIKE = [[5, 9, 3, 7, 11, end, 4] for end in (12, 13, 14)] + [[5, 9, 3, 7, 11, 12, 6]]
+
+
+def test_prompts_that_begin_alike_equal_each_prompt_alone(decoder: Decoder) -> None:
+    for positions in ("last", [2, 4, 5, 6]):
+        found = extract_residuals(decoder, BEGIN_ALIKE, positions=positions).states
+        where = [6] * 4 if isinstance(positions, str) else positions
+        for row, prompt in enumerate(BEGIN_ALIKE):
+            expected = oracle.block_states(decoder.model, decoder.blocks, prompt)[:, where[row]]
+            assert torch.allclose(found[:, row], expected, atol=1e-4, rtol=1e-4)
+
+
+def count_tokens(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    passes: list[int] = []
+    forward = decoder.model.base_model.forward
+
+    def counting(tokens: torch.Tensor, **options: object) -> object:
+        passes.append(tokens.numel())
+        return forward(tokens, **options)
+
+    monkeypatch.setattr(decoder.model.base_model, "forward", counting)
+    return passes
+
+
+def test_a_shared_beginning_is_run_once(llama: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    extract_residuals(llama, BEGIN_ALIKE)  # compares, once
+    passes = count_tokens(llama, monkeypatch)
+    extract_residuals(llama, BEGIN_ALIKE)
+    assert passes == [5, 4 * 2]
+
+
+def test_where_sharing_is_not_exact_every_prompt_runs_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
+    run_shared = extraction._run_shared
+
+    def wrong(*arguments: object) -> dict[int, torch.Tensor]:
+        return {block: 1.01 * states for block, states in run_shared(*arguments).items()}  # type: ignore[arg-type]
+
+    monkeypatch.setattr(extraction, "_run_shared", wrong)
+    passes = count_tokens(decoder, monkeypatch)
+    extract_residuals(decoder, BEGIN_ALIKE)
+    assert passes[-1] == 4 * 7
 
 
 def test_chosen_blocks_come_in_the_order_asked_for(llama: Decoder) -> None:
