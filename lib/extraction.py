@@ -106,8 +106,7 @@ def run_blocks(decoder: Decoder, tokens: Tensor, blocks: set[int]) -> dict[int, 
     Tokens with which all prompts begin are run once, where that is found to be exact. The hooks are
     removed when the pass ends, after an exception too.
     """
-    n_shared = _n_shared(tokens)
-    if n_shared >= SHARED_LEAST * tokens.shape[1] and _sharing_is_exact(decoder, tokens, n_shared):
+    if n_shared := count_shared(decoder, tokens):
         return _run_shared(decoder, tokens, n_shared, blocks)
     with _capture(decoder, blocks) as captured, torch.inference_mode():
         # The base model stops before the unembedding, which would cover every position.
@@ -115,11 +114,16 @@ def run_blocks(decoder: Decoder, tokens: Tensor, blocks: set[int]) -> dict[int, 
     return captured
 
 
-def _n_shared(tokens: Tensor) -> int:
-    """Return how many tokens all prompts begin with, less one if that is all of them."""
+def count_shared(decoder: Decoder, tokens: Tensor) -> int:
+    """Return how many tokens of `[n, length]` can be run once for all; 0 where it does not pay.
+
+    Prompts that begin alike share them, all but the last token at most, where the model's keys and
+    values can be handed on exactly.
+    """
     alike = (tokens == tokens[:1]).all(dim=0)
-    n_shared = int(alike.int().cumprod(dim=0).sum())
-    return min(n_shared, tokens.shape[1] - 1) if len(tokens) > 1 else 0
+    n_shared = min(int(alike.int().cumprod(dim=0).sum()), tokens.shape[1] - 1)
+    pays = len(tokens) > 1 and n_shared >= SHARED_LEAST * tokens.shape[1]
+    return n_shared if pays and _sharing_is_exact(decoder, tokens, n_shared) else 0
 
 
 def _run_shared(

@@ -65,7 +65,7 @@ def distribution_measure(
         recipient, index = torch.unique(rows[pair], return_inverse=True)
         log_p = log_softmax(clean_logits[recipient])
         p = log_p.exp()
-        entropy_p = -torch.linalg.vecdot(p, log_p)[index]
+        entropy_p = -(p * log_p).sum(-1)[index]
         z = logits.double().cpu()
         top, argmax = z.max(-1, keepdim=True)
         z = z - top
@@ -76,7 +76,7 @@ def distribution_measure(
         for number in range(len(recipient)):
             own = index == number
             mean_p[own] = z[own] @ p[number]
-        entropy_q = normaliser - torch.linalg.vecdot(weights, z) / total
+        entropy_q = normaliser - (weights * z).sum(-1) / total
         result = {
             "kl_nats": (normaliser - mean_p - entropy_p).clamp(min=0),
             "entropy_nats": entropy_q,
@@ -118,32 +118,36 @@ def fit_temperature(
     z = z - z.amax(-1, keepdim=True)
     if entropy_p is None:
         entropy_p = torch.special.entr(p).sum(-1)
-    return _fit_temperature(z, torch.linalg.vecdot(p, z), entropy_p)
+    return _fit_temperature(z, (p * z).sum(-1), entropy_p)
 
 
 def _fit_temperature(z: Tensor, wanted: Tensor, entropy_p: Tensor) -> tuple[Tensor, Tensor]:
     """Return `fit_temperature` of logits whose largest is 0, given their mean under p."""
-    squares = z * z
-    low = torch.full_like(wanted, LOWEST_TEMPERATURE)
-    high = torch.full_like(wanted, HIGHEST_TEMPERATURE)
-    fitted = torch.ones_like(wanted)
+    fitted, left = torch.empty_like(wanted), torch.empty_like(wanted)
+    for row, goal in enumerate(wanted.tolist()):  # rows differ in the number of steps they need
+        fitted[row] = _fit_row(z[row], goal)
+        left[row] = torch.logsumexp(fitted[row] * z[row], 0) - fitted[row] * goal
+    return fitted, (left - entropy_p).clamp(min=0)
+
+
+def _fit_row(z: Tensor, wanted: float) -> float:
+    """Return the T at which the mean of z `[d_vocab]` under softmax(T · z) is the one wanted."""
+    powers = torch.stack([torch.ones_like(z), z, z * z])
+    low, high, fitted = LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE, 1.0
     for _ in range(_NEWTON_STEPS):
-        weights = torch.mul(fitted[:, None], z).exp_()
-        total = weights.sum(-1)
-        mean = torch.linalg.vecdot(weights, z) / total
-        slope = mean - wanted
-        curvature = torch.linalg.vecdot(weights, squares) / total - mean**2
-        low, high = torch.where(slope < 0, fitted, low), torch.where(slope > 0, fitted, high)
-        step = torch.where(curvature > 0, fitted - slope / curvature, fitted)
+        total, first, second = (powers @ (fitted * z).exp_()).tolist()
+        mean = first / total
+        slope, curvature = mean - wanted, second / total - mean**2
+        if slope == 0:
+            break
+        low, high = (fitted, high) if slope < 0 else (low, fitted)
+        step = fitted - slope / curvature if curvature > 0 else fitted
         # Outside the bracket Newton's step is replaced by a bisection of its logarithm.
-        step = torch.where((step > low) & (step < high), step, (low * high).sqrt())
-        step = torch.where(slope == 0, fitted, step)
-        moved = ((step - fitted).abs() / fitted).max()
-        fitted = step
+        step = step if low < step < high else (low * high) ** 0.5
+        moved, fitted = abs(step - fitted) / fitted, step
         if moved < _NEWTON_TOLERANCE:
             break
-    left = torch.logsumexp(fitted[:, None] * z, -1) - fitted * wanted - entropy_p
-    return fitted, left.clamp(min=0)
+    return fitted
 
 
 def log_softmax(logits: Tensor) -> Tensor:

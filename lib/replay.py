@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from lib.extraction import run_blocks
+from lib.extraction import count_shared, run_blocks
 from lib.models import Decoder, untuple
 
 MAX_ROW_TOKENS = 192
@@ -89,7 +89,11 @@ def run_prefix(decoder: Decoder, tokens: Tensor, first: int) -> Prefix:
     cache = FrozenCache(config=decoder.model.config.get_text_config())
     with torch.inference_mode():
         growing = DynamicCache(config=decoder.model.config.get_text_config())
-        base(tokens[:, :first], past_key_values=growing, use_cache=True)
+        n_shared = count_shared(decoder, tokens[:, :first])
+        if n_shared:
+            base(tokens[:1, :n_shared], past_key_values=growing, use_cache=True)
+            growing.batch_repeat_interleave(len(tokens))
+        base(tokens[:, n_shared:first], past_key_values=growing, use_cache=True)
         if not all(getattr(layer, "keys", None) is not None for layer in growing.layers):
             raise ReplayUnsupportedError("its cache holds no keys and values")
         cache.layers = list(growing.layers)

@@ -15,11 +15,11 @@ from lib.sweeps import Sweep, sweep_blocks
 
 PROMPTS = [
     [5, 9, 4, 33, 12, 8, 51],
-    [8, 3, 17, 20, 6, 44, 9],
-    [6, 6, 12, 40, 2, 9, 30],
+    [5, 9, 17, 20, 6, 44, 9],
+    [5, 9, 12, 40, 2, 9, 30],
     [11, 30, 22, 7, 35],
-    [14, 2, 60, 19, 5],
-]
+    [11, 30, 60, 19, 5],
+]  # those of one length begin alike, and share what they begin with
 PAIRS = np.array([[0, 1], [0, 3], [1, 2], [2, 0], [3, 0], [3, 4], [4, 1], [1, 4]])
 READ = [4, 40, 9]
 EDITS = {

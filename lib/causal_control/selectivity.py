@@ -62,7 +62,7 @@ def rest_measure(
         total = mass.sum(-1)
         ends_mass = torch.exp(ends_z - top)
         rest = (total - ends_mass.sum(1)).clamp(min=torch.finfo(z.dtype).tiny)
-        expected = torch.linalg.vecdot(p[recipient[pair]], z)
+        expected = (p[recipient[pair]] * z).sum(-1)
         expected = expected - (p[own[pair], both[pair]] * ends_z).sum(1)
         kept = left[pair].clamp(min=torch.finfo(z.dtype).tiny)
         kl = (cross[pair] - expected) / kept - kept.log() + rest.log() + top[:, 0]
