@@ -78,6 +78,41 @@ def test_each_site_edits_its_positions_and_no_other(
                 assert np.isclose(outcome.recovered[block, column], expected, atol=1e-3)
 
 
+def test_across_templates_each_prompt_has_its_own_position(trial: Trial) -> None:
+    pairs = np.array([[0, 6], [11, 4]])
+    outcome = sweep_site(trial, pairs, "subject")
+    model, blocks = trial.decoder.model, trial.decoder.blocks
+    at = trial.task.subject_positions
+    assert at[0] != at[6] and at[11] != at[4]
+    for column, (recipient, donor) in enumerate(pairs.tolist()):
+        states = oracle.block_states(model, blocks, trial.task.tokens[donor])[:, [at[donor]]]
+        for block in range(trial.decoder.n_blocks):
+            logits = oracle.patched_logits(
+                model, blocks[block], [trial.task.tokens[recipient]], [[at[recipient]]],
+                [states[block]],
+            )[0, trial.task.answer_ids.tolist()].numpy()  # fmt: skip
+            shift = np.abs(softmax(logits) - softmax(trial.clean_logits[recipient])).max()
+            assert np.isclose(outcome.largest_shift[block, column], shift, atol=1e-5)
+
+
+def test_edits_after_some_blocks_are_those_of_all_blocks(trial: Trial) -> None:
+    for site in ("subject", "last", "subject to last"):
+        whole = sweep_site(trial, PAIRS, site)
+        some = sweep_site(trial, PAIRS, site, blocks=[1, 3])
+        assert some.blocks == (1, 3)
+        assert np.allclose(some.largest_shift, whole.largest_shift[[1, 3]], atol=1e-6)
+        assert some.curve(np.ones((3, 15)))[0]["block"].tolist() == [1, 3]
+
+
+def test_pairs_judged_by_own_choice_are_formed_across_templates(trial: Trial) -> None:
+    pairs = trial.pairs(donors_per_prompt=4)
+    template = trial.task.prompts["template"].to_numpy()
+    assert (template[pairs[:, 0]] != template[pairs[:, 1]]).any()
+    assert (trial.target[pairs[:, 0]] != trial.target[pairs[:, 1]]).all()
+    within = replace(trial, own_choice=False).pairs(donors_per_prompt=4)
+    assert (template[within[:, 0]] == template[within[:, 1]]).all()
+
+
 def test_excess_is_zero_on_average_for_answers_that_ignore_the_donor() -> None:
     rng = np.random.default_rng(8)
     n_answers, n_pairs = 5, 20_000
