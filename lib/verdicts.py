@@ -126,6 +126,16 @@ def is_held_out(task: str) -> bool:
     return task not in _file()["material"]["seen_tasks"]
 
 
+def tolerance(low: float | None, high: float | None) -> float:
+    """Return how far a number may be from the recorded one, whose interval is [low, high].
+
+    A number without interval, a count say, has the absolute tolerance alone.
+    """
+    stated = _file()["tolerance"]
+    width = 0.0 if low is None or high is None else high - low
+    return max(stated["absolute"], stated["share_of_interval"] * width)
+
+
 def interval_level(claim: str, statistic: str) -> float:
     """Return the level of the interval that the criterion is judged by: 0.95, or 0.9 for TOST.
 

@@ -14,9 +14,7 @@ import yaml
 import executable_book.freshness as freshness
 import setup_cells
 from executable_book.progress import Display, Follower, describe
-from lib import verify
-from lib.results import Record, pages, results_file, write_rows
-from lib.verdicts import ALL_TASKS, criteria, criterion_of
+from lib.results import pages
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = setup_cells.chapters()
@@ -362,108 +360,6 @@ def test_half_written_lines_wait_until_they_are_whole(tmp_path):
     follower.file.write_text(json.dumps(LINE) + "\n")
     follower.look()
     assert stream.getvalue().count("\n") == 1
-
-
-# Verification
-
-
-def verdict(statistic: str = "causal_width_share", **changes: object) -> Record:
-    criterion = criterion_of("phase-transition", statistic)
-    return {
-        "claim": "phase-transition",
-        "part": criterion.part,
-        "task": "capitals" if criterion.scope == "task" else ALL_TASKS,
-        "model": "embedded",
-        "untrained": False,
-        "statistic": statistic,
-        "estimate": 0.1,
-        "ci_low": 0.05,
-        "ci_high": 0.2,
-        "criterion": criterion.text,
-        "n": 96,
-        "verdict": "supported",
-    } | changes
-
-
-STATISTICS = [c.statistic for c in criteria() if c.claim == "phase-transition"]
-OTHERS = [verdict(name) for name in STATISTICS if name != "causal_width_share"]
-OTHERS += [row | {"untrained": True, "verdict": "not supported"} for row in OTHERS]
-TWIN = verdict(untrained=True, verdict="not supported")
-
-
-@pytest.fixture
-def built(tmp_path):
-    (tmp_path / "_toc.yml").write_text(
-        "format: jb-book\nroot: book/intro\nchapters:\n- file: book/phase-transition\n"
-    )
-    write_rows(tmp_path / verify.RECORDED, [verdict(), TWIN, *OTHERS])
-
-    def check(*rows: Record, update: bool = False) -> int:
-        write_rows(results_file(tmp_path / "_build" / "results"), [*rows, *OTHERS])
-        return verify.main(["--update"] if update else [], tmp_path)
-
-    return tmp_path, check
-
-
-def test_verification_passes_when_all_is_as_recorded(built):
-    _, check = built
-    assert check(verdict(), TWIN) == 0
-    assert check(verdict(estimate=0.101), TWIN) == 0
-    assert check(verdict(), TWIN | {"verdict": "not testable"}) == 0
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([TWIN], "no record of causal_width_share on capitals"),
-        ([TWIN], "recorded, but missing now"),
-        ([verdict(), verdict(), TWIN], "Two records of causal_width_share on capitals"),
-        ([verdict(verdict="not supported"), TWIN], "not supported now, supported as recorded"),
-        ([verdict(), verdict(n=97, task="months"), TWIN], "not recorded yet"),
-        ([verdict(), TWIN | {"verdict": "supported"}], "supported on the untrained twin"),
-    ],
-)
-def test_verification_fails_and_says_why(built, capsys, rows, message):
-    _, check = built
-    assert check(*rows) == 1
-    assert message in capsys.readouterr().out
-
-
-def test_verification_fails_without_results(built, capsys):
-    folder, _ = built
-    assert verify.main([], folder) == 1
-    assert "Run `make book`" in capsys.readouterr().out
-
-
-def test_update_records_anew_and_says_what_changed(built, capsys):
-    _, check = built
-    changed = [verdict(verdict="not supported"), TWIN]
-    added = [row | {"task": "months"} for row in (verdict(), *OTHERS) if row["part"] == "switch"]
-    changed += [row for row in added if not row["untrained"]]
-    assert check(*changed, update=True) == 0
-    printed = capsys.readouterr().out
-    name = "phase-transition / switch / capitals / causal_width_share (trained)"
-    assert f"~ {name}: 0.1 [0.05, 0.2], supported -> 0.1 [0.05, 0.2], not supported" in printed
-    assert "+ phase-transition / switch / months / causal_width_share (trained)" in printed
-    assert check(*changed) == 0
-
-
-def test_controls_that_any_network_meets_do_not_fail_the_twin():
-    control = verdict("self_donor_change", untrained=True)
-    assert not verify.false_positives([control])
-    assert verify.false_positives([verdict(untrained=True)])
-
-
-def test_a_twin_that_meets_a_criterion_on_few_of_its_tasks_is_no_false_positive():
-    met = verdict(untrained=True)
-    missed = [met | {"task": task, "verdict": "not supported"} for task in ("a", "b")]
-    assert not verify.false_positives([met, *missed])
-    assert verify.false_positives([met, *(row | {"verdict": "supported"} for row in missed)])
-
-
-def test_chapter_without_records_is_named():
-    (problem,) = verify.verify([], [], ["norm-code"])
-    assert problem == "norm-code: no records; its chapter failed or was not built"
 
 
 # A small book, built for real
