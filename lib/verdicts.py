@@ -46,6 +46,7 @@ class Criterion:
     reason: str
     optional: bool = False
     null_expected: bool = True
+    null_of: str | None = None
 
     def __post_init__(self) -> None:
         """Check the choices, since they come from a file."""
@@ -90,12 +91,19 @@ def criteria() -> tuple[Criterion, ...]:
     """Return all criteria in the order of the file.
 
     Raises:
-        ValueError: A statistic that occurs twice within a claim, an unknown choice.
+        ValueError: A statistic that occurs twice within a claim, an unknown choice, a null of a
+            statistic that the claim has not.
     """
     found = tuple(Criterion(**entry) for entry in _file()["criterion"])
     names = [(criterion.claim, criterion.statistic) for criterion in found]
     if len(set(names)) != len(names):
         raise ValueError(f"{CRITERIA_FILE.name}: a claim has two criteria for one statistic.")
+    for criterion in found:
+        if criterion.null_of and (criterion.claim, criterion.null_of) not in names:
+            raise ValueError(
+                f"Criterion {criterion.statistic}: null_of names {criterion.null_of!r}, "
+                f"which is no statistic of {criterion.claim}."
+            )
     return found
 
 

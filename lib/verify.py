@@ -17,7 +17,14 @@ from lib.results import (
     results_file,
     write_rows,
 )
-from lib.verdicts import SHARE_OF_TASKS, claim_verdict, criteria, tolerance
+from lib.verdicts import (
+    SHARE_OF_TASKS,
+    Criterion,
+    claim_verdict,
+    criteria,
+    criterion_of,
+    tolerance,
+)
 
 RECORDED = Path("tests", "recorded", "results.json")
 NUMBERS = ("estimate", "ci_low", "ci_high")
@@ -87,10 +94,12 @@ def incomplete_claims(rows: Sequence[Record]) -> list[str]:
 
 
 def false_positives(rows: Sequence[Record]) -> list[str]:
-    """Returns what holds on the untrained twin and therefore is no evidence on the trained model.
+    """Returns the nulls that come out supported, so that what they are nulls of is no evidence.
 
-    As for a part of a claim, a criterion holds when it does on three quarters of the testable
-    tasks. Those that any network may meet are marked `null_expected = false` and passed over.
+    On the untrained twin: a criterion that holds, as a part of a claim does, on three quarters of
+    the testable tasks; a part can only hold where its criteria do. Those that any network may meet
+    are marked `null_expected = false` and passed over. On any model: random donors and shuffled
+    labels (`null_of`) that meet the criterion of what they are the null of, on any task.
     """
     problems = []
     for criterion in criteria():
@@ -107,7 +116,19 @@ def false_positives(rows: Sequence[Record]) -> list[str]:
                 f"{name_of(row)}: supported on the untrained twin, so it is no evidence"
                 for row in met
             ]
+        if criterion.null_of:
+            original = criterion_of(criterion.claim, criterion.null_of)
+            problems += [
+                f"{name_of(row)}: a null that meets the criterion of {original.statistic}"
+                for row in rows
+                if (row["claim"], row["statistic"]) == (criterion.claim, criterion.statistic)
+                and _meets(row, original)
+            ]
     return problems
+
+
+def _meets(row: Record, criterion: Criterion) -> bool:
+    return row["estimate"] is not None and criterion.is_met(*(row[column] for column in NUMBERS))
 
 
 def _claims(rows: Sequence[Record]) -> list[tuple[str, str, bool]]:

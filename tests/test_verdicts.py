@@ -25,6 +25,9 @@ HELD_OUT = ("weekdays", "antonyms", "continents", "number-words")
 
 # Added after a first run, beside the criteria set beforehand and never in the place of one.
 ADDED = {("phase-transition", "switch", "random_direction_excess"): ("high", "<=", 0.05, "task")}
+STRICTER = {
+    ("norm-code", "carries context", "attributes_decoded_shuffled"): ("estimate", "<", 2, "model")
+}
 
 
 def test_the_file_holds_the_protocols_criteria_to_the_number():
@@ -34,7 +37,7 @@ def test_the_file_holds_the_protocols_criteria_to_the_number():
         for c in criteria()
     }
     switch, carries, absent = "switch", "carries context", "does not determine"
-    assert table == ADDED | {
+    assert table == ADDED | STRICTER | {
         ("phase-transition", switch, "context_arm_early"): ("low", ">=", 0.8, "task"),
         ("phase-transition", switch, "context_arm_last_sixth"): ("high", "<=", 0.1, "task"),
         ("phase-transition", switch, "prediction_arm_early"): ("high", "<=", 0.1, "task"),
@@ -119,6 +122,14 @@ def test_each_claim_but_the_norms_has_a_part_the_twin_must_fail():
         assert any(c.null_expected for c in criteria() if c.claim == claim)
 
 
+def test_each_control_that_replaces_what_the_claim_is_about_names_what_it_is_the_null_of():
+    assert {c.statistic: c.null_of for c in criteria() if c.null_of} == {
+        "random_direction_flip": "prediction_arm_last_sixth",
+        "random_rotation_flip": "rotation_flip",
+        "attributes_decoded_shuffled": "attributes_decoded",
+    }
+
+
 def test_tasks_seen_while_choosing_the_criteria_are_not_held_out():
     assert not verdicts.is_held_out("months-sequence")
     assert not verdicts.is_held_out("capitals")
@@ -130,6 +141,9 @@ def test_a_broken_criteria_file_is_refused(tmp_path, monkeypatch):
     text = verdicts.CRITERIA_FILE.read_text(encoding="utf-8")
     first = tomllib.loads(text)["criterion"][0]
     broken = {
+        "null_of names 'context_arm'": text.replace(
+            'null_of = "pred', 'null_of = "context_arm"#', 1
+        ),
         "two criteria": text + text[text.index("\n[[criterion]]") :],
         "'middle' is none of": text.replace('bound = "low"', 'bound = "middle"', 1),
         "'==' is none of": text.replace('relation = ">="', 'relation = "=="', 1),

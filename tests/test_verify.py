@@ -4,7 +4,7 @@ import pytest
 
 from lib import verify
 from lib.results import Record, read_rows, results_file, write_rows
-from lib.verdicts import ALL_TASKS, criteria, criterion_of, tolerance
+from lib.verdicts import ALL_TASKS, criteria, criterion_of, judge, tolerance
 
 
 def verdict(statistic: str = "causal_width_share", **changes: object) -> Record:
@@ -164,6 +164,35 @@ def test_a_twin_that_meets_a_criterion_on_few_of_its_tasks_is_no_false_positive(
     missed = [met | {"task": task, "verdict": "not supported"} for task in ("a", "b")]
     assert not verify.false_positives([met, *missed])
     assert verify.false_positives([met, *(row | {"verdict": "supported"} for row in missed)])
+
+
+@pytest.mark.parametrize("untrained", [False, True])
+def test_random_donors_that_do_what_the_donor_does_fail(untrained):
+    def null(low):
+        return verdict(
+            "random_direction_flip", estimate=0.9, ci_low=low, untrained=untrained, verdict="-"
+        )
+
+    (problem,) = verify.false_positives([null(0.8)])
+    assert "a null that meets the criterion of prediction_arm_last_sixth" in problem
+    assert not verify.false_positives([null(0.79)])
+    assert not verify.false_positives([null(None) | EMPTY])
+
+
+def test_shuffled_labels_that_are_decoded_fail():
+    def shuffled(count):
+        return judge(
+            "norm-code",
+            "attributes_decoded_shuffled",
+            model="embedded",
+            untrained=False,
+            estimate=count,
+            n=5,
+        )
+
+    (problem,) = verify.false_positives([shuffled(2)])
+    assert "a null that meets the criterion of attributes_decoded" in problem
+    assert not verify.false_positives([shuffled(1)])
 
 
 def test_chapter_without_records_is_named():
