@@ -251,7 +251,12 @@ def verdict_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def claim_verdict(
-    records: Iterable[Mapping[str, Any]], claim: str, model: str, untrained: bool
+    records: Iterable[Mapping[str, Any]],
+    claim: str,
+    model: str,
+    untrained: bool,
+    *,
+    held_out_only: bool = False,
 ) -> ClaimVerdict:
     """Return the verdict on a claim as a whole, for one model.
 
@@ -266,6 +271,8 @@ def claim_verdict(
         claim: Name of the chapter.
         model: Name of the model.
         untrained: Whether its twin is meant.
+        held_out_only: Leave out the tasks that were seen while the criteria were chosen. What is
+            judged once a model stays.
 
     Raises:
         ValueError: Unknown claim; a record that is missing or there twice.
@@ -283,6 +290,8 @@ def claim_verdict(
     for part in dict.fromkeys(criterion.part for criterion in of_claim):
         needed = [criterion for criterion in of_claim if criterion.part == part]
         tasks = _task_verdicts([row for row in own if row["part"] == part], needed)
+        if held_out_only:
+            tasks = {task: verdict for task, verdict in tasks.items() if is_held_out(task)}
         parts[part], reason = _part_verdict(tasks)
         reasons.append(f"{part}: {parts[part]}{reason}")
     verdicts = set(parts.values())

@@ -225,6 +225,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     recorded = read_rows(file) if file.is_file() else []
     if rows or recorded:
         _print_comparison(comparison(rows, recorded))
+        _print_claims(rows)
     present = {Path(page).name for page in pages(root)}
     claims = dict.fromkeys(criterion.claim for criterion in criteria())
     chapters = [claim for claim in claims if claim in present]
@@ -245,6 +246,19 @@ def _print_comparison(table: pd.DataFrame) -> None:
     for (claim, part, statistic, criterion), rows in table.groupby(columns, sort=False):
         print(f"{claim} / {part} / {statistic}\n{criterion}")
         print(rows.drop(columns=columns).to_string(index=False), end="\n\n")
+
+
+def _print_claims(rows: Sequence[Record]) -> None:
+    for claim, model, untrained in _claims(rows):
+        try:
+            found = [
+                claim_verdict(rows, claim, model, untrained, held_out_only=only).verdict
+                for only in (False, True)
+            ]
+        except ValueError:
+            continue  # told among the problems
+        weights = ", untrained" if untrained else ""
+        print(f"{claim} ({model}{weights}): {found[0]}; on held-out tasks alone: {found[1]}")
 
 
 if __name__ == "__main__":

@@ -515,7 +515,9 @@ def test_a_small_book_lives_through_builds_failures_and_changes(tmp_path):
     assert "0.5 [0.40" not in book.page("intro")
     assert "0.50 [0.40, 0.60], n = 9 prompts" in book.page("intro")
     card = re.sub(r"<[^>]+>", " ", book.page("intro"))
-    assert re.search(r"Depth switches\.\s+supported\s+not supported", card)
+    assert re.search(
+        r"Depth switches\.\s+supported; on held-out tasks alone: supported\s+not supported;", card
+    )
     assert re.search(r"Norms do not\.\s+chapter to come", card)
 
     # Nothing changed: nothing is executed, the results are written all the same.

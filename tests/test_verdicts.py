@@ -4,6 +4,7 @@ import tomllib
 from datetime import date
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.special import expit
 from scipy.stats import norm
@@ -365,6 +366,32 @@ def test_a_claim_has_to_hold_on_the_tasks_that_were_held_out():
     assert found.verdict == "not supported"  # three of four tasks, but one of two held out
     only_seen = records_of("causal-control", lambda c, t: "supported", seen)
     assert whole(only_seen, "causal-control").verdict == "not testable"
+
+
+def test_the_held_out_verdict_leaves_out_the_tasks_seen_and_no_others():
+    seen = ("months-sequence", "capitals")
+
+    def found(*bad, tasks=(*seen, "weekdays", "antonyms"), only=True):
+        rows = records_of(
+            "causal-control", lambda c, t: "not supported" if t in bad else "supported", tasks
+        )
+        return claim_verdict(rows, "causal-control", "m", False, held_out_only=only)
+
+    assert found(*seen).verdict == "supported"
+    assert found(*seen, only=False).verdict == "not supported"
+    assert "control: supported (2 of 2 tasks, held out 2 of 2)" in found(*seen).reason
+    assert found("weekdays").verdict == "not supported"
+    assert found(tasks=seen).verdict == "not testable"
+    once = whole(records_of("norm-code", lambda c, t: "supported"), "norm-code")
+    assert once.parts["carries context"] == "supported"
+
+
+def test_every_task_is_either_seen_or_held_out_by_name():
+    material = tomllib.loads(verdicts.CRITERIA_FILE.read_text(encoding="utf-8"))["material"]
+    seen, held_out = material["seen_tasks"], material["held_out_tasks"]
+    tasks = pd.read_csv(verdicts.CRITERIA_FILE.parent / "tasks.csv")["task"]
+    assert sorted([*seen, *held_out]) == sorted({*tasks, "contexts"})
+    assert [verdicts.is_held_out(task) for task in (*seen, *held_out)] == [False] * 2 + [True] * 8
 
 
 def test_a_task_without_same_answer_donors_is_judged_on_the_rest():
