@@ -60,8 +60,8 @@ def test_conda_makefile_and_server_use_the_same_list():
     assert conda[-1] == {"pip": ["-r requirements.txt"]}
     assert [entry.split()[0] for entry in conda[:-1]] == ["python", "pip"]
     makefile = read("Makefile")
-    assert "install --requirement requirements.txt" in makefile
-    assert "install --requirement requirements-tests.txt --constraint requirements.txt" in makefile
+    assert "install --require-hashes --requirement requirements-hashed.txt" in makefile
+    assert "--require-hashes --no-deps --requirement requirements-tests-hashed.txt" in makefile
     assert "pip install" not in read(".ci/run")
     workflow = yaml.safe_load(read(".github/workflows/book.yml"))
     commands = [
@@ -83,6 +83,33 @@ def test_the_environment_in_use_is_the_pinned_one():
     assert installed == pins("requirements.in")
 
 
+@pytest.mark.parametrize("kind", ["", "-tests"])
+def test_every_pin_but_torch_has_hashes_and_the_list_names_no_address(kind):
+    text = read(f"requirements{kind}-hashed.txt").replace("\\\n", " ")
+    lines = [line.split() for line in text.splitlines() if not line.startswith("#")]
+    hashed = {}
+    for pin, *hashes in lines:
+        name, version = pin.split("==")
+        hashed[name] = version
+        assert hashes, pin
+        assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", entry) for entry in hashes), pin
+    expected = pins(f"requirements{kind}.txt")
+    expected.pop("torch", None)
+    assert hashed == expected
+
+
+def test_actions_are_pinned_by_commit_and_name_their_tag():
+    used = re.findall(r"uses: *(.*)", read(".github/workflows/book.yml"))
+    assert len(used) == 4
+    for action in used:
+        assert re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action), action
+    assert "${{" not in "".join(
+        step.get("run", "")
+        for job in yaml.safe_load(read(".github/workflows/book.yml"))["jobs"].values()
+        for step in job["steps"]
+    )
+
+
 def test_workflow_may_only_read_but_for_the_pages_step():
     workflow = yaml.safe_load(read(".github/workflows/book.yml"))
     assert workflow["permissions"] == {}
@@ -97,8 +124,8 @@ def test_workflow_may_only_read_but_for_the_pages_step():
 @pytest.fixture
 def fake_project(tmp_path):
     """A project whose Python only notes what it is asked to do, and fails or dies if told to."""
-    for name in ("Makefile", "requirements.txt", "requirements-tests.txt"):
-        shutil.copy(ROOT / name, tmp_path)
+    for file in (ROOT / "Makefile", *ROOT.glob("requirements*.txt")):
+        shutil.copy(file, tmp_path)
     python = tmp_path / "fake-python"
     python.write_text(
         '#!/bin/sh\necho "$@" >> log\n[ "$2" = pip ] && [ -e FAIL ] && exit 1\n'
@@ -126,7 +153,7 @@ def test_torch_is_installed_first_and_from_the_extra_index_if_one_is_named(fake_
         f"--extra-index-url https://example.org/cpu torch=={pins('requirements.in')['torch']}"
         in torch
     )
-    assert "--requirement requirements.txt" in rest
+    assert "--require-hashes --requirement requirements-hashed.txt" in rest
     assert "example.org" not in rest
 
 
@@ -171,7 +198,7 @@ def test_changed_requirements_are_installed(fake_project):
     folder, make = fake_project
     assert make(".venv/book.stamp")[0] == 0
     later = (folder / ".venv" / "book.stamp").stat().st_mtime + 5
-    os.utime(folder / "requirements.txt", (later, later))
+    os.utime(folder / "requirements-hashed.txt", (later, later))
     assert len(make(".venv/book.stamp")[1]) == 3
 
 
