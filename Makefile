@@ -15,6 +15,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Names in one spelling, torch without its build tag, and without the CUDA parts that it brings.
 TIDY = sed -E 's/[+]cpu$$//; /^(nvidia-|cuda-|triton==)/d' | \
   awk -F== '{ name = tolower($$1); gsub(/[_.]/, "-", name); print name "==" $$2 }' | LC_ALL=C sort
+# A pinned list with the hashes of all files of each version. torch has none: which build of it is
+# installed (for CPUs, CUDA or macOS; from another index or a local file) is the machine's choice, so
+# it is installed first, by itself, and by version alone, with the parts that it brings.
+HASH = build/lock/bin/uv pip compile --quiet --no-deps --universal --python-version 3.11.14 \
+  --generate-hashes --no-header --no-annotate
+TOOLS := build/tools
+TOOLS_READY := $(TOOLS)/ready.stamp
 BOOK_READY := $(VENV)/book.stamp
 TESTS_READY := $(VENV)/tests.stamp
 CHAPTERS = $(filter-out book/intro.md,$(shell grep -l '^jupytext:' book/*.md))
@@ -22,7 +29,7 @@ CHAPTERS = $(filter-out book/intro.md,$(shell grep -l '^jupytext:' book/*.md))
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help book test verify lint model notebooks lock clean
+.PHONY: help book test verify lint audit mutate model notebooks lock clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
@@ -41,6 +48,14 @@ lint: $(TESTS_READY)  ## check style and types
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
+
+audit: $(TOOLS_READY)  ## look for known weaknesses in the workflow and in pinned packages (online)
+	@$(TOOLS)/bin/zizmor --offline --pedantic .github/workflows
+	@$(TOOLS)/bin/pip-audit --strict --progress-spinner off --disable-pip --no-deps \
+	  --requirement requirements.txt --requirement requirements-tests.txt 2> $(TOOLS)/audit.log || { \
+	  if grep -qE 'ConnectionError|ProxyError|Max retries|ConnectTimeout' $(TOOLS)/audit.log; then \
+	    echo "The list of known weaknesses cannot be reached: 'make audit' needs the network." >&2; \
+	  else cat $(TOOLS)/audit.log >&2; fi; exit 1; }
 
 model: $(BOOK_READY)  ## fetch the embedded model, once
 ifeq ($(MODEL),embedded)
@@ -61,11 +76,18 @@ lock:  ## resolve requirements*.in into requirements*.txt
 	  > requirements-tests.txt
 	build/lock/bin/pip freeze --all --exclude pip | $(TIDY) | grep -vxFf requirements.txt \
 	  >> requirements-tests.txt
+	build/lock/bin/pip install --constraint requirements-tools.txt uv
+	grep -v '^torch==' requirements.txt | $(HASH) - --output-file build/lock/hashed.txt
+	@echo '# requirements.txt without torch, with hashes; by `make lock`.' > requirements-hashed.txt
+	cat build/lock/hashed.txt >> requirements-hashed.txt
+	$(HASH) requirements-tests.txt --output-file build/lock/tests-hashed.txt
+	@echo '# requirements-tests.txt with hashes; by `make lock`.' > requirements-tests-hashed.txt
+	cat build/lock/tests-hashed.txt >> requirements-tests-hashed.txt
 
 clean:  ## remove what `make book` built; the environment and the model stay
 	rm -rf _build
 
-$(BOOK_READY): requirements.txt
+$(BOOK_READY): requirements.txt requirements-hashed.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
 	  echo "Python 3.11 to 3.13 is needed; '$(PYTHON)' is not. Name one: make book PYTHON=python3.12" >&2; \
 	  exit 1; }
@@ -74,14 +96,20 @@ $(BOOK_READY): requirements.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) \
 	  $$(grep '^torch==' requirements.txt)
-	@$(PIP) install --requirement requirements.txt
+	@$(PIP) install --require-hashes --requirement requirements-hashed.txt
 	@touch $@
 
 # While this runs the environment counts as unfinished: cut off halfway, it is made anew.
-$(TESTS_READY): requirements-tests.txt $(BOOK_READY)
+$(TESTS_READY): requirements-tests-hashed.txt $(BOOK_READY)
 	@echo "Installing what the tests need"
 	@mv $(BOOK_READY) $(VENV)/unfinished
-	@$(PIP) install --requirement requirements-tests.txt --constraint requirements.txt || { \
+	@$(PIP) install --require-hashes --no-deps --requirement requirements-tests-hashed.txt || { \
 	  mv $(VENV)/unfinished $(BOOK_READY); exit 1; }
 	@mv $(VENV)/unfinished $(BOOK_READY)
+	@touch $@
+
+$(TOOLS_READY): requirements-tools.txt
+	@rm -rf $(TOOLS)
+	@$(PYTHON) -m venv $(TOOLS)
+	@$(TOOLS)/bin/python -m pip --quiet --disable-pip-version-check install --requirement $<
 	@touch $@

@@ -46,6 +46,7 @@ class Criterion:
     reason: str
     optional: bool = False
     null_expected: bool = True
+    null_of: str | None = None
 
     def __post_init__(self) -> None:
         """Check the choices, since they come from a file."""
@@ -90,12 +91,19 @@ def criteria() -> tuple[Criterion, ...]:
     """Return all criteria in the order of the file.
 
     Raises:
-        ValueError: A statistic that occurs twice within a claim, an unknown choice.
+        ValueError: A statistic that occurs twice within a claim, an unknown choice, a null of a
+            statistic that the claim has not.
     """
     found = tuple(Criterion(**entry) for entry in _file()["criterion"])
     names = [(criterion.claim, criterion.statistic) for criterion in found]
     if len(set(names)) != len(names):
         raise ValueError(f"{CRITERIA_FILE.name}: a claim has two criteria for one statistic.")
+    for criterion in found:
+        if criterion.null_of and (criterion.claim, criterion.null_of) not in names:
+            raise ValueError(
+                f"Criterion {criterion.statistic}: null_of names {criterion.null_of!r}, "
+                f"which is no statistic of {criterion.claim}."
+            )
     return found
 
 
@@ -124,6 +132,16 @@ def criterion_of(claim: str, statistic: str) -> Criterion:
 def is_held_out(task: str) -> bool:
     """Return whether a task played no part in choosing the criteria (contexts did not either)."""
     return task not in _file()["material"]["seen_tasks"]
+
+
+def tolerance(low: float | None, high: float | None) -> float:
+    """Return how far a number may be from the recorded one, whose interval is [low, high].
+
+    A number without interval, a count say, has the absolute tolerance alone.
+    """
+    stated = _file()["tolerance"]
+    width = 0.0 if low is None or high is None else high - low
+    return max(stated["absolute"], stated["share_of_interval"] * width)
 
 
 def interval_level(claim: str, statistic: str) -> float:
@@ -233,7 +251,12 @@ def verdict_table(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def claim_verdict(
-    records: Iterable[Mapping[str, Any]], claim: str, model: str, untrained: bool
+    records: Iterable[Mapping[str, Any]],
+    claim: str,
+    model: str,
+    untrained: bool,
+    *,
+    held_out_only: bool = False,
 ) -> ClaimVerdict:
     """Return the verdict on a claim as a whole, for one model.
 
@@ -248,6 +271,8 @@ def claim_verdict(
         claim: Name of the chapter.
         model: Name of the model.
         untrained: Whether its twin is meant.
+        held_out_only: Leave out the tasks that were seen while the criteria were chosen. What is
+            judged once a model stays.
 
     Raises:
         ValueError: Unknown claim; a record that is missing or there twice.
@@ -265,6 +290,8 @@ def claim_verdict(
     for part in dict.fromkeys(criterion.part for criterion in of_claim):
         needed = [criterion for criterion in of_claim if criterion.part == part]
         tasks = _task_verdicts([row for row in own if row["part"] == part], needed)
+        if held_out_only:
+            tasks = {task: verdict for task, verdict in tasks.items() if is_held_out(task)}
         parts[part], reason = _part_verdict(tasks)
         reasons.append(f"{part}: {parts[part]}{reason}")
     verdicts = set(parts.values())

@@ -57,6 +57,21 @@ def test_shuffled_labels_are_right_about_as_often_as_chance() -> None:
     assert 1 / 3 - 0.03 < decoding.shuffled.mean() < 1 / 3 + 0.01
 
 
+def test_one_shuffle_is_judged_as_the_labels_are_and_not_decoded() -> None:
+    decoding = decode(3.0)
+    weights = bootstrap_weights(N, 400, RNG(1))
+    assert decoding.excess(weights).low > 0.2
+    null = decoding.excess(weights, null=True)
+    assert null.low < 0 < null.high
+    assert null.estimate == pytest.approx((decoding.null - decoding.shuffled).mean())
+    assert set(np.unique(decoding.null)) == {0, 1}
+    alone = decode(3.0, n_shuffles=1)
+    assert np.array_equal(alone.null, alone.shuffled)
+    pooled, n_items = pool_decodings("both", [decoding, decode(0.0, seed=1)])
+    assert pooled.null.shape == (2, n_items)
+    assert np.array_equal(pooled.null[:, :N], decoding.null)
+
+
 def test_difference_between_groups_alone_is_not_decoded() -> None:
     """Each group has its own norm and one class: only its own items could give it away."""
     rng = RNG(3)

@@ -265,7 +265,8 @@ def test_late_blocks_run_from_the_median_transition_to_the_last_but_one() -> Non
 def judged(decoder: Decoder, **options: object) -> list[dict]:
     excess = pd.DataFrame(
         {"attribute": ["kind of text", "position", "subject, same answer"],
-         "estimate": 0.1, "low": [0.05, 0.02, 0.01], "high": 0.2, "n": 50, "decoded": True}
+         "estimate": 0.1, "low": [0.05, 0.02, 0.01], "high": 0.2, "n": 50, "decoded": True,
+         "null_decoded": [False, True, False]}
     )  # fmt: skip
     equivalence = pd.DataFrame(
         {"task": ["contexts"], "estimate": 0.02, "low": -0.01, "high": 0.05, "n": 50,
@@ -286,9 +287,14 @@ def judged(decoder: Decoder, **options: object) -> list[dict]:
 def test_records_are_complete_and_verdicts_follow_the_criteria(llama: Decoder) -> None:
     rows = pd.DataFrame(judged(llama)).set_index(["statistic", "task"])["verdict"]
     assert rows["attributes_decoded"].item() == "supported"
+    assert rows["attributes_decoded_shuffled"].item() == "supported"
     assert rows["norm_partial_correlation", "contexts"] == "supported"
     assert rows["norm_exchange_flip", "contexts"] == "supported"
     assert rows["norm_exchange_kl_ratio", "capitals"] == "not testable"
+    (shuffled,) = [
+        row for row in judged(llama) if row["statistic"] == "attributes_decoded_shuffled"
+    ]
+    assert (shuffled["estimate"], shuffled["reason"], shuffled["n"]) == (1, "position", 2)
     flipping = judged(llama, exchanges={"contexts": outcomes([True] * 8)})
     verdicts = {row["statistic"]: row["verdict"] for row in flipping if row["task"] == "contexts"}
     assert verdicts["norm_exchange_flip"] == "not supported"

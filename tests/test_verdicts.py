@@ -4,6 +4,7 @@ import tomllib
 from datetime import date
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.special import expit
 from scipy.stats import norm
@@ -25,6 +26,9 @@ HELD_OUT = ("weekdays", "antonyms", "continents", "number-words")
 
 # Added after a first run, beside the criteria set beforehand and never in the place of one.
 ADDED = {("phase-transition", "switch", "random_direction_excess"): ("high", "<=", 0.05, "task")}
+STRICTER = {
+    ("norm-code", "carries context", "attributes_decoded_shuffled"): ("estimate", "<", 2, "model")
+}
 
 
 def test_the_file_holds_the_protocols_criteria_to_the_number():
@@ -34,7 +38,7 @@ def test_the_file_holds_the_protocols_criteria_to_the_number():
         for c in criteria()
     }
     switch, carries, absent = "switch", "carries context", "does not determine"
-    assert table == ADDED | {
+    assert table == ADDED | STRICTER | {
         ("phase-transition", switch, "context_arm_early"): ("low", ">=", 0.8, "task"),
         ("phase-transition", switch, "context_arm_last_sixth"): ("high", "<=", 0.1, "task"),
         ("phase-transition", switch, "prediction_arm_early"): ("high", "<=", 0.1, "task"),
@@ -119,6 +123,14 @@ def test_each_claim_but_the_norms_has_a_part_the_twin_must_fail():
         assert any(c.null_expected for c in criteria() if c.claim == claim)
 
 
+def test_each_control_that_replaces_what_the_claim_is_about_names_what_it_is_the_null_of():
+    assert {c.statistic: c.null_of for c in criteria() if c.null_of} == {
+        "random_direction_flip": "prediction_arm_last_sixth",
+        "random_rotation_flip": "rotation_flip",
+        "attributes_decoded_shuffled": "attributes_decoded",
+    }
+
+
 def test_tasks_seen_while_choosing_the_criteria_are_not_held_out():
     assert not verdicts.is_held_out("months-sequence")
     assert not verdicts.is_held_out("capitals")
@@ -130,6 +142,9 @@ def test_a_broken_criteria_file_is_refused(tmp_path, monkeypatch):
     text = verdicts.CRITERIA_FILE.read_text(encoding="utf-8")
     first = tomllib.loads(text)["criterion"][0]
     broken = {
+        "null_of names 'context_arm'": text.replace(
+            'null_of = "pred', 'null_of = "context_arm"#', 1
+        ),
         "two criteria": text + text[text.index("\n[[criterion]]") :],
         "'middle' is none of": text.replace('bound = "low"', 'bound = "middle"', 1),
         "'==' is none of": text.replace('relation = ">="', 'relation = "=="', 1),
@@ -351,6 +366,32 @@ def test_a_claim_has_to_hold_on_the_tasks_that_were_held_out():
     assert found.verdict == "not supported"  # three of four tasks, but one of two held out
     only_seen = records_of("causal-control", lambda c, t: "supported", seen)
     assert whole(only_seen, "causal-control").verdict == "not testable"
+
+
+def test_the_held_out_verdict_leaves_out_the_tasks_seen_and_no_others():
+    seen = ("months-sequence", "capitals")
+
+    def found(*bad, tasks=(*seen, "weekdays", "antonyms"), only=True):
+        rows = records_of(
+            "causal-control", lambda c, t: "not supported" if t in bad else "supported", tasks
+        )
+        return claim_verdict(rows, "causal-control", "m", False, held_out_only=only)
+
+    assert found(*seen).verdict == "supported"
+    assert found(*seen, only=False).verdict == "not supported"
+    assert "control: supported (2 of 2 tasks, held out 2 of 2)" in found(*seen).reason
+    assert found("weekdays").verdict == "not supported"
+    assert found(tasks=seen).verdict == "not testable"
+    once = whole(records_of("norm-code", lambda c, t: "supported"), "norm-code")
+    assert once.parts["carries context"] == "supported"
+
+
+def test_every_task_is_either_seen_or_held_out_by_name():
+    material = tomllib.loads(verdicts.CRITERIA_FILE.read_text(encoding="utf-8"))["material"]
+    seen, held_out = material["seen_tasks"], material["held_out_tasks"]
+    tasks = pd.read_csv(verdicts.CRITERIA_FILE.parent / "tasks.csv")["task"]
+    assert sorted([*seen, *held_out]) == sorted({*tasks, "contexts"})
+    assert [verdicts.is_held_out(task) for task in (*seen, *held_out)] == [False] * 2 + [True] * 8
 
 
 def test_a_task_without_same_answer_donors_is_judged_on_the_rest():

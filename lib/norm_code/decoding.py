@@ -35,6 +35,8 @@ class Decoding:
         correct: whether each item was classified correctly `[n_blocks, n_items]`.
         shuffled: share of the shuffles in which it was, its label then being a shuffled one
             `[n_blocks, n_items]`.
+        null: whether it was with the first shuffle `[n_blocks, n_items]`: a null that is decoded
+            and judged as the labels are.
         items: numbers of the items, by which bootstrap weights are looked up `[n_items]`.
         reason: why nothing could be decoded; empty where it could.
     """
@@ -43,6 +45,7 @@ class Decoding:
     blocks: tuple[int, ...]
     correct: FloatArray
     shuffled: FloatArray
+    null: FloatArray
     items: NDArray[np.int64]
     reason: str = field(default="")
 
@@ -61,7 +64,9 @@ class Decoding:
         result: FloatArray = self.correct.mean(axis=1)
         return result
 
-    def excess(self, weights: FloatArray, blocks: Sequence[int] | None = None) -> Interval:
+    def excess(
+        self, weights: FloatArray, blocks: Sequence[int] | None = None, *, null: bool = False
+    ) -> Interval:
         """Return accuracy less that of shuffled labels, mean over `blocks`, all by default.
 
         The interval is over items, whose excess in all blocks is drawn together.
@@ -69,6 +74,8 @@ class Decoding:
         Args:
             weights: `[n_draws, n_all_items]` of `bootstrap_weights`; the columns are `items`.
             blocks: the blocks to average over.
+            null: take `null` for the labels. It is one of the shuffles that it is compared with,
+                so its excess is too small by a factor of 1 - 1 / n_shuffles; the sign is right.
 
         Raises:
             ValueError: nothing was decoded, or a block was not.
@@ -79,7 +86,7 @@ class Decoding:
         if not chosen or not set(chosen) <= set(self.blocks):
             raise ValueError(f"Blocks {chosen} were not all decoded; decoded: {self.blocks}.")
         rows = [self.blocks.index(block) for block in chosen]
-        gain = (self.correct - self.shuffled)[rows].mean(axis=0)
+        gain = ((self.null if null else self.correct) - self.shuffled)[rows].mean(axis=0)
         own = weights[:, self.items]
         own = own[own.sum(axis=1) > 0]
         return percentile_interval(float(gain.mean()), weighted_mean(gain, own), n=len(gain))
@@ -140,7 +147,7 @@ def decode_attribute(
     stratum = np.zeros(len(names), dtype=int) if strata is None else np.asarray(strata)
     numbers = tuple(range(len(values))) if blocks is None else tuple(int(b) for b in blocks)
     _check(values, names, member, stratum, numbers, n_folds, n_shuffles)
-    kept, correct, shuffled, reasons = [], [], [], []
+    kept, correct, shuffled, null, reasons = [], [], [], [], []
     for value in pd.unique(stratum):
         items = np.flatnonzero(stratum == value)
         y, g = (pd.factorize(each[items])[0] for each in (names, member))
@@ -152,14 +159,16 @@ def decode_attribute(
         kept.append(items)
         correct.append(score[:, 0])
         shuffled.append(score[:, 1:].mean(axis=1))
+        null.append(score[:, 1])
     if not kept:
         empty = np.empty((len(numbers), 0))
-        return Decoding(attribute, numbers, empty, empty, np.empty(0, np.int64), reasons[0])
+        return Decoding(attribute, numbers, empty, empty, empty, np.empty(0, np.int64), reasons[0])
     return Decoding(
         attribute,
         numbers,
         np.concatenate(correct, axis=1),
         np.concatenate(shuffled, axis=1),
+        np.concatenate(null, axis=1),
         np.concatenate(kept),
     )
 
@@ -183,6 +192,7 @@ def pool_decodings(attribute: str, decodings: Sequence[Decoding]) -> tuple[Decod
         usable[0].blocks,
         np.concatenate([decoding.correct for decoding in usable], axis=1),
         np.concatenate([decoding.shuffled for decoding in usable], axis=1),
+        np.concatenate([decoding.null for decoding in usable], axis=1),
         np.arange(sum(decoding.n_items for decoding in usable)),
     )
     return pooled, pooled.n_items

@@ -56,15 +56,17 @@ def late_excess(
 ) -> pd.DataFrame:
     """Return how far each attribute is decoded above shuffled labels, mean over late blocks.
 
-    Columns `attribute`, `estimate`, `low`, `high`, `n`, `decoded` (lower bound above 0).
+    Columns `attribute`, `estimate`, `low`, `high`, `n`, `decoded` (lower bound above 0) and
+    `null_decoded`: whether one shuffle of the labels is, by the same rule.
     """
     rows = []
     for name, decoding in decodings.items():
         if late and decoding.testable:
             weights = bootstrap_weights(decoding.n_items, n_draws, np.random.default_rng(seed))
             at = decoding.excess(weights, late)
-            rows.append((name, at.estimate, at.low, at.high, at.n, at.low > 0))
-    columns = ["attribute", "estimate", "low", "high", "n", "decoded"]
+            null = decoding.excess(weights, late, null=True)
+            rows.append((name, at.estimate, at.low, at.high, at.n, at.low > 0, null.low > 0))
+    columns = ["attribute", "estimate", "low", "high", "n", "decoded", "null_decoded"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -132,16 +134,17 @@ def judge_norms(
 def _judge_carried(excess: pd.DataFrame, late: Sequence[int], who: Decoder) -> list[Record]:
     within = excess["attribute"].str.endswith(WITHIN) if len(excess) else pd.Series(dtype=bool)
     records = []
-    for statistic, part in (
-        ("attributes_decoded", excess[~within]),
-        ("attributes_decoded_within_answer", excess[within]),
+    for statistic, part, decoded in (
+        ("attributes_decoded", excess[~within], "decoded"),
+        ("attributes_decoded_shuffled", excess[~within], "null_decoded"),
+        ("attributes_decoded_within_answer", excess[within], "decoded"),
     ):
         if part.empty:
             reason = "nothing could be decoded" if late else NO_TRANSITION
             records.append(_untested(statistic, None, who, reason))
         else:
-            names = ", ".join(part["attribute"][part["decoded"]]) or "none"
-            count = float(part["decoded"].sum())
+            names = ", ".join(part["attribute"][part[decoded]]) or "none"
+            count = float(part[decoded].sum())
             records.append(_judge(statistic, None, who, count, None, None, len(part), names))
     return records
 

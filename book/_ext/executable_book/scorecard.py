@@ -25,7 +25,8 @@ class Scorecard(SphinxDirective):
         phase-transition: Depth switches sharply from context to prediction.
         ```
 
-    The verdicts come from the records that the chapters glued, so the page with the scorecard has
+    Beside the verdict stands that on the tasks alone that were not seen while the criteria were
+    chosen. The verdicts come from the records that the chapters glued, so the page with the scorecard has
     to be read after all chapters.
     """
 
@@ -63,10 +64,12 @@ class Scorecard(SphinxDirective):
             return NO_RESULT
         try:
             found = claim_verdict(rows, claim, *model)
+            held_out = claim_verdict(rows, claim, *model, held_out_only=True)
         except ValueError as problem:
             raise self.error(str(problem)) from problem
         parts = "; ".join(f"{part}: {verdict}" for part, verdict in found.parts.items())
-        return f"{found.verdict} ({parts})" if len(found.parts) > 1 else found.verdict
+        verdict = f"{found.verdict} ({parts})" if len(found.parts) > 1 else found.verdict
+        return f"{verdict}; on held-out tasks alone: {held_out.verdict}"
 
     def _link(self, page: str, words: str) -> nodes.Node:
         link = addnodes.pending_xref(
