@@ -15,6 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Names in one spelling, torch without its build tag, and without the CUDA parts that it brings.
 TIDY = sed -E 's/[+]cpu$$//; /^(nvidia-|cuda-|triton==)/d' | \
   awk -F== '{ name = tolower($$1); gsub(/[_.]/, "-", name); print name "==" $$2 }' | LC_ALL=C sort
+BENCH_VENV := build/bench-venv
 BOOK_READY := $(VENV)/book.stamp
 TESTS_READY := $(VENV)/tests.stamp
 CHAPTERS = $(filter-out book/intro.md,$(shell grep -l '^jupytext:' book/*.md))
@@ -22,7 +23,7 @@ CHAPTERS = $(filter-out book/intro.md,$(shell grep -l '^jupytext:' book/*.md))
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help book test verify lint model notebooks lock clean
+.PHONY: help book test verify lint model notebooks bench lock clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
@@ -51,6 +52,9 @@ notebooks: $(BOOK_READY)  ## write the notebooks for Colab, without outputs, fro
 	@$(BIN)/python book/_ext/setup_cells.py
 	@$(BIN)/jupytext --quiet --to ipynb --update $(CHAPTERS)
 
+bench: $(BENCH_VENV)/bench.stamp  ## time the engine beside other libraries; QUICK=1 only tries them
+	@$(BENCH_VENV)/bin/python -m benchmarks $(if $(filter-out 0,$(QUICK)),--quick)
+
 lock:  ## resolve requirements*.in into requirements*.txt
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/pip install --requirement requirements.in
@@ -61,6 +65,17 @@ lock:  ## resolve requirements*.in into requirements*.txt
 	  > requirements-tests.txt
 	build/lock/bin/pip freeze --all --exclude pip | $(TIDY) | grep -vxFf requirements.txt \
 	  >> requirements-tests.txt
+
+# An environment of its own, since the peers pin and bring what the book does not need.
+$(BENCH_VENV)/bench.stamp: benchmarks/requirements.txt
+	@rm -rf $(BENCH_VENV)
+	@$(PYTHON) -m venv $(BENCH_VENV)
+	@$(BENCH_VENV)/bin/python -m pip --disable-pip-version-check install \
+	  $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) \
+	  $$(grep '^torch==' benchmarks/requirements.txt)
+	@$(BENCH_VENV)/bin/python -m pip --disable-pip-version-check install \
+	  --requirement benchmarks/requirements.txt
+	@touch $@
 
 clean:  ## remove what `make book` built; the environment and the model stay
 	rm -rf _build
