@@ -178,8 +178,12 @@ def admit(
                 continue
             file = Path(folder) / ("reference.npy" if contender == REFERENCE else "check.npy")
             tuned = processes[contender].ask("tune", attention=attention, **request)
-            answer = {} if "error" in tuned else processes[contender].ask(
-                "check", attention=attention, file=str(file), **request
+            answer = (
+                {}
+                if "error" in tuned
+                else processes[contender].ask(
+                    "check", attention=attention, file=str(file), **request
+                )
             )
             row = {"contender": contender, "attention": attention, "batch": tuned.get("batch")}
             problem = tuned.get("error") or answer.get("error")

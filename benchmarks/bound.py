@@ -87,7 +87,9 @@ def _prompt(shape: Shape, length: int, edited: int) -> int:
     """Run `length` tokens, the last block for the first `edited` alone, of which one is read."""
     whole = shape.queries + shape.keys_values + shape.rest
     through = length * whole + shape.attend(0, length)
-    last = edited * shape.keys_values + shape.queries + shape.rest + shape.attend(edited - 1, edited)
+    last = (
+        edited * shape.keys_values + shape.queries + shape.rest + shape.attend(edited - 1, edited)
+    )
     return (shape.n_blocks - 1) * through + last
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from lib.figures import WIDTH, use_theme
+
 RESULTS = Path(__file__).resolve().parent / "results.json"
 OURS = "this book"
 MARKS = {"full recompute": "o", "TransformerLens": "s", "nnsight": "^", "pyvene": "D"}
@@ -20,8 +22,14 @@ def read_results(file: Path = RESULTS) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def comparison(results: Mapping[str, Any]) -> pd.DataFrame:
-    """Return one row for each workload, contender and attention.
+COLUMNS = (
+    "workload", "contender", "attention", "seconds", "ratio", "logit_difference", "same_choice",
+    "peak_mib", "bound", "share", "batch",
+)  # fmt: skip
+
+
+def comparison(results: Mapping[str, Any] | None) -> pd.DataFrame:
+    """Return one row for each workload, contender and attention; none without results.
 
     Columns: `workload`, `contender`, `attention`, `seconds` (median of the runs), `ratio` (median
     over runs of its seconds by those of this book's faster row in the same turn),
@@ -29,6 +37,8 @@ def comparison(results: Mapping[str, Any]) -> pd.DataFrame:
     largest logit), `peak_mib`, `bound` (arithmetic bound by seconds), `share` (of the work that was
     timed, the seconds being scaled), `batch` (prompts in a pass).
     """
+    if results is None:
+        return pd.DataFrame(columns=list(COLUMNS))
     table = pd.DataFrame(results["rows"])
     gmacs = float(np.median(results["rates_gmacs"]))
     seconds = np.array(table.pop("seconds").tolist())
@@ -39,11 +49,47 @@ def comparison(results: Mapping[str, Any]) -> pd.DataFrame:
         ratios[rows.index] = seconds[rows.index] / seconds[ours]
     table["ratio"] = np.median(ratios, axis=1)
     table["bound"] = table.pop("macs") / (gmacs * 1e9) / table["seconds"]
-    columns = [
-        "workload", "contender", "attention", "seconds", "ratio", "logit_difference",
-        "same_choice", "peak_mib", "bound", "share", "batch",
-    ]  # fmt: skip
-    return table[columns]
+    return table[list(COLUMNS)]
+
+
+def made_on(results: Mapping[str, Any] | None) -> str:
+    """Return a sentence on where the numbers come from."""
+    if results is None:
+        return "No results are recorded yet; `make bench` records them."
+    machine, versions = results["machine"], results["versions"]
+    libraries = ", ".join(f"{name} {number}" for name, number in versions.items())
+    rate = float(np.median(results["rates_gmacs"]))
+    small = "Small workloads, one run: for seeing that all works, not for comparing. "
+    return (
+        f"{small if results['quick'] else ''}Made on {machine['cpu']}, {machine['cores']} cores, "
+        f"{machine['threads']} threads, {machine['system']}; {libraries}. Model: "
+        f"{results['model']}, fp32. fp32 matrix products ran at {rate:.0f}·10⁹ "
+        f"multiply–accumulates a second; {results['runs']} runs."
+    )
+
+
+def finding(results: Mapping[str, Any] | None) -> str:
+    """Return a sentence on the distance to the fastest other contender, over all workloads."""
+    if results is None:
+        return "Nothing is recorded yet."
+    best = best_peers(comparison(results))
+    low, high = best["ratio"].min(), best["ratio"].max()
+    return (
+        f"The fastest other contender takes {low:.1f} to {high:.1f} times as long as this book, "
+        "depending on the workload."
+    )
+
+
+def left_out(results: Mapping[str, Any] | None) -> str:
+    """Return a sentence on who was not timed, and why."""
+    refused = results["refused"] if results else []
+    if not refused:
+        return "No contender was left out."
+    listed = "; ".join(
+        f"{row['contender']} ({row['attention']}) on “{row['workload']}”: {row['reason']}"
+        for row in refused
+    )
+    return f"Not timed: {listed}."
 
 
 def best_peers(table: pd.DataFrame) -> pd.DataFrame:
@@ -81,7 +127,8 @@ def ratio_figure(table: pd.DataFrame) -> Figure:
     Each contender has a marker; of its rows the fastest is drawn.
     """
     workloads = list(table["workload"].unique())
-    figure, axes = plt.subplots(figsize=(7.2, 0.45 * len(workloads) + 1.4))
+    use_theme()
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.45 * len(workloads) + 1.4))
     fastest = table.groupby(["contender", "workload"])["ratio"].min()
     for contender, mark in MARKS.items():
         if contender not in fastest.index.get_level_values(0):

@@ -63,7 +63,7 @@ def test_token_ids_are_the_same_in_every_process() -> None:
     for load in LOADS.values():
         prompts = load.prompts(49152)
         assert prompts == load.prompts(49152)
-        assert 20 <= min(map(min, prompts)) and max(map(max, prompts)) < 49152
+        assert min(map(min, prompts)) >= 20 and max(map(max, prompts)) < 49152
 
 
 def test_shares_are_spread_evenly_over_the_whole() -> None:
@@ -265,7 +265,16 @@ def results() -> dict:
         {**common, "contender": contender, "attention": attention, "seconds": values}
         for (contender, attention), values in seconds.items()
     ]
-    return {"rows": rows, "rates_gmacs": [90.0, 100.0, 110.0]}
+    return {
+        "rows": rows,
+        "rates_gmacs": [90.0, 100.0, 110.0],
+        "refused": [],
+        "quick": False,
+        "runs": 3,
+        "model": "a model",
+        "machine": {"cpu": "A CPU", "cores": 2, "threads": 2, "system": "Linux"},
+        "versions": {"torch": "2.13.0"},
+    }
 
 
 def test_table_has_medians_of_ratios_to_our_faster_row() -> None:
@@ -296,8 +305,22 @@ def test_figure_draws_each_contender_s_fastest_row() -> None:
     assert drawn["nnsight"] == [8.0]
 
 
-def test_no_results_are_no_error(tmp_path: Path) -> None:
-    assert tables.read_results(tmp_path / "none.json") is None
+def test_page_says_so_where_nothing_is_recorded(tmp_path: Path) -> None:
+    nothing = tables.read_results(tmp_path / "none.json")
+    assert nothing is None
+    assert "make bench" in tables.made_on(nothing)
+    assert tables.finding(nothing) == "Nothing is recorded yet."
+    assert len(tables.shown(tables.comparison(nothing))) == 0
+    assert not tables.ratio_figure(tables.comparison(nothing)).axes[0].lines[1:]
+
+
+def test_page_says_where_the_numbers_come_from_and_who_was_left_out() -> None:
+    assert "Made on A CPU, 2 cores, 2 threads, Linux; torch 2.13.0" in tables.made_on(results())
+    assert "Small workloads" not in tables.made_on(results())
+    assert "Small workloads" in tables.made_on({**results(), "quick": True})
+    assert "takes 8.0 to 8.0 times as long" in tables.finding(results())
+    refused = [{"workload": "w", "contender": "x", "attention": "sdpa", "reason": "differs"}]
+    assert "x (sdpa) on “w”: differs" in tables.left_out({**results(), "refused": refused})
 
 
 @pytest.mark.skipif(tables.read_results() is None, reason="no results are recorded")

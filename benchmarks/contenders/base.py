@@ -51,7 +51,7 @@ class Contender(ABC):
     def extract(self, load: ExtractLoad) -> tuple[Timing, np.ndarray, Tensor]:
         """Return states `[n_blocks, n, d_model]` and the indices `[n]` of their prompts."""
 
-    def tune(self, load: SweepLoad | ExtractLoad) -> int | None:
+    def tune(self, load: SweepLoad | ExtractLoad) -> int | None:  # noqa: ARG002
         """Choose the batch size that is fastest here, and return it; None if there is none."""
         return None
 
@@ -136,9 +136,7 @@ class WholePrompts(Contender):
         for part in rows.split(self.batch):
             block = self.decoder.n_blocks // 2
             edit = EDITS[load.edits[0]]
-            self.patched(
-                prompts[recipient[part]], block, load.position, edit, states[donor[part]]
-            )
+            self.patched(prompts[recipient[part]], block, load.position, edit, states[donor[part]])
         return (time.perf_counter() - started) / len(rows)
 
 

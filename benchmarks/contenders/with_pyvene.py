@@ -41,7 +41,7 @@ class Pyvene(WholePrompts):
                 super().__init__(**options)
                 self.is_source_constant = False
 
-            def forward(self, base: Tensor, source: Tensor, subspaces: Any = None) -> Tensor:
+            def forward(self, base: Tensor, source: Tensor, _subspaces: Any = None) -> Tensor:
                 return edit(base, source)
 
         return self._wrap(Edited, block)
