@@ -22,6 +22,7 @@ HASH = build/lock/bin/uv pip compile --quiet --no-deps --universal --python-vers
   --generate-hashes --no-header --no-annotate
 TOOLS := build/tools
 TOOLS_READY := $(TOOLS)/ready.stamp
+BENCH_VENV := build/bench-venv
 BOOK_READY := $(VENV)/book.stamp
 TESTS_READY := $(VENV)/tests.stamp
 CHAPTERS = $(filter-out book/intro.md,$(shell grep -l '^jupytext:' book/*.md))
@@ -29,7 +30,7 @@ CHAPTERS = $(filter-out book/intro.md,$(shell grep -l '^jupytext:' book/*.md))
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help book test verify lint audit mutate model notebooks lock clean
+.PHONY: help book test verify lint audit mutate bench model notebooks lock clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
@@ -66,6 +67,9 @@ notebooks: $(BOOK_READY)  ## write the notebooks for Colab, without outputs, fro
 	@$(BIN)/python book/_ext/setup_cells.py
 	@$(BIN)/jupytext --quiet --to ipynb --update $(CHAPTERS)
 
+bench: $(BENCH_VENV)/bench.stamp  ## time the engine beside other libraries; QUICK=1 only tries them
+	@$(BENCH_VENV)/bin/python -m benchmarks $(if $(filter-out 0,$(QUICK)),--quick)
+
 lock:  ## resolve requirements*.in into requirements*.txt
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/pip install --requirement requirements.in
@@ -83,6 +87,17 @@ lock:  ## resolve requirements*.in into requirements*.txt
 	$(HASH) requirements-tests.txt --output-file build/lock/tests-hashed.txt
 	@echo '# requirements-tests.txt with hashes; by `make lock`.' > requirements-tests-hashed.txt
 	cat build/lock/tests-hashed.txt >> requirements-tests-hashed.txt
+
+# An environment of its own, since the peers pin and bring what the book does not need.
+$(BENCH_VENV)/bench.stamp: benchmarks/requirements.txt
+	@rm -rf $(BENCH_VENV)
+	@$(PYTHON) -m venv $(BENCH_VENV)
+	@$(BENCH_VENV)/bin/python -m pip --disable-pip-version-check install \
+	  $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) \
+	  $$(grep '^torch==' benchmarks/requirements.txt)
+	@$(BENCH_VENV)/bin/python -m pip --disable-pip-version-check install \
+	  --requirement benchmarks/requirements.txt
+	@touch $@
 
 clean:  ## remove what `make book` built; the environment and the model stay
 	rm -rf _build

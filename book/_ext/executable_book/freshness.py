@@ -22,6 +22,8 @@ from lib.results import pages, records_file
 CACHE = Path("_build", ".jupyter_cache")
 KEPT_CACHES = 24
 ENVIRONMENT_FILES = ("requirements.txt", "environment.yml")
+PAGE_FILES = {"book/benchmarks": ("benchmarks/results.json", "benchmarks/tables.py")}
+"""What single pages show besides: read again in every build, executed again when it changes."""
 
 
 def common_digest(root: Path) -> str:
@@ -41,10 +43,13 @@ def common_digest(root: Path) -> str:
     return digest.hexdigest()
 
 
-def chapter_digest(common: str, earlier: list[Path]) -> str:
-    """Returns a digest of what one chapter depends on: the common part and earlier records."""
+def chapter_digest(common: str, shown: list[Path]) -> str:
+    """Returns a digest of what one chapter depends on: the common part and some files.
+
+    These are the records of earlier chapters and what the page shows besides.
+    """
     digest = hashlib.sha256(common.encode())
-    for file in earlier:
+    for file in shown:
         digest.update(file.read_bytes() if file.is_file() else b"-")
     return digest.hexdigest()[:16]
 
@@ -52,11 +57,15 @@ def chapter_digest(common: str, earlier: list[Path]) -> str:
 def find_outdated(
     app: Sphinx, env: BuildEnvironment, added: set[str], changed: set[str], removed: set[str]
 ) -> list[str]:
-    """Returns the pages to read again: the landing page always, all if what they share changed."""
+    """Returns the pages to read again: all if what they share changed.
+
+    Always the landing page, and the pages that show files of their own.
+    """
     common = common_digest(Path(app.srcdir))
     if getattr(env, "executable_book_digest", common) != common:
         return pages(Path(app.srcdir))
-    return [pages(Path(app.srcdir))[0]]
+    first, *others = pages(Path(app.srcdir))
+    return [first, *(page for page in others if page in PAGE_FILES)]
 
 
 def order_pages(app: Sphinx, env: BuildEnvironment, docnames: list[str]) -> None:
@@ -88,7 +97,10 @@ def choose_cache(app: Sphinx, docname: str, source: list[str]) -> None:
         records_file(Path(page).name).unlink(missing_ok=True)
     digest = chapter_digest(
         env.executable_book_digest,  # type: ignore[attr-defined]
-        [records_file(Path(page).name) for page in chapters[:place]],
+        [
+            *(records_file(Path(page).name) for page in chapters[:place]),
+            *(Path(app.srcdir) / name for name in PAGE_FILES.get(docname, ())),
+        ],
     )
     folder = Path(app.srcdir) / CACHE / digest
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,22 @@
+"""Contenders: how each library is asked to do the workloads, one module each."""
+
+from importlib import import_module
+
+from benchmarks.contenders.base import Contender
+from lib.models import Decoder
+
+MODULES = {
+    "this book": "engine",
+    "full recompute": "recompute",
+    "TransformerLens": "with_transformer_lens",
+    "nnsight": "with_nnsight",
+    "pyvene": "with_pyvene",
+}
+EAGER_ONLY = ("TransformerLens",)
+"""Contenders with an attention of their own, which no setting of the model changes."""
+
+
+def make(name: str, decoder: Decoder) -> Contender:
+    """Return the named contender around the model in hand; imports its library."""
+    module = import_module(f"benchmarks.contenders.{MODULES[name]}")
+    return module.make(decoder)

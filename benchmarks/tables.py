@@ -1,0 +1,145 @@
+"""The results as a table and a figure, from the JSON that the driver writes."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lib.figures import WIDTH, use_theme
+
+RESULTS = Path(__file__).resolve().parent / "results.json"
+OURS = "this book"
+MARKS = {"full recompute": "o", "TransformerLens": "s", "nnsight": "^", "pyvene": "D"}
+
+
+def read_results(file: Path = RESULTS) -> dict[str, Any] | None:
+    """Return what the driver wrote, or None if there is no such file."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+COLUMNS = (
+    "workload", "contender", "attention", "seconds", "ratio", "logit_difference", "same_choice",
+    "peak_mib", "bound", "share", "batch",
+)  # fmt: skip
+
+
+def comparison(results: Mapping[str, Any] | None) -> pd.DataFrame:
+    """Return one row for each workload, contender and attention; none without results.
+
+    Columns: `workload`, `contender`, `attention`, `seconds` (median of the runs), `ratio` (median
+    over runs of its seconds by those of this book's faster row in the same turn),
+    `logit_difference` (largest, from full recompute), `same_choice` (share of rows with the same
+    largest logit), `peak_mib`, `bound` (arithmetic bound by seconds), `share` (of the work that was
+    timed, the seconds being scaled), `batch` (prompts in a pass).
+    """
+    if results is None:
+        return pd.DataFrame(columns=list(COLUMNS))
+    table = pd.DataFrame(results["rows"])
+    gmacs = float(np.median(results["rates_gmacs"]))
+    seconds = np.array(table.pop("seconds").tolist())
+    table["seconds"] = np.median(seconds, axis=1)
+    ratios = np.empty_like(seconds)
+    for _, rows in table.groupby("workload"):
+        ours = rows.loc[rows["contender"] == OURS, "seconds"].idxmin()
+        ratios[rows.index] = seconds[rows.index] / seconds[ours]
+    table["ratio"] = np.median(ratios, axis=1)
+    table["bound"] = table.pop("macs") / (gmacs * 1e9) / table["seconds"]
+    return table[list(COLUMNS)]
+
+
+def made_on(results: Mapping[str, Any] | None) -> str:
+    """Return a sentence on where the numbers come from."""
+    if results is None:
+        return "No results are recorded yet; `make bench` records them."
+    machine, versions = results["machine"], results["versions"]
+    libraries = ", ".join(f"{name} {number}" for name, number in versions.items())
+    rate = float(np.median(results["rates_gmacs"]))
+    small = "Small workloads, one run: for seeing that all works, not for comparing. "
+    return (
+        f"{small if results['quick'] else ''}Made on {machine['cpu']}, {machine['cores']} cores, "
+        f"{machine['threads']} threads, {machine['system']}; {libraries}. Model: "
+        f"{results['model']}, fp32. fp32 matrix products ran at {rate:.0f}·10⁹ "
+        f"multiply–accumulates a second; {results['runs']} runs."
+    )
+
+
+def finding(results: Mapping[str, Any] | None) -> str:
+    """Return a sentence on the distance to the fastest other contender, over all workloads."""
+    if results is None:
+        return "Nothing is recorded yet."
+    best = best_peers(comparison(results))
+    low, high = best["ratio"].min(), best["ratio"].max()
+    return (
+        f"The fastest other contender takes {low:.1f} to {high:.1f} times as long as this book, "
+        "depending on the workload."
+    )
+
+
+def left_out(results: Mapping[str, Any] | None) -> str:
+    """Return a sentence on who was not timed, and why."""
+    refused = results["refused"] if results else []
+    if not refused:
+        return "No contender was left out."
+    listed = "; ".join(
+        f"{row['contender']} ({row['attention']}) on “{row['workload']}”: {row['reason']}"
+        for row in refused
+    )
+    return f"Not timed: {listed}."
+
+
+def best_peers(table: pd.DataFrame) -> pd.DataFrame:
+    """Return one row for each workload: the fastest row that is not this book's.
+
+    Columns: those of `comparison`, and `ours_bound`, this book's share of the bound.
+    """
+    order = table["workload"].unique()
+    fastest = table.sort_values("seconds", kind="stable")
+    peers = fastest[fastest["contender"] != OURS].groupby("workload").first()
+    ours = fastest[fastest["contender"] == OURS].groupby("workload").first()
+    return peers.assign(ours_bound=ours["bound"]).loc[order].reset_index()
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """Return `comparison`'s table with numbers as text and headings for the page."""
+    return pd.DataFrame(
+        {
+            "workload": table["workload"],
+            "contender": table["contender"],
+            "attention": table["attention"],
+            "seconds": table["seconds"].map("{:.2f}".format),
+            "ratio to ours": table["ratio"].map("{:.2f}".format),
+            "largest logit difference": table["logit_difference"].map("{:.0e}".format),
+            "peak memory (MiB)": table["peak_mib"].map("{:.0f}".format),
+            "share of the bound": table["bound"].map("{:.0%}".format),
+            "timed share": table["share"].map("{:.0%}".format),
+        }
+    )
+
+
+def ratio_figure(table: pd.DataFrame) -> Figure:
+    """Return the ratios to this book's time, one line a workload, on a logarithmic axis.
+
+    Each contender has a marker; of its rows the fastest is drawn.
+    """
+    workloads = list(table["workload"].unique())
+    use_theme()
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.45 * len(workloads) + 1.4))
+    fastest = table.groupby(["contender", "workload"])["ratio"].min()
+    for contender, mark in MARKS.items():
+        if contender not in fastest.index.get_level_values(0):
+            continue
+        ratios = fastest[contender].reindex(workloads)
+        axes.plot(ratios, range(len(workloads)), mark, label=contender, markersize=6)
+    axes.axvline(1, color="#222222", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(workloads)), workloads)
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds, by those of this book (logarithmic; right of 1 is slower)")
+    axes.grid(axis="x", which="both", linewidth=0.3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, 1.12), ncols=4)
+    return figure
