@@ -192,45 +192,61 @@ def _palette(groups: Sequence[str]) -> Mapping[str, tuple[str, str]]:
     }
 
 
-def _pixels(positions: FloatArray) -> NDArray[np.int64]:
+def pixels(positions: FloatArray) -> NDArray[np.int64]:
+    """Return positions in −1 … 1 as places in a drawing of width and height `SIZE`."""
     half = SIZE / 2
     flipped = positions * np.array([1, -1])  # y grows downwards on a screen
     return np.rint(half + flipped * (half - _MARGIN)).astype(np.int64)
 
 
-def _task_html(one: DepthMap, block: int) -> str:
+def marks_svg(one: DepthMap, panel: Panel, block: int) -> str:
+    """Return a mark for each item, where it lies at a block, in the order of the items.
+
+    Colour and letters say the item's group, the shape its template; for a drawing of width and
+    height `SIZE`.
+    """
     palette = _palette(one.groups)
-    order = {shape: k % len(_SHAPES) for k, shape in enumerate(dict.fromkeys(one.shapes))}
+    order = _order_of_shapes(one)
+    marks = []
+    for (x, y), label, group, shape in zip(
+        pixels(panel.positions[block]), one.labels, one.groups, one.shapes, strict=True
+    ):
+        fill, ink = palette[group]
+        marks.append(
+            f'<g class="item" style="transform:translate({x}px,{y}px)" fill="{fill}">'
+            f"<title>{escape(label)} → {escape(group)}</title>{_SHAPES[order[shape]]}"
+            f'<text fill="{ink}">{escape(group[:3])}</text></g>'
+        )
+    return "".join(marks)
+
+
+def legend_html(one: DepthMap) -> str:
+    """Return what the colours and shapes of `marks_svg` mean."""
+    keys = "".join(
+        f'<li><span class="key" style="background:{fill};color:{ink}">{escape(group[:3])}</span> '
+        f"{escape(group)}</li>"
+        for group, (fill, ink) in _palette(one.groups).items()
+    )
+    shapes = ", ".join(
+        f"{_SHAPE_NAMES[place]}: template {shape}" for shape, place in _order_of_shapes(one).items()
+    )
+    return f'<ul class="legend" aria-label="Colours">{keys}</ul><p class="shapes">{shapes}</p>'
+
+
+def _order_of_shapes(one: DepthMap) -> dict[int, int]:
+    return {shape: k % len(_SHAPES) for k, shape in enumerate(dict.fromkeys(one.shapes))}
+
+
+def _task_html(one: DepthMap, block: int) -> str:
     figures = []
     for panel in one.panels:
-        marks = []
-        places = _pixels(panel.positions[block])
-        for k, (label, group, shape) in enumerate(
-            zip(one.labels, one.groups, one.shapes, strict=True)
-        ):
-            fill, ink = palette[group]
-            x, y = places[k]
-            marks.append(
-                f'<g class="item" style="transform:translate({x}px,{y}px)" fill="{fill}">'
-                f"<title>{escape(label)} → {escape(group)}</title>{_SHAPES[order[shape]]}"
-                f'<text fill="{ink}">{escape(group[:3])}</text></g>'
-            )
         described = f"Map of {len(one.labels)} prompts of {one.name}, {panel.title}"
         figures.append(
             f'<figure><figcaption>{escape(panel.title)}: <span class="read"></span></figcaption>'
             f'<svg viewBox="0 0 {SIZE} {SIZE}" role="img" aria-label="{escape(described)}">'
-            f"{''.join(marks)}</svg></figure>"
+            f"{marks_svg(one, panel, block)}</svg></figure>"
         )
-    keys = "".join(
-        f'<li><span class="key" style="background:{fill};color:{ink}">{escape(group[:3])}</span> '
-        f"{escape(group)}</li>"
-        for group, (fill, ink) in palette.items()
-    )
-    shapes = ", ".join(f"{_SHAPE_NAMES[place]}: template {shape}" for shape, place in order.items())
-    return (
-        f'<div class="maps">{"".join(figures)}</div>{_strip(one, block)}'
-        f'<ul class="legend" aria-label="Colours">{keys}</ul><p class="shapes">{shapes}</p>'
-    )
+    return f'<div class="maps">{"".join(figures)}</div>{_strip(one, block)}{legend_html(one)}'
 
 
 def _strip(one: DepthMap, block: int) -> str:
@@ -278,7 +294,7 @@ def _data(one: DepthMap) -> dict[str, object]:
         "x": [round(28 + width * block / max(n_blocks - 1, 1), 1) for block in range(n_blocks)],
         "panels": [
             {
-                "at": _pixels(panel.positions).reshape(n_blocks, -1).tolist(),
+                "at": pixels(panel.positions).reshape(n_blocks, -1).tolist(),
                 "read": [
                     f"ρ(θ, J) = {value:.2f}; plane shows {share:.0%} of the spread".replace(
                         "-", "\N{MINUS SIGN}"

@@ -1,0 +1,215 @@
+"""The depth explorer's page: one slider that moves all that `lib.explorer` found, together.
+
+Like `lib.angular_code.maps`, from which the map comes, one piece of HTML that needs nothing else:
+inline SVG, the browser's own controls, a short script, and all data inside.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from lib.angular_code.depth import ANGLE
+from lib.angular_code.maps import SIZE, legend_html, marks_svg, pixels
+from lib.arms import ARMS
+from lib.explorer import TWIN, Exploration
+from lib.figures import style_of
+
+# Size of a plot of curves and its margins: left, right, top, bottom, in the drawing's own units.
+_PLOT, _MARGINS = (360, 150), (30, 10, 10, 26)
+# Each curve's mark: the same shapes as in the book's other figures.
+_MARKS = {
+    "o": ("●", '<circle r="5"/>'),
+    "s": ("■", '<rect x="-4.5" y="-4.5" width="9" height="9"/>'),
+    "D": ("◆", '<path d="M0-6 6 0 0 6-6 0Z"/>'),
+}
+
+
+def explorer_html(explorations: Sequence[Exploration], *, start: int | None = None) -> str:
+    """Return the explorer as one piece of HTML.
+
+    Args:
+        explorations: one a task; a list lets the reader choose. Without any it says so.
+        start: block shown first; the first one after ℓ* by default, or the last.
+
+    Raises:
+        ValueError: parts of one that differ in length, or a curve without a value at a block.
+    """
+    if not explorations:
+        return "<p>No task is testable on this model, so there is nothing to explore.</p>"
+    n_blocks = len(explorations[0].top_tokens)
+    if start is None:
+        place = explorations[0].depth_map.transition
+        start = n_blocks - 1 if place is None else int(np.ceil(place))
+    start = min(max(start, 0), n_blocks - 1)
+    data = [_data(one) for one in explorations]
+    parts = {
+        "OPTIONS": "".join(
+            f'<option value="{k}">{escape(one.depth_map.name)}</option>'
+            for k, one in enumerate(explorations)
+        ),
+        "LAST": str(n_blocks - 1),
+        "START": str(start),
+        "BODIES": "".join(_task_html(one, k, start) for k, one in enumerate(explorations)),
+        "DATA": json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
+    }
+    for name, curve in (("CONTEXT", "context arm"), ("PREDICTION", "prediction arm")):
+        parts[name] = style_of(curve)["color"]
+    parts["ANGLE"] = style_of(ANGLE.name)["color"]
+    template = (files("lib") / "data" / "explorer.html").read_text(encoding="utf-8")
+    return re.sub(r"\[\[([A-Z]+)\]\]", lambda found: parts[found[1]], template)
+
+
+def _task_html(one: Exploration, number: int, block: int) -> str:
+    name = escape(one.depth_map.name)
+    options = "".join(
+        f'<option value="{k}">{escape(text)} …</option>' for k, text in enumerate(one.texts)
+    )
+    panel = one.depth_map.panels[0]
+    return (
+        f'<div class="task"{" hidden" if number else ""}><div class="panels"><figure class="map">'
+        f"<figcaption>Prompts by the direction of their state, "
+        f'<span class="read"></span></figcaption><svg viewBox="0 0 {SIZE} {SIZE}" role="img" '
+        f'aria-label="Map of the {len(one.texts)} prompts of {name}; those that lie close have '
+        f'states of similar direction.">{marks_svg(one.depth_map, panel, block)}'
+        f'<circle class="ring" r="14"/></svg></figure><div class="plots">'
+        f"{''.join(_plot_html(one, plot) for plot in _plots(one))}"
+        '</div><div class="predictions"><label>Prompt '
+        f'<select class="prompt">{options}</select></label><p>Next tokens that the logit lens '
+        'reads there; ✓: the right answer</p><ol class="top" role="list">'
+        + '<li><span class="word"></span><span class="bar"><i></i></span>'
+        '<span class="share"></span></li>'
+        * one.top_tokens.shape[2]
+        + f"</ol></div></div>{legend_html(one.depth_map)}</div>"
+    )
+
+
+class _Plot(NamedTuple):
+    title: str
+    quantity: str
+    names: Sequence[str]
+    lowest: float  # of the axis; the highest is 1
+
+
+def _plots(one: Exploration) -> list[_Plot]:
+    plots = []
+    for title, quantity, names in (
+        ("Answers moved by an exchange", "flip rate", tuple(ARMS)),
+        ("Angle and prediction, ρ(θ, J)", "rank correlation", (ANGLE.name, TWIN)),
+    ):
+        chosen = one.curves[one.curves["curve"].isin(names)]
+        there = [name for name in names if (chosen["curve"] == name).any()]
+        plots.append(_Plot(title, quantity, there, min(0.0, float(chosen["low"].min()))))
+    return plots
+
+
+def _curve(one: Exploration, name: str) -> pd.DataFrame:
+    rows = one.curves[one.curves["curve"] == name].sort_values("block")
+    whole = rows["block"].tolist() == list(range(len(one.top_tokens)))
+    if not whole or rows[["estimate", "low", "high"]].isna().any(axis=None):
+        raise ValueError(f"{one.depth_map.name}: {name} needs one value at each block.")
+    return rows
+
+
+def _plot_html(one: Exploration, plot: _Plot) -> str:
+    """Return curves over the blocks as a figure; the caption names them and holds their values."""
+    width, height = _PLOT
+    left, right, top, bottom = _MARGINS
+    n_blocks, floor = len(one.top_tokens), height - bottom
+    parts, keys, points = [], [], []
+    for value in (0, 1):
+        y = _y(value, plot.lowest)
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text x="{left - 5}" y="{y + 4}" text-anchor="end">{value}</text>')
+    for at, text in (
+        (_x(0, n_blocks), "0"),
+        ((left + width - right) / 2, "block"),
+        (_x(n_blocks - 1, n_blocks), str(n_blocks - 1)),
+    ):
+        parts.append(f'<text x="{at}" y="{floor + 16}" text-anchor="middle">{text}</text>')
+    for name in plot.names:
+        curve = _curve(one, name)
+        line, low, high = (
+            [
+                f"{_x(block, n_blocks)},{_y(value, plot.lowest)}"
+                for block, value in enumerate(curve[column])
+            ]
+            for column in ("estimate", "low", "high")
+        )
+        kind = "twin" if name == TWIN else name.split(" ")[0]
+        glyph, mark = _MARKS[style_of(name.split(",")[0])["marker"]]
+        glyph, shown = ("◇", "untrained") if name == TWIN else (glyph, name)
+        parts.append(f'<polygon class="band {kind}" points="{" ".join(low + high[::-1])}"/>')
+        parts.append(f'<polyline class="line {kind}" points="{" ".join(line)}"/>')
+        points.append(f'<g class="point {kind}">{mark}</g>')
+        keys.append(
+            f'<span class="entry"><span class="glyph {kind}" aria-hidden="true">{glyph}</span> '
+            f'{shown} <b class="value"></b></span>'
+        )
+    if one.depth_map.transition is not None:
+        at = _x(one.depth_map.transition, n_blocks)
+        parts.append(
+            f'<line class="switch" x1="{at}" x2="{at}" y1="{top}" y2="{floor}"/>'
+            f'<text x="{at - 4}" y="{(top + floor) / 2}" text-anchor="end">ℓ*</text>'
+        )
+    described = f"{plot.quantity} against block: {', '.join(plot.names)}".capitalize()
+    return (
+        f'<figure><figcaption>{plot.title}: {" ".join(keys)}</figcaption><svg viewBox="0 0 {width} '
+        f'{height}" role="img" aria-label="{escape(described)}">{"".join(parts)}'
+        f'<line class="cursor" y1="{top}" y2="{floor}"/>{"".join(points)}</svg></figure>'
+    )
+
+
+def _data(one: Exploration) -> dict[str, object]:
+    n_blocks, n_items, n_top = one.top_tokens.shape
+    panel, transition = one.depth_map.panels[0], one.depth_map.transition
+    if panel.positions.shape[:2] != (n_blocks, n_items) or len(one.texts) != n_items:
+        raise ValueError(f"{one.depth_map.name}: map and predictions differ in length.")
+    curves = [
+        {
+            "name": name,
+            "y": [_y(value, plot.lowest) for value in values],
+            "value": [f"{value:.2f}".replace("-", "\N{MINUS SIGN}") for value in values],
+        }
+        for plot in _plots(one)
+        for name in plot.names
+        for values in [_curve(one, name)["estimate"]]
+    ]
+    tokens = sorted({*one.top_tokens.ravel().tolist(), *one.answers.tolist()})
+    place = {token: k for k, token in enumerate(tokens)}
+    best = np.vectorize(place.__getitem__)(one.top_tokens)
+    return {
+        "at": pixels(panel.positions).reshape(n_blocks, -1).tolist(),
+        "shown": [f"{share:.0%} of their spread shown" for share in panel.shown],
+        "x": [_x(block, n_blocks) for block in range(n_blocks)],
+        "curves": curves,
+        "side": [
+            "" if transition is None else ", before ℓ*" if block < transition else ", after ℓ*"
+            for block in range(n_blocks)
+        ],
+        "words": [one.words[token] for token in tokens],
+        "answers": [place[token] for token in one.answers.tolist()],
+        "top": best.transpose(1, 0, 2).reshape(n_items, -1).tolist(),
+        "permille": np.rint(1000 * one.top_probabilities.transpose(1, 0, 2))
+        .astype(int)
+        .reshape(n_items, -1)
+        .tolist(),
+        "n": n_top,
+    }
+
+
+def _x(block: float, n_blocks: int) -> float:
+    left, right = _MARGINS[:2]
+    return round(left + (_PLOT[0] - left - right) * block / max(n_blocks - 1, 1), 1)
+
+
+def _y(value: float, lowest: float) -> float:
+    top, bottom = _MARGINS[2:]
+    return round(top + (_PLOT[1] - top - bottom) * (1 - value) / (1 - lowest), 1)

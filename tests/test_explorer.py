@@ -1,0 +1,292 @@
+"""The depth explorer: its data are what the library computes, its page needs nothing else."""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import oracle
+import pandas as pd
+import pytest
+import torch
+from conftest import tiny_model, tiny_tokenizer
+from scipy.stats import spearmanr
+
+from lib.angular_code.maps import SIZE, depth_positions
+from lib.arms import Trial, prepare_trial, sweep_site
+from lib.explorer import N_TOP, TWIN, Exploration, explore_tasks, explore_trial, top_predictions
+from lib.explorer_page import explorer_html
+from lib.models import Decoder, load_decoder
+from lib.tasks import build_task, gate
+
+N_BLOCKS = 4
+
+
+@pytest.fixture(scope="module")
+def trial() -> Trial:
+    """A task on a tiny random model, all of whose prompts count as answered correctly."""
+    decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
+    items = pd.DataFrame(
+        {
+            "subject": ["w3", "w4", "w5", "w6", "w7", "w22"],
+            "answer": ["w8", "w9", "w10", "w8", "w9", "w10"],
+        }
+    ).assign(group="")
+    task = build_task("toy", items, ["w11 w12 {subject} w13", "w14 {subject} w15 w16"], decoder)
+    found = prepare_trial(decoder, task, gate(decoder, task))
+    truth = task.prompts["answer_index"].to_numpy()
+    return replace(found, target=truth, usable=np.ones(12, bool), own_choice=False)
+
+
+@pytest.fixture(scope="module")
+def twin(trial: Trial) -> Decoder:
+    return load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer(), untrained=True)
+
+
+@pytest.fixture(scope="module")
+def one(trial: Trial, twin: Decoder) -> Exploration:
+    return explore_trial(trial, twin, n_draws=40, seed=3)
+
+
+def estimates(one: Exploration, name: str) -> np.ndarray:
+    rows = one.curves[one.curves["curve"] == name].sort_values("block")
+    assert rows["block"].tolist() == list(range(N_BLOCKS))
+    assert (rows["low"] <= rows["high"]).all()
+    return rows["estimate"].to_numpy()
+
+
+def embedded_data(html: str) -> list[dict[str, Any]]:
+    return json.loads(re.search(r'application/json">(.*?)</script>', html, re.S)[1])
+
+
+def last_states(trial: Trial) -> np.ndarray:
+    model, blocks = trial.decoder.model, trial.decoder.blocks
+    every = [oracle.block_states(model, blocks, prompt)[:, -1] for prompt in trial.task.tokens]
+    return torch.stack(every, dim=1).numpy()
+
+
+def test_predictions_at_the_last_block_are_the_models_own(trial: Trial, one: Exploration) -> None:
+    own = oracle.forward(trial.decoder.model, trial.task.tokens).double().softmax(-1)
+    best = own.topk(N_TOP)
+    assert one.top_tokens[-1].tolist() == best.indices.tolist()
+    np.testing.assert_allclose(one.top_probabilities[-1], best.values, atol=1e-5)
+
+
+def test_predictions_before_it_are_those_of_norm_and_unembedding(
+    trial: Trial, one: Exploration
+) -> None:
+    model = trial.decoder.model
+    states = torch.as_tensor(last_states(trial)[1])
+    with torch.no_grad():
+        own = model.lm_head(model.model.norm(states)).double().softmax(-1)
+    np.testing.assert_allclose(one.top_probabilities[1], own.topk(N_TOP).values, atol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(own.numpy(), one.top_tokens[1], 1),
+                               one.top_probabilities[1], atol=1e-5)  # fmt: skip
+    assert (np.diff(one.top_probabilities, axis=2) <= 0).all()
+
+
+def test_arms_are_the_sweep_of_the_first_template(trial: Trial, one: Exploration) -> None:
+    pairs = trial.pairs(donors_per_prompt=1)
+    pairs = pairs[trial.task.prompts["template"].to_numpy()[pairs[:, 0]] == 0]
+    assert len(pairs) == 6
+    for arm, site in (("context arm", "subject"), ("prediction arm", "last")):
+        flipped = sweep_site(trial, pairs, site).flipped  # type: ignore[arg-type]
+        np.testing.assert_allclose(estimates(one, arm), flipped.mean(axis=1))
+    # After the last block only the last token is read: the pair is answered as the donor's prompt,
+    # or, exchanged at the subject, as ever.
+    for arm, side in (("context arm", 0), ("prediction arm", 1)):
+        answered = trial.clean_logits.argmax(axis=1)[pairs[:, side]]
+        share = (answered == trial.target[pairs[:, 1]]).mean()
+        assert estimates(one, arm)[-1] == pytest.approx(share)
+
+
+def correlation(states: np.ndarray, logits: np.ndarray, templates: np.ndarray) -> float:
+    """ρ(θ, J) within templates, averaged over them, by SciPy."""
+    found = []
+    for template in np.unique(templates):
+        rows = np.flatnonzero(templates == template)
+        u = states[rows] / np.linalg.norm(states[rows], axis=1, keepdims=True)
+        log_p = torch.tensor(logits[rows]).double().log_softmax(-1).numpy()
+        upper = np.triu_indices(len(rows), 1)
+        difference = log_p[:, None] - log_p[None]
+        jeffreys = ((np.exp(log_p)[:, None] - np.exp(log_p)[None]) * difference).sum(-1)
+        angle = np.arccos(np.clip(u.astype(np.float64) @ u.T.astype(np.float64), -1, 1))
+        found.append(spearmanr(angle[upper], jeffreys[upper]).statistic)
+    return float(np.mean(found))
+
+
+def test_correlation_is_that_of_angle_and_divergence(trial: Trial, one: Exploration) -> None:
+    logits = oracle.forward(trial.decoder.model, trial.task.tokens).numpy()
+    templates = trial.task.prompts["template"].to_numpy()
+    states = last_states(trial)
+    expected = [correlation(states[block], logits, templates) for block in range(N_BLOCKS)]
+    np.testing.assert_allclose(estimates(one, "angle"), expected, atol=1e-6)
+    assert not np.allclose(estimates(one, TWIN), expected, atol=0.01)
+
+
+def test_map_is_that_of_the_states(trial: Trial, one: Exploration) -> None:
+    positions, shown = depth_positions(last_states(trial))
+    np.testing.assert_allclose(one.depth_map.panels[0].positions, positions, atol=1e-4)
+    np.testing.assert_allclose(one.depth_map.panels[0].shown, shown, atol=1e-4)
+    assert list(one.texts) == trial.task.prompts["text"].tolist()
+
+
+def test_answers_are_the_prompts_own(trial: Trial, one: Exploration) -> None:
+    assert [one.words[token] for token in one.answers] == trial.task.prompts["answer"].tolist()
+
+
+def test_page_holds_what_was_computed(one: Exploration) -> None:
+    (data,) = embedded_data(explorer_html([one]))
+    for item in range(12):
+        for block in range(N_BLOCKS):
+            cut = slice(block * N_TOP, (block + 1) * N_TOP)
+            words = [data["words"][k] for k in data["top"][item][cut]]
+            assert words == [one.words[token] for token in one.top_tokens[block, item]]
+            share = np.array(data["permille"][item][cut]) / 1000
+            np.testing.assert_allclose(share, one.top_probabilities[block, item], atol=5.01e-4)
+    assert [data["words"][k] for k in data["answers"]] == [one.words[t] for t in one.answers]
+    at = np.array(data["at"]).reshape(N_BLOCKS, 12, 2)
+    positions = one.depth_map.panels[0].positions.reshape(-1, 2)
+    assert np.corrcoef(at[..., 0].ravel(), positions[:, 0])[0, 1] > 0.999
+    assert np.corrcoef(at[..., 1].ravel(), positions[:, 1])[0, 1] < -0.999
+    assert at.min() >= 0 and at.max() <= SIZE
+    names = ["context arm", "prediction arm", "angle", TWIN]
+    assert [curve["name"] for curve in data["curves"]] == names
+    for curve in data["curves"]:
+        values = estimates(one, curve["name"])
+        read = [float(text.replace("\N{MINUS SIGN}", "-")) for text in curve["value"]]
+        np.testing.assert_allclose(read, values, atol=0.00501)
+        if np.ptp(values):  # Higher is further up, to scale.
+            assert np.corrcoef(curve["y"], values)[0, 1] < -0.999
+
+
+def test_drawn_line_passes_through_the_marks_of_every_block(one: Exploration) -> None:
+    html = explorer_html([one])
+    (data,) = embedded_data(html)
+    lines = re.findall(r'<polyline class="line \w+" points="([^"]+)"', html)
+    for line, curve in zip(lines, data["curves"], strict=True):
+        points = [tuple(map(float, point.split(","))) for point in line.split()]
+        assert points == list(zip(data["x"], curve["y"], strict=True))
+
+
+def test_page_fetches_nothing_and_is_small(one: Exploration) -> None:
+    html = explorer_html([one, one])
+    assert not re.search(r"https?:|src=|href=|@import|url\(|<link", html)
+    assert not re.search(r"\[\[[A-Z]", html)
+    assert len(html.encode()) < 300_000
+
+
+def test_full_size_stays_below_the_limit() -> None:
+    """Two of the largest tasks of the book on the embedded model's depth, tokens all over."""
+    rng = np.random.default_rng(0)
+    big = example(48, 30, tokens=rng.integers(0, 2000, (30, 48, N_TOP)))
+    assert len(explorer_html([big, big]).encode()) < 300_000
+
+
+def example(
+    n_items: int = 6, n_blocks: int = 5, tokens: np.ndarray | None = None, word: str = "word"
+) -> Exploration:
+    from test_maps import make_map
+
+    names = ("context arm", "prediction arm", "angle", TWIN)
+    curves = pd.DataFrame(
+        [(name, block, 0.5, 0.4, 0.6) for name in names for block in range(n_blocks)],
+        columns=["curve", "block", "estimate", "low", "high"],
+    )
+    tokens = np.zeros((n_blocks, n_items, N_TOP), int) if tokens is None else tokens
+    return Exploration(
+        texts=[f"{word} {k}" for k in range(n_items)],
+        depth_map=make_map(n_items, n_blocks, name=word),
+        curves=curves,
+        top_tokens=tokens,
+        top_probabilities=np.full(tokens.shape, 0.2),
+        answers=np.zeros(n_items, int),
+        words={int(token): f"{word} {token}" for token in {0, *tokens.ravel().tolist()}},
+    )
+
+
+@pytest.mark.parametrize("nasty", ["</script><b>", "<!--<script>", '"><img onerror=x>', "a&lt;b"])
+def test_token_or_prompt_cannot_break_the_page(nasty: str) -> None:
+    html = explorer_html([example(word=nasty)])
+    plain = explorer_html([example()])
+    assert html.count("<") == plain.count("<") and html.count(">") - plain.count(">") <= 2 * 4
+    assert html.count("</script>") == plain.count("</script>") == 2
+    (data,) = embedded_data(html)
+    assert data["words"] == [f"{nasty} 0"]  # shown as it is, through textContent
+    assert "innerHTML" not in html
+
+
+class Controls(HTMLParser):
+    """Collects the controls of a page and which of them stand in a label with words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.named: list[tuple[str, str]] = []
+        self.label: str | None = None
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "label":
+            self.label = ""
+        if tag in ("input", "select"):
+            self.named.append((tag, (self.label or "").strip()))
+
+    def handle_data(self, data: str) -> None:
+        if self.label is not None:
+            self.label += data
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "label":
+            self.label = None
+
+
+def test_every_control_has_a_name_and_works_from_the_keyboard(one: Exploration) -> None:
+    html = explorer_html([one, one], start=2)
+    page = Controls()
+    page.feed(html)
+    assert page.named == [
+        ("select", "Task"),
+        ("input", page.named[1][1]),
+        ("select", "Prompt"),
+        ("select", "Prompt"),
+    ]
+    assert page.named[1][1].startswith("Block")
+    assert f'<input type="range" min="0" max="{N_BLOCKS - 1}" step="1" value="2">' in html
+    assert re.search(r'<button type="button" aria-pressed="false">Play', html)
+    assert all(re.findall(r'role="img" aria-label="[^"]{20,}"', html))
+    assert html.count("<svg") == html.count('role="img"') == 6
+    assert "aria-valuetext" in html and "prefers-reduced-motion" in html
+
+
+def test_twin_that_does_not_tell_prompts_apart_is_left_out(trial: Trial, one: Exploration) -> None:
+    alone = replace(one, curves=one.curves[one.curves["curve"] != TWIN])
+    (data,) = embedded_data(explorer_html([alone]))
+    assert [curve["name"] for curve in data["curves"]] == ["context arm", "prediction arm", "angle"]
+
+
+def test_what_does_not_fit_together_is_refused(one: Exploration) -> None:
+    with pytest.raises(ValueError, match="context arm needs one value at each block"):
+        explorer_html([replace(one, curves=one.curves[one.curves["block"] != 2])])
+    with pytest.raises(ValueError, match="differ in length"):
+        explorer_html([replace(one, texts=one.texts[:3])])
+
+
+def test_model_without_a_testable_task_gets_a_page_that_says_so(
+    trial: Trial, twin: Decoder
+) -> None:
+    assert explore_tasks(trial.decoder, twin, ["capitals", "animals"]) == []
+    assert "No task is testable" in explorer_html([])
+
+
+def test_blanks_in_tokens_are_visible(trial: Trial) -> None:
+    tokens, probabilities = top_predictions(trial.decoder, torch.randn(2, 3, 32), n_top=2)
+    assert tokens.shape == probabilities.shape == (2, 3, 2)
+    from lib.explorer import _word
+
+    class Tokenizer:
+        def decode(self, ids: list[int]) -> str:
+            return [" a b", "\n", "\u00a0", ""][ids[0]]
+
+    blank = replace(trial.decoder, tokenizer=Tokenizer())
+    assert [_word(blank, k) for k in range(4)] == ["␣a␣b", "⏎", "U+00A0", "token 3"]
