@@ -30,10 +30,10 @@ CHAPTERS = $(filter-out book/intro.md,$(shell grep -l '^jupytext:' book/*.md))
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help book test verify lint audit mutate bench model notebooks lock clean
+.PHONY: help book test test-reading pdf verify lint audit mutate bench model notebooks lock clean
 
 help:  ## list the commands
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
 
 book: model  ## build the book, executing the chapters that changed
 	@$(BIN)/jupyter-book build . --warningiserror --keep-going
@@ -41,6 +41,12 @@ book: model  ## build the book, executing the chapters that changed
 
 test: $(TESTS_READY) model  ## run the tests
 	@$(BIN)/python -m pytest
+
+test-reading: $(TESTS_READY)  ## read the built book in a browser: offline, links, accessibility
+	@$(BIN)/python -m pytest -m browser tests/test_reading.py
+
+pdf: book $(TESTS_READY)  ## print the whole book as one PDF
+	@$(BIN)/python book/_ext/pdf.py
 
 verify: $(BOOK_READY)  ## compare the results with the recorded ones; UPDATE=1 records them anew
 	@$(BIN)/python -m lib.verify $(if $(filter-out 0,$(UPDATE)),--update)

@@ -44,22 +44,22 @@ _NUMBERS = ("estimate", "ci_low", "ci_high")
 _COLAB_PACKAGES = {"gguf": "gguf", "skdim": "scikit-dimension"}
 
 SETUP_CELL = """\
-# Setup: find the project; on Colab, clone it and install what Colab lacks.
+# Setup: find the project, or clone it; on Colab, install what Colab lacks.
 import subprocess
 import sys
 from pathlib import Path
 
 REPOSITORY, REVISION = "{repository}", "{revision}"
 
-if "google.colab" in sys.modules:
-    root = Path(REPOSITORY.rsplit("/", 1)[-1]).resolve()
-    if not root.exists():
-        options = ["--quiet", "--depth", "1", "--branch", REVISION]
-        subprocess.run(["git", "clone", *options, REPOSITORY, str(root)], check=True)
-else:
-    folders = [Path.cwd(), *Path.cwd().parents]
-    root = next(folder for folder in folders if (folder / "lib" / "notebook.py").is_file())
-sys.path.insert(0, str(root))
+clone = Path(REPOSITORY.rsplit("/", 1)[-1]).resolve()
+folders = [Path.cwd(), *Path.cwd().parents, clone]
+root = next((folder for folder in folders if (folder / "lib" / "notebook.py").is_file()), None)
+if root is None:
+    options = ["--quiet", "--depth", "1", "--branch", REVISION]
+    subprocess.run(["git", "clone", *options, REPOSITORY, str(clone)], check=True)
+    root = clone
+if str(root) not in sys.path:
+    sys.path.insert(0, str(root))
 
 from lib import notebook
 

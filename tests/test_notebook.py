@@ -215,6 +215,12 @@ def test_setup_cell_clones_the_project_on_colab_and_works_twice(tmp_path):
     expected = str(home / "project" / "lib" / "notebook.py")
     assert run_setup_cell(home, colab, **redirect) == expected
     assert run_setup_cell(home, colab) == expected  # nothing is cloned again
+    twice = notebook.SETUP_CELL.replace("{repository}", "https://example.org/owner/project")
+    count = "assert sys.path.count(str(root)) == 1"
+    assert run_setup_cell(home, f"{colab}\n{twice}\n{twice}\n{count}") == expected
+    downloads = tmp_path / "downloads"  # a notebook that was downloaded, in Jupyter
+    downloads.mkdir()
+    assert run_setup_cell(downloads, **redirect).startswith(str(downloads / "project"))
 
 
 def test_colab_installs_only_what_is_missing_and_never_numpy_or_torch(monkeypatch):

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 from lib.notebook import SETUP_CELL  # noqa: E402
 
 FILES_WITH_ADDRESS = ("README.md", "CITATION.cff", "book/intro.md")
-FIRST_LINE = SETUP_CELL.splitlines()[0]
+FIRST_LINE = SETUP_CELL.split(",")[0]  # as it begins in older versions of the cell, too
 PLACEHOLDER = re.compile(r"(?<=\n)SETUP\n(?=```)")
 
 
