@@ -147,7 +147,8 @@ def check_blocks(decoder: Decoder, blocks: Sequence[int] | None) -> tuple[int, .
 
 def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> None:
     """Check that prompts fit the model; ValueError names one that is too long or unknown to it."""
-    n_known = int(decoder.model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
+    embedding: Tensor = decoder.model.get_input_embeddings().weight  # type: ignore[assignment]
+    n_known = len(embedding)
     for index, prompt in enumerate(prompts):
         if decoder.context_length is not None and len(prompt) > decoder.context_length:
             raise ValueError(

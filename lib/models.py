@@ -158,7 +158,7 @@ def load_decoder(
             model = fresh_model(name.config, kind).to(device or "cpu")  # type: ignore[arg-type]
         label = label_of(name.config.name_or_path or type(name).__name__)
         return _describe(model, tokenizer, label, untrained, "in hand")
-    given = {"revision": revision, "dtype": dtype, "device": device}
+    given: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device}
     given |= {"device_map": device_map, "quantization": quantization}
     options = preset(str(name)) | {key: value for key, value in given.items() if value is not None}
     if device is not None and device_map is None:

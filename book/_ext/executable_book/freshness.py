@@ -52,11 +52,15 @@ def chapter_digest(common: str, earlier: list[Path]) -> str:
 def find_outdated(
     app: Sphinx, env: BuildEnvironment, added: set[str], changed: set[str], removed: set[str]
 ) -> list[str]:
-    """Returns the pages to read again: the landing page always, all if what they share changed."""
+    """Returns the pages to read again: all if what they share changed, else those that sum up.
+
+    These are the landing page and the last one, if that compares the models' runs.
+    """
     common = common_digest(Path(app.srcdir))
+    every = pages(Path(app.srcdir))
     if getattr(env, "executable_book_digest", common) != common:
-        return pages(Path(app.srcdir))
-    return [pages(Path(app.srcdir))[0]]
+        return every
+    return [every[0], *(page for page in every if Path(page).name == "models")]
 
 
 def order_pages(app: Sphinx, env: BuildEnvironment, docnames: list[str]) -> None:
