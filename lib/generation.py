@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lib.extraction import check_blocks
 from lib.interventions import Edit
-from lib.models import Decoder, untuple
+from lib.models import Decoder
+from lib.structure import untuple
 
 Positions = Sequence[int | Sequence[int] | range]
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lib.extraction import count_shared, run_blocks
-from lib.models import Decoder, untuple
+from lib.models import Decoder
+from lib.structure import untuple
 
 MAX_ROW_TOKENS = 192
 
@@ -106,7 +107,8 @@ def run_prefix(decoder: Decoder, tokens: Tensor, first: int) -> Prefix:
         finally:
             for handle in handles:
                 handle.remove()
-    return Prefix(tokens, first, torch.stack(outputs), cache, tuple(inputs))
+    states = torch.stack([output.to(decoder.device) for output in outputs])
+    return Prefix(tokens, first, states, cache, tuple(inputs))
 
 
 class ReplayUnsupportedError(Exception):
@@ -151,9 +153,9 @@ def replay_tokens(
             entering = sum(block == index for block in row_blocks)
             if entering:
                 new = rows[:, n_active : n_active + entering].reshape(n_prompts, -1, width)
-                hidden = torch.cat([hidden, new.to(hidden.dtype)], dim=1)
+                hidden = torch.cat([hidden, new.to(hidden)], dim=1)
                 n_active += entering
-    return hidden.view(n_prompts, n_rows, length, width)
+    return hidden.view(n_prompts, n_rows, length, width).to(rows.device)
 
 
 def _tile(
@@ -211,7 +213,9 @@ def _row_mask(
 def run_whole(decoder: Decoder, tokens: Tensor, first: int) -> Prefix:
     """Return what `run_prefix` returns but for the cache, from one pass over the whole prompts."""
     captured = run_blocks(decoder, tokens, set(range(decoder.n_blocks)))
-    states = torch.stack([captured[index][:, first:] for index in range(decoder.n_blocks)])
+    states = torch.stack(
+        [captured[index][:, first:].to(decoder.device) for index in range(decoder.n_blocks)]
+    )
     return Prefix(tokens, first, states)
 
 
@@ -228,14 +232,14 @@ def recompute_rows(
 
     def replace(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         changed = untuple(output).clone()
-        changed[:, prefix.first :] = edited
+        changed[:, prefix.first :] = edited.to(changed)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
         last.append(untuple(output)[:, -1])
 
     for row, block in enumerate(row_blocks):
-        edited = rows[:, row].to(decoder.device)
+        edited = rows[:, row]
         handles = [decoder.blocks[block].register_forward_hook(replace)]
         handles.append(decoder.blocks[-1].register_forward_hook(keep))
         try:

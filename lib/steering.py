@@ -188,10 +188,10 @@ def unembedding_direction(
     rows = [torch.as_tensor(np.asarray(ids)).tolist() for ids in (targets, sources)]
     if same := [token for token, other in zip(*rows, strict=True) if token == other]:
         raise ValueError(f"Token {same[0]} is both target and source; nothing can be gained.")
-    weight = decoder.unembedding.weight
-    difference = (weight[rows[0]] - weight[rows[1]]).detach()
+    (target, _), (source, _) = (decoder.unembedding_rows(tokens) for tokens in rows)
+    difference = (target - source).detach()
     with torch.enable_grad():
-        free = states.detach().clone().to(weight).requires_grad_(True)
+        free = states.detach().clone().to(difference).requires_grad_(True)
         gain = (decoder.final_norm(free) * difference).sum()
         (gradient,) = torch.autograd.grad(gain, free)
     return gradient.to(states)

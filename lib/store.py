@@ -113,7 +113,7 @@ def _fingerprint(decoder: Decoder, tensors: Mapping[str, Tensor]) -> str:
 def _code(n_threads: int) -> str:
     """Return a digest of the modules that compute states, and of what they compute with."""
     digest = hashlib.sha256(f"{torch.__version__} {transformers.__version__} {n_threads}".encode())
-    for name in ("extraction.py", "models.py", "store.py"):
+    for name in ("extraction.py", "loading.py", "models.py", "structure.py", "store.py"):
         digest.update((Path(__file__).parent / name).read_bytes())
     return digest.hexdigest()
 

@@ -13,6 +13,7 @@ from lib.extraction import BATCH_TOKENS as EXTRACTION_TOKENS
 from lib.extraction import (
     check_blocks,
     check_positions,
+    check_prompts,
     equal_length_batches,
     logit_lens,
     run_blocks,
@@ -119,6 +120,7 @@ def sweep_blocks(
     """
     wanted = check_blocks(decoder, blocks)
     where = _position_table(prompts, positions)
+    check_prompts(decoder, prompts)
     pairs = _check_pairs(pairs, len(prompts), donors)
     if donors is None:
         donors = _own_states(decoder, prompts, where, wanted, np.unique(pairs[:, 1]))

@@ -209,6 +209,7 @@ def test_stored_transitions_serve_their_own_model_only(
     trial: Trial, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(arms, "TRANSITIONS", tmp_path / "transitions.json")
+    monkeypatch.setattr("lib.runs.RUNS", tmp_path / "runs")
     found = arms.Transition(
         found=True, reason="", n_blocks=4, n_prompts=12, block=2.5, low=2.0, high=3.0,
         width=1.0, width_low=0.5, width_high=1.5,

@@ -5,6 +5,7 @@
 - `progress`: shows at the terminal how far the chapters' loops have come.
 - `results`: collects the chapters' records into `_build/results/results.json`.
 - `scorecard`: the table of verdicts on the landing page.
+- `comparison`: the models' runs side by side.
 - `mathjax`: puts MathJax into the book, so that pages need no network.
 - `theme`: mends what the theme gets wrong on the pages.
 """
@@ -17,11 +18,19 @@ from sphinx.application import Sphinx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # lib, which the chapters import too
 
-from executable_book import freshness, mathjax, progress, results, scorecard, theme
+from executable_book import (
+    comparison,
+    freshness,
+    mathjax,
+    progress,
+    results,
+    scorecard,
+    theme,
+)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Connects the parts to the build. Reading runs in one process, in the order of the book."""
-    for part in (mathjax, progress, results, freshness, scorecard, theme):
+    for part in (mathjax, progress, results, freshness, scorecard, comparison, theme):
         part.setup(app)
     return {"parallel_read_safe": False, "parallel_write_safe": True}

@@ -62,10 +62,11 @@ def find_outdated(
     Always the landing page, and the pages that show files of their own.
     """
     common = common_digest(Path(app.srcdir))
+    every = pages(Path(app.srcdir))
     if getattr(env, "executable_book_digest", common) != common:
-        return pages(Path(app.srcdir))
-    first, *others = pages(Path(app.srcdir))
-    return [first, *(page for page in others if page in PAGE_FILES)]
+        return every
+    shown = [page for page in every if page in PAGE_FILES or Path(page).name == "models"]
+    return [every[0], *shown]
 
 
 def order_pages(app: Sphinx, env: BuildEnvironment, docnames: list[str]) -> None:

@@ -18,6 +18,7 @@ from lib.results import (
     results_file,
     write_rows,
 )
+from lib.runs import keep_records
 
 
 def failed_pages(env: BuildEnvironment) -> list[str]:
@@ -81,6 +82,7 @@ def write_results(app: Sphinx, exception: Exception | None) -> None:
         return
     rows = collect(app.env)
     write_rows(results_file(), rows)
+    keep_records(rows)
     kept = {records_file(row["claim"]) for row in rows} | {results_file()}
     for file in RESULTS.glob("*.json"):
         if file not in kept:

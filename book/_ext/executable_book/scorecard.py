@@ -51,7 +51,7 @@ class Scorecard(SphinxDirective):
                 cells = [COMING] * max(1, len(models))
             rows.append([first, *([nodes.Text(cell)] for cell in cells)])
         heads = [model_text(model) for model in models] or ["Verdict"]
-        return [_table(["Claim", *heads], rows)]
+        return [table_of(["Claim", *heads], rows)]
 
     def _claim(self, line: str) -> tuple[str, str]:
         claim, separator, words = line.partition(":")
@@ -94,7 +94,9 @@ def _model(row: Record) -> tuple[str, bool]:
     return row["model"], row["untrained"]
 
 
-def _table(head: list[str], rows: list[list[list[nodes.Node]]]) -> nodes.Node:
+def table_of(head: list[str], rows: list[list[list[nodes.Node]]]) -> nodes.Node:
+    """Returns a table that scrolls sideways; each cell is a list of nodes."""
+
     def row_node(cells: list[list[nodes.Node]]) -> nodes.row:
         entries = [nodes.entry("", nodes.paragraph("", "", *cell)) for cell in cells]
         return nodes.row("", *entries)

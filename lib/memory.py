@@ -1,0 +1,73 @@
+"""Memory: what a model's weights need, what there is, and a refusal before anything is loaded."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM
+
+GIGABYTE = 10**9
+_CONTAINER = Path("/sys/fs/cgroup")
+
+
+def count_parameters(config: Any) -> int:
+    """Return the number of parameters of the causal model that a configuration describes.
+
+    The model is laid out without memory for its weights.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def weight_bytes(config: Any, dtype: torch.dtype, bits: int | None = None) -> int:
+    """Return the bytes that the weights need in `dtype`, or at `bits` a weight if quantised."""
+    return count_parameters(config) * (bits or 8 * dtype.itemsize) // 8
+
+
+def free_memory() -> dict[str, int]:
+    """Return the free bytes of the CPU and of each GPU, by torch's name of the device.
+
+    For the CPU that is what can be had without swapping, within the limit of the container.
+    """
+    free = {"cpu": int(psutil.virtual_memory().available)}
+    try:
+        limit = int((_CONTAINER / "memory.max").read_text())
+        used = int((_CONTAINER / "memory.current").read_text())
+        free["cpu"] = min(free["cpu"], limit - used)
+    except (OSError, ValueError):
+        pass  # no container, or one without a limit
+    for index in range(torch.cuda.device_count()):
+        free[f"cuda:{index}"] = torch.cuda.mem_get_info(index)[0]
+    return free
+
+
+def check_memory(name: str, needed: int, device: str, free: Mapping[str, int]) -> None:
+    """Refuse what does not fit.
+
+    Args:
+        name: what needs the memory, as the message says it.
+        needed: bytes.
+        device: where, as torch names it, or `"auto"` for all devices together.
+        free: from `free_memory`. A device that is not in it (MPS, say) is not judged.
+
+    Raises:
+        ValueError: `needed` is more than there is; the message gives both.
+    """
+    if device == "auto":
+        there = sum(free.values())
+    else:
+        there = free.get("cuda:0" if device == "cuda" else device, needed)
+    if needed > there:
+        raise ValueError(
+            f"{name} needs {in_gigabytes(needed)}, but {in_gigabytes(there)} are free "
+            f"({device}). Take a smaller dtype (bfloat16), quantization='4bit', a smaller model, "
+            "or a device_map that puts some modules on 'disk'."
+        )
+
+
+def in_gigabytes(n_bytes: int) -> str:
+    """Return a number of bytes as text, in gigabytes (10⁹ bytes)."""
+    return f"{n_bytes / GIGABYTE:.3g} GB"

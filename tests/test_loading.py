@@ -1,0 +1,272 @@
+"""Loading: on one device or several, in any dtype; what cannot be loaded is refused in one line."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer
+from transformers import AutoConfig, BitsAndBytesConfig
+
+from lib import loading, memory
+from lib.extraction import extract_residuals, logit_lens
+from lib.interventions import exchange
+from lib.loading import preset
+from lib.memory import count_parameters, weight_bytes
+from lib.models import Decoder, load_decoder
+from lib.steering import unembedding_direction
+from lib.store import fingerprint
+from lib.sweeps import Sweep, sweep_blocks
+
+PROMPTS = [[5, 9, 4, 33, 12, 8], [8, 3, 17, 20, 6, 44], [11, 30, 22, 7]]
+PAIRS = np.array([[0, 1], [1, 2], [2, 0]])
+PAPER = ("meta-llama/Llama-3.1-8B", "mistralai/Mistral-7B-v0.3", "Qwen/Qwen2.5-7B")
+
+
+def saved(folder: Path, architecture: str = "llama") -> Path:
+    tiny_model(architecture).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def swept(decoder: Decoder, positions: Any) -> Sweep:
+    return sweep_blocks(
+        decoder, PROMPTS, PAIRS, {"exchange": exchange}, positions=positions, read_ids=range(64)
+    )
+
+
+def on_disk(folder: Path) -> Decoder:
+    places = {"model.embed_tokens": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    places |= {f"model.layers.{block}": "cpu" if block < 2 else "disk" for block in range(4)}
+    return load_decoder(saved(folder), device_map={**places, "lm_head": "disk"})
+
+
+def on_cpu(folder: Path) -> Decoder:
+    model = accelerate.cpu_offload(tiny_model("llama"), torch.device("cpu"))
+    return load_decoder(model, tokenizer=tiny_tokenizer())
+
+
+@pytest.mark.parametrize("offload", [on_disk, on_cpu])
+def test_offloaded_model_gives_what_the_whole_model_gives(
+    offload: Callable[[Path], Decoder], tmp_path: Path, llama: Decoder
+) -> None:
+    split = offload(tmp_path)
+    assert split.blocks[3].mlp.up_proj.weight.is_meta  # type: ignore[union-attr]
+    assert split.unembedding.weight.is_meta
+    here, there = (extract_residuals(d, PROMPTS, logits=True) for d in (llama, split))
+    assert torch.allclose(here.states, there.states, atol=1e-5)
+    assert here.logits is not None and there.logits is not None
+    assert torch.allclose(here.logits, there.logits, atol=1e-5)
+    lens = [logit_lens(d, here.states[2], [7, 50]) for d in (llama, split)]
+    assert torch.allclose(*lens, atol=1e-5)
+    directions = [
+        unembedding_direction(d, here.states[2], [7] * 3, [9] * 3) for d in (llama, split)
+    ]
+    assert torch.allclose(*directions, atol=1e-5)
+    for positions in ("last", [2, 3, 1]):
+        whole, parts = swept(llama, positions), swept(split, positions)
+        assert parts.path == "prefix replay"
+        assert np.abs(whole.logits - parts.logits).max() < 1e-4
+    assert fingerprint(split) is None  # not stored: its weights are not at hand
+
+
+def test_spreading_by_itself_takes_what_there_is(tmp_path: Path, llama: Decoder) -> None:
+    split = load_decoder(saved(tmp_path), device_map="auto")
+    assert np.abs(swept(llama, "last").logits - swept(split, "last").logits).max() < 1e-4
+
+
+def test_parts_on_two_gpus_never_meet_without_being_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs without values: every operation checks that its tensors lie on one device."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from lib import replay
+    from lib.extraction import run_blocks
+
+    real = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
+    with FakeTensorMode(allow_non_fake_inputs=False), torch.no_grad():
+        model = type(real.model)(real.model.config).eval()
+        places = {f"model.layers.{block}": f"cuda:{block // 2}" for block in range(4)}
+        places |= dict.fromkeys(["model.embed_tokens", "model.rotary_emb"], "cuda:0")
+        places |= dict.fromkeys(["model.norm", "lm_head"], "cuda:1")
+        for name, place in places.items():
+            for part in model.get_submodule(name).modules():
+                for held in (part._parameters, part._buffers):
+                    for key, value in held.items():
+                        if value is not None:
+                            moved = torch.empty_like(value, device=f"cuda:{place}")
+                            held[key] = (
+                                torch.nn.Parameter(moved) if held is part._parameters else moved
+                            )
+        accelerate.hooks.attach_align_device_hook_on_blocks(
+            model, execution_device={"": "cuda:0", **places}
+        )
+        split = Decoder(
+            "split", model, None, tuple(model.model.layers), (model.model.norm,), model.lm_head
+        )
+        tokens = torch.zeros(2, 6, dtype=torch.long, device=split.device)
+        assert str(split.device) == "cuda:0"
+        states = run_blocks(split, tokens, {0, 3})
+        assert [str(states[block].device) for block in (0, 3)] == ["cuda:0", "cuda:1"]
+        prefix = replay.run_prefix(split, tokens, 3)
+        rows = prefix.states[[0, 1, 2, 3]].transpose(0, 1)
+        for run in (replay.replay_rows, replay.recompute_rows):
+            last = run(split, prefix, [0, 1, 2, 3], rows)
+            assert last.shape == (2, 4, 32) and last.device == split.device
+        read = split.unembed(split.final_norm(last), [7, 50])
+        assert read.shape == (2, 4, 2)
+
+
+def test_dtype_is_that_of_the_residual_stream(tmp_path: Path, llama: Decoder) -> None:
+    half = load_decoder(saved(tmp_path), dtype="bfloat16")
+    assert half.dtype == torch.bfloat16
+    residuals = extract_residuals(half, PROMPTS, logits=True)
+    assert residuals.states.dtype == torch.float32
+    expected = extract_residuals(llama, PROMPTS).states
+    assert (residuals.states - expected).abs().max() < 0.1 * expected.abs().max()
+    assert swept(half, "last").path == "prefix replay"
+
+
+def test_the_papers_models_are_pinned_and_loaded_in_half_precision() -> None:
+    for name in PAPER:
+        assert len(preset(name)["revision"]) == 40
+        assert preset(name)["dtype"] == "bfloat16"
+    assert preset("nobody/no-such-model") == {}
+
+
+def test_what_a_call_says_goes_before_what_the_file_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, file = saved(tmp_path / "model"), tmp_path / "models.toml"
+    file.write_text(f'["{folder}"]\ndtype = "bfloat16"\n')
+    monkeypatch.setattr(loading, "PRESETS", file)
+    assert load_decoder(folder).dtype == torch.bfloat16
+    assert load_decoder(folder, dtype="float32").dtype == torch.float32
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "mixtral"])
+def test_parameters_are_counted_without_loading_them(architecture: str) -> None:
+    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture])
+    expected = sum(parameter.numel() for parameter in tiny_model(architecture).parameters())
+    assert count_parameters(config) == expected
+    assert weight_bytes(config, torch.bfloat16) == 2 * expected
+    assert weight_bytes(config, torch.bfloat16, 4) == expected // 2
+
+
+def refusal(*given: Any, **options: Any) -> str:
+    with pytest.raises(ValueError) as problem:
+        load_decoder(*given, **options)
+    assert "\n" not in str(problem.value)
+    return str(problem.value)
+
+
+def test_model_that_does_not_fit_is_refused_with_the_sizes_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tmp_path / "big")
+    monkeypatch.setattr(loading, "free_memory", lambda: {"cpu": 50_000})
+    monkeypatch.setattr(loading, "_read_weights", None)
+    n_bytes = 4 * sum(parameter.numel() for parameter in tiny_model("llama").parameters())
+    for options in ({}, {"device_map": "auto"}, {"untrained": True}):
+        message = refusal(folder, **options)
+        assert f"needs {n_bytes / 1e9:.3g} GB, but 5e-05 GB are free" in message
+
+
+def test_memory_within_the_containers_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_CONTAINER", tmp_path)
+    unlimited = memory.free_memory()["cpu"]
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("2000\n")
+    assert memory.free_memory()["cpu"] == 3000 < unlimited
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_memory()["cpu"] > 3000
+
+
+@pytest.mark.parametrize(
+    ("missing", "options"),
+    [
+        ("bitsandbytes", {"quantization": "8bit"}),
+        ("accelerate", {"quantization": "4bit"}),
+        ("accelerate", {"device_map": "auto"}),
+        ("accelerate", {"quantization": BitsAndBytesConfig(load_in_8bit=True)}),
+    ],
+)
+def test_missing_package_is_named(
+    missing: str, options: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "find_spec", lambda name: None if name == missing else object())
+    assert f"needs {missing}: pip install {missing}" in refusal(saved(tmp_path), **options)
+
+
+def test_unknown_dtype_and_quantisation_are_refused(tmp_path: Path) -> None:
+    assert "float32, bfloat16" in refusal(saved(tmp_path), dtype="int8")
+    assert "float32, bfloat16" in refusal(tmp_path, dtype="half-precision")
+
+
+def test_unknown_quantisation_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "find_spec", lambda _name: object())
+    assert "'4bit' or '8bit'" in refusal(saved(tmp_path), quantization="3bit")
+
+
+@pytest.mark.parametrize(("status", "gated"), [(401, True), (403, True), (404, False)])
+def test_gated_model_says_how_to_get_access(
+    status: int, gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class HubError(OSError):
+        response = SimpleNamespace(status_code=status)
+
+    def refuse(*_given: Any, **_options: Any) -> None:
+        try:
+            raise HubError("Access to model is restricted.")
+        except HubError as error:
+            raise OSError("You are trying to access a gated repo.\nMore lines.") from error
+
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", refuse)
+    message = refusal("somebody/gated")
+    assert ("accept its licence at https://huggingface.co/somebody/gated" in message) == gated
+    assert ("HF_TOKEN" in message) == gated
+
+
+def test_revision_reaches_every_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[type, Any] = {}
+    for part in (loading.AutoConfig, loading.AutoTokenizer, loading.AutoModelForCausalLM):
+        real = part.from_pretrained
+
+        def read(source: str, part: Any = part, real: Any = real, **options: Any) -> Any:
+            asked.setdefault(part, options.pop("revision", None))  # later ones are its own calls
+            return real(source, **{**options, "revision": None})
+
+        monkeypatch.setattr(part, "from_pretrained", read)
+    load_decoder(saved(tmp_path), revision="a1b2c3")
+    assert list(asked.values()) == ["a1b2c3"] * 3
+
+
+def test_tokenizer_of_a_larger_vocabulary_is_refused() -> None:
+    words = [f"w{index}" for index in range(65)]
+    message = refusal(tiny_model("llama"), tokenizer=tiny_tokenizer(words))
+    assert "65 tokens" in message and "scores 64" in message
+
+
+def test_tokenizer_without_padding_token_will_do(llama: Decoder) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    decoder = load_decoder(tiny_model("llama"), tokenizer=tokenizer)
+    assert np.abs(swept(decoder, "last").logits - swept(llama, "last").logits).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [([5] * 65, "65 tokens, but .* reads at most 64"), ([5, 64, 7], "token 64, but .* 0 to 63")],
+)
+def test_prompt_that_the_model_cannot_read_is_named(
+    llama: Decoder, prompt: list[int], words: str
+) -> None:
+    with pytest.raises(ValueError, match=f"Prompt 1 .*{words}"):
+        extract_residuals(llama, [[5, 6], prompt])
+    with pytest.raises(ValueError, match=f"Prompt 1 .*{words}"):
+        sweep_blocks(llama, [[5, 6], prompt], [[0, 1]], {"x": exchange}, positions="last")
