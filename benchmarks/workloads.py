@@ -110,10 +110,9 @@ LOADS: Mapping[str, Load] = {
 def shrink(load: Load) -> Load:
     """Return a small version of a workload, for `--quick`: for seeing that all works."""
     if isinstance(load, ExtractLoad):
-        return replace(load, lengths=load.lengths[::32], stride=4 if load.stride > 1 else 1)
-    n = max(3, load.n_prompts // 8)
-    pairs = ordered(n) if len(load.pairs) > load.n_prompts else ring(n)
-    return replace(load, n_prompts=n, pairs=pairs, n_shared_blocks=2)
+        return replace(load, lengths=load.lengths[::64], stride=min(load.stride, 2))
+    pairs = ordered(3) if len(load.pairs) > load.n_prompts else ring(3)
+    return replace(load, n_prompts=3, pairs=pairs, n_shared_blocks=1)
 
 
 def _draw(lengths: tuple[int, ...] | list[int], d_vocab: int) -> list[list[int]]:

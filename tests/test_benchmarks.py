@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as driver
-from benchmarks import tables, worker
+from benchmarks import figures, tables, worker
 from benchmarks.bound import Shape, minimum_macs
 from benchmarks.contenders import base, engine, recompute
 from benchmarks.workloads import EDITS, LOADS, ExtractLoad, SweepLoad, ordered, ring, shrink
@@ -183,14 +183,14 @@ def test_who_differs_or_fails_is_not_timed_and_said_so(tmp_path: Path) -> None:
         "pyvene": Scripted(None),
     }
     results: dict = {"refused": []}
-    rows = driver.admit(processes, {"load": "x", "quick": True}, str(tmp_path), results)  # type: ignore[arg-type]
+    rows = driver.admit(processes, {"load": "x", "quick": False}, str(tmp_path), results)  # type: ignore[arg-type]
     assert {row["contender"] for row in rows} == {"this book", "full recompute"}
     reasons = {row["contender"]: row["reason"] for row in results["refused"]}
     assert "differs by 2.0e-03" in reasons["nnsight"]
     assert "no such library" in reasons["pyvene"]
     processes["this book"] = Scripted(truth + 1.0)
     with pytest.raises(RuntimeError, match="this book: differs"):
-        driver.admit(processes, {"load": "x", "quick": True}, str(tmp_path), results)  # type: ignore[arg-type]
+        driver.admit(processes, {"load": "x", "quick": False}, str(tmp_path), results)  # type: ignore[arg-type]
 
 
 def test_worker_answers_an_error_and_goes_on(
@@ -300,7 +300,7 @@ def test_page_s_table_has_a_row_for_each_contender_and_attention() -> None:
 
 
 def test_figure_draws_each_contender_s_fastest_row() -> None:
-    figure = tables.ratio_figure(tables.comparison(results()))
+    figure = figures.ratio_figure(tables.comparison(results()))
     drawn = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].lines}
     assert drawn["nnsight"] == [8.0]
 
@@ -311,7 +311,7 @@ def test_page_says_so_where_nothing_is_recorded(tmp_path: Path) -> None:
     assert "make bench" in tables.made_on(nothing)
     assert tables.finding(nothing) == "Nothing is recorded yet."
     assert len(tables.shown(tables.comparison(nothing))) == 0
-    assert not tables.ratio_figure(tables.comparison(nothing)).axes[0].lines[1:]
+    assert not figures.ratio_figure(tables.comparison(nothing)).axes[0].lines[1:]
 
 
 def test_page_says_where_the_numbers_come_from_and_who_was_left_out() -> None:

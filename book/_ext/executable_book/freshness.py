@@ -22,7 +22,13 @@ from lib.results import pages, records_file
 CACHE = Path("_build", ".jupyter_cache")
 KEPT_CACHES = 24
 ENVIRONMENT_FILES = ("requirements.txt", "environment.yml")
-PAGE_FILES = {"book/benchmarks": ("benchmarks/results.json", "benchmarks/tables.py")}
+PAGE_FILES = {
+    "book/benchmarks": (
+        "benchmarks/results.json",
+        "benchmarks/tables.py",
+        "benchmarks/figures.py",
+    )
+}
 """What single pages show besides: read again in every build, executed again when it changes."""
 
 
