@@ -195,7 +195,18 @@ def test_wrong_python_is_named_with_what_to_do(tmp_path, python):
 
 def test_help_lists_every_command():
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for command in ("book", "test", "test-reading", "pdf", "verify", "lint", "model", "notebooks", "lock", "clean"):
+    for command in (
+        "book",
+        "test",
+        "test-reading",
+        "pdf",
+        "verify",
+        "lint",
+        "model",
+        "notebooks",
+        "lock",
+        "clean",
+    ):
         assert f"make {command} " in listed.stdout
 
 

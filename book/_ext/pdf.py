@@ -5,7 +5,6 @@ Chromium prints it, so that page numbers run through and links between pages lea
 """
 
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -22,7 +21,6 @@ from lib.results import pages  # noqa: E402
 SITE = ROOT / "_build" / "html"
 PDF = ROOT / "_build" / "prediction-geometry.pdf"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-REFERENCES = re.compile(r"^(?:href|src|for|aria-labelledby|aria-describedby)$")
 LEFT_OUT = ".headerlink, .copybtn, details.hide, .depth-map .controls, script"
 FOOTER = (
     '<div style="font: 8px system-ui, sans-serif; color: #444; width: 100%; text-align: center">'
