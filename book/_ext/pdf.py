@@ -57,12 +57,14 @@ def whole_book(names: list[str], site: Path = SITE) -> str:
     if missing:
         raise FileNotFoundError(f"No page {', '.join(missing)}. Run `make book` first.")
     addresses = {(site / f"{name}.html").as_uri(): name for name in names}
+    parsed: dict[str, Any] = {
+        name: BeautifulSoup((site / f"{name}.html").read_text(encoding="utf-8"), "html.parser")
+        for name in names
+    }
+    whole = parsed[names[0]]
     articles = []
     for address, name in addresses.items():
-        page = BeautifulSoup((site / f"{name}.html").read_text(encoding="utf-8"), "html.parser")
-        if not articles:
-            whole = page
-        article = page.select_one("article.bd-article")
+        article = parsed[name].select_one("article.bd-article")
         for part in article.select(LEFT_OUT):
             part.decompose()
         _rewrite(article, address, name, addresses)
