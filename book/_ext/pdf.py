@@ -91,6 +91,8 @@ def _rewrite(root: Any, address: str, name: str, addresses: dict[str, str]) -> N
                 node[key] = f"#{_anchor(addresses[target], fragment)}"
             else:
                 node[key] = urljoin(address, node[key])
+        if node.name == "a" and node.get("href", "").startswith("file:"):
+            del node["href"]  # a figure's link to itself: a path of this machine in the PDF
         if "id" in node.attrs:
             node["id"] = _anchor(name, node["id"])
         for key in ("aria-labelledby", "aria-describedby", "for"):
