@@ -134,7 +134,8 @@ def test_every_figure_has_a_size_and_alternative_text(opened):
     figures = opened.page.evaluate(
         """() => [...document.querySelectorAll("article.bd-article img")].map(image => ({
             source: image.src.slice(0, 120), alt: image.alt, pixels: image.naturalWidth,
-            width: image.getBoundingClientRect().width, height: image.getBoundingClientRect().height,
+            width: image.getBoundingClientRect().width,
+            height: image.getBoundingClientRect().height,
             seen: image.checkVisibility(),
         }))"""
     )

@@ -5,7 +5,6 @@ Chromium prints it, so that page numbers run through and links between pages lea
 """
 
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -22,7 +21,6 @@ from lib.results import pages  # noqa: E402
 SITE = ROOT / "_build" / "html"
 PDF = ROOT / "_build" / "prediction-geometry.pdf"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-REFERENCES = re.compile(r"^(?:href|src|for|aria-labelledby|aria-describedby)$")
 LEFT_OUT = ".headerlink, .copybtn, details.hide, .depth-map .controls, script"
 FOOTER = (
     '<div style="font: 8px system-ui, sans-serif; color: #444; width: 100%; text-align: center">'
@@ -59,12 +57,14 @@ def whole_book(names: list[str], site: Path = SITE) -> str:
     if missing:
         raise FileNotFoundError(f"No page {', '.join(missing)}. Run `make book` first.")
     addresses = {(site / f"{name}.html").as_uri(): name for name in names}
+    parsed: dict[str, Any] = {
+        name: BeautifulSoup((site / f"{name}.html").read_text(encoding="utf-8"), "html.parser")
+        for name in names
+    }
+    whole = parsed[names[0]]
     articles = []
     for address, name in addresses.items():
-        page = BeautifulSoup((site / f"{name}.html").read_text(encoding="utf-8"), "html.parser")
-        if not articles:
-            whole = page
-        article = page.select_one("article.bd-article")
+        article = parsed[name].select_one("article.bd-article")
         for part in article.select(LEFT_OUT):
             part.decompose()
         _rewrite(article, address, name, addresses)
@@ -91,6 +91,8 @@ def _rewrite(root: Any, address: str, name: str, addresses: dict[str, str]) -> N
                 node[key] = f"#{_anchor(addresses[target], fragment)}"
             else:
                 node[key] = urljoin(address, node[key])
+        if node.name == "a" and node.get("href", "").startswith("file:"):
+            del node["href"]  # a figure's link to itself: a path of this machine in the PDF
         if "id" in node.attrs:
             node["id"] = _anchor(name, node["id"])
         for key in ("aria-labelledby", "aria-describedby", "for"):
