@@ -119,7 +119,7 @@ def sweep_blocks(
         ValueError: pairs, positions, blocks or donors that do not fit, named in the message.
     """
     wanted = check_blocks(decoder, blocks)
-    where = _position_table(prompts, positions)
+    where = position_table(prompts, positions)
     check_prompts(decoder, prompts)
     pairs = _check_pairs(pairs, len(prompts), donors)
     if donors is None:
@@ -353,7 +353,7 @@ def _own_states(
     return states
 
 
-def _position_table(
+def position_table(
     prompts: Sequence[Sequence[int]], positions: np.ndarray | Sequence[int] | str
 ) -> np.ndarray:
     """Return positions `[n_prompts, k]`, ascending, none of them 0."""

@@ -1,8 +1,11 @@
 """Print how each architecture of the tests is swept: `PYTHONPATH=. python tests/architectures.py`.
 
 One row each: the path that `sweep_blocks` takes, and the largest difference of any logit from a
-full recompute, for edits of the last token and of an earlier one, on ragged prompts.
+full recompute, for edits of the last token and of an earlier one, on ragged prompts. Arguments
+choose some by name.
 """
+
+import sys
 
 import numpy as np
 from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer
@@ -16,7 +19,7 @@ EARLIER = [3, 2, 3, 2, 1]
 def main() -> None:
     print("| architecture | path | last token | earlier token | largest logit |")
     print("|---|---|---|---|---|")
-    for name in ARCHITECTURES:
+    for name in sys.argv[1:] or ARCHITECTURES:
         decoder = load_decoder(tiny_model(name), tokenizer=tiny_tokenizer())
         last = by_full_recompute(decoder, [[len(prompt) - 1] for prompt in PROMPTS]).numpy()
         earlier = by_full_recompute(decoder, [[position] for position in EARLIER]).numpy()

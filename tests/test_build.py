@@ -481,7 +481,7 @@ class SmallBook:
             shutil.copytree(ROOT / name, folder / name)
         shutil.copy(ROOT / "book/references.bib", folder / "book")
         (folder / "lib").mkdir()
-        for module in ("__init__", "files", "notebook", "progress", "results", "verdicts"):
+        for module in ("__init__", "files", "notebook", "progress", "results", "runs", "verdicts"):
             shutil.copy(ROOT / "lib" / f"{module}.py", folder / "lib")
         (folder / "lib" / "data").mkdir()
         (folder / "lib" / "data" / "criteria.toml").write_text(

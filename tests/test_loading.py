@@ -79,47 +79,6 @@ def test_spreading_by_itself_takes_what_there_is(tmp_path: Path, llama: Decoder)
     assert np.abs(swept(llama, "last").logits - swept(split, "last").logits).max() < 1e-4
 
 
-def test_parts_on_two_gpus_never_meet_without_being_moved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two GPUs without values: every operation checks that its tensors lie on one device."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from lib import replay
-    from lib.extraction import run_blocks
-
-    real = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
-    with FakeTensorMode(allow_non_fake_inputs=False), torch.no_grad():
-        model = type(real.model)(real.model.config).eval()
-        places = {f"model.layers.{block}": f"cuda:{block // 2}" for block in range(4)}
-        places |= dict.fromkeys(["model.embed_tokens", "model.rotary_emb"], "cuda:0")
-        places |= dict.fromkeys(["model.norm", "lm_head"], "cuda:1")
-        for name, place in places.items():
-            for part in model.get_submodule(name).modules():
-                for held in (part._parameters, part._buffers):
-                    for key, value in held.items():
-                        if value is not None:
-                            moved = torch.empty_like(value, device=f"cuda:{place}")
-                            held[key] = (
-                                torch.nn.Parameter(moved) if held is part._parameters else moved
-                            )
-        accelerate.hooks.attach_align_device_hook_on_blocks(
-            model, execution_device={"": "cuda:0", **places}
-        )
-        split = Decoder(
-            "split", model, None, tuple(model.model.layers), (model.model.norm,), model.lm_head
-        )
-        tokens = torch.zeros(2, 6, dtype=torch.long, device=split.device)
-        assert str(split.device) == "cuda:0"
-        states = run_blocks(split, tokens, {0, 3})
-        assert [str(states[block].device) for block in (0, 3)] == ["cuda:0", "cuda:1"]
-        prefix = replay.run_prefix(split, tokens, 3)
-        rows = prefix.states[[0, 1, 2, 3]].transpose(0, 1)
-        for run in (replay.replay_rows, replay.recompute_rows):
-            last = run(split, prefix, [0, 1, 2, 3], rows)
-            assert last.shape == (2, 4, 32) and last.device == split.device
-        read = split.unembed(split.final_norm(last), [7, 50])
-        assert read.shape == (2, 4, 2)
-
-
 def test_dtype_is_that_of_the_residual_stream(tmp_path: Path, llama: Decoder) -> None:
     half = load_decoder(saved(tmp_path), dtype="bfloat16")
     assert half.dtype == torch.bfloat16
