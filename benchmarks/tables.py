@@ -40,8 +40,9 @@ def comparison(results: Mapping[str, Any] | None) -> pd.DataFrame:
     table["seconds"] = np.median(seconds, axis=1)
     ratios = np.empty_like(seconds)
     for _, rows in table.groupby("workload"):
-        ours = rows.loc[rows["contender"] == OURS, "seconds"].idxmin()
-        ratios[rows.index] = seconds[rows.index] / seconds[ours]
+        ours = int(rows.loc[rows["contender"] == OURS, "seconds"].idxmin())
+        place = rows.index.to_numpy()
+        ratios[place] = seconds[place] / seconds[ours]
     table["ratio"] = np.median(ratios, axis=1)
     table["bound"] = table.pop("macs") / (gmacs * 1e9) / table["seconds"]
     return table[list(COLUMNS)]

@@ -24,7 +24,8 @@ from benchmarks.bound import Shape
 from benchmarks.contenders.base import Contender
 from benchmarks.workloads import LOADS, ExtractLoad, Load, SweepLoad, shrink
 from lib.extraction import logit_lens
-from lib.models import load_decoder, quiet
+from lib.loading import quiet
+from lib.models import load_decoder
 
 N_LENS_PROMPTS = 64
 RATE_SIZE = 2048
@@ -159,7 +160,11 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    serve(sys.argv[1], sys.stdin, lambda answer: out.write(json.dumps(answer) + "\n") and None)
+
+    def reply(answer: dict[str, Any]) -> None:
+        out.write(json.dumps(answer) + "\n")
+
+    serve(sys.argv[1], sys.stdin, reply)
 
 
 if __name__ == "__main__":

@@ -129,14 +129,14 @@ class WholePrompts(Contender):
             prompts = load.prompts(self.decoder.d_vocab)[: len(rows)]
             part = ExtractLoad(load.name, tuple(len(prompt) for prompt in prompts))
             return self.extract(part)[0].scaled / len(rows)
-        prompts = torch.tensor(load.prompts(self.decoder.d_vocab))
+        tokens = torch.tensor(load.prompts(self.decoder.d_vocab))
         recipient, donor = torch.tensor(load.pairs)[rows].T
-        states = torch.randn(len(prompts), self.decoder.d_model)
+        states = torch.randn(len(tokens), self.decoder.d_model)
         started = time.perf_counter()
         for part in rows.split(self.batch):
             block = self.decoder.n_blocks // 2
             edit = EDITS[load.edits[0]]
-            self.patched(prompts[recipient[part]], block, load.position, edit, states[donor[part]])
+            self.patched(tokens[recipient[part]], block, load.position, edit, states[donor[part]])
         return (time.perf_counter() - started) / len(rows)
 
 

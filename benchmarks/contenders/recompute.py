@@ -7,7 +7,8 @@ from torch import Tensor
 
 from benchmarks.contenders.base import Contender, WholePrompts, padding_inputs
 from lib.interventions import Edit
-from lib.models import Decoder, untuple
+from lib.models import Decoder
+from lib.structure import untuple
 
 
 class FullRecompute(WholePrompts):

@@ -36,7 +36,7 @@ class Pyvene(WholePrompts):
         if edit is exchange:
             return self._wrap(pyvene.VanillaIntervention, block)
 
-        class Edited(pyvene.SourcelessIntervention):
+        class Edited(pyvene.SourcelessIntervention):  # type: ignore[misc, unused-ignore]
             def __init__(self, **options: Any) -> None:
                 super().__init__(**options)
                 self.is_source_constant = False
