@@ -4,6 +4,7 @@
   chapter's records change, and a build that warned or failed does so again until mended.
 - `progress`: shows at the terminal how far the chapters' loops have come.
 - `results`: collects the chapters' records into `_build/results/results.json`.
+- `run_facts`: what the build rested on, in `_build/results/run.json` and on a page.
 - `scorecard`: the table of verdicts on the landing page.
 - `mathjax`: puts MathJax into the book, so that pages need no network.
 """
@@ -16,11 +17,11 @@ from sphinx.application import Sphinx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # lib, which the chapters import too
 
-from executable_book import freshness, mathjax, progress, results, scorecard
+from executable_book import freshness, mathjax, progress, results, run_facts, scorecard
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Connects the parts to the build. Reading runs in one process, in the order of the book."""
-    for part in (mathjax, progress, results, freshness, scorecard):
+    for part in (mathjax, progress, results, freshness, run_facts, scorecard):
         part.setup(app)
     return {"parallel_read_safe": False, "parallel_write_safe": True}

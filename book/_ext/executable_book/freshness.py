@@ -21,6 +21,7 @@ from lib.results import pages, records_file
 
 CACHE = Path("_build", ".jupyter_cache")
 KEPT_CACHES = 24
+FACTS_PAGE = "book/how-computed"
 ENVIRONMENT_FILES = ("requirements.txt", "environment.yml")
 
 
@@ -52,11 +53,14 @@ def chapter_digest(common: str, earlier: list[Path]) -> str:
 def find_outdated(
     app: Sphinx, env: BuildEnvironment, added: set[str], changed: set[str], removed: set[str]
 ) -> list[str]:
-    """Returns the pages to read again: the landing page always, all if what they share changed."""
+    """Returns the pages to read again: all if what they share changed.
+
+    The landing page and the page on how the book was computed are read in every build.
+    """
     common = common_digest(Path(app.srcdir))
     if getattr(env, "executable_book_digest", common) != common:
         return pages(Path(app.srcdir))
-    return [pages(Path(app.srcdir))[0]]
+    return [pages(Path(app.srcdir))[0], *({FACTS_PAGE} & env.found_docs)]
 
 
 def order_pages(app: Sphinx, env: BuildEnvironment, docnames: list[str]) -> None:
