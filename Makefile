@@ -30,7 +30,7 @@ CHAPTERS = $(filter-out book/intro.md,$(shell grep -l '^jupytext:' book/*.md))
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help book test test-reading pdf verify lint audit mutate bench model notebooks lock clean
+.PHONY: help book test test-reading pdf verify lint audit bench model notebooks lock clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20

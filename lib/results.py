@@ -2,7 +2,12 @@
 
 import json
 import math
+import os
+import platform
+import re
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +36,11 @@ RECORD_COLUMNS = (
 )
 KEY_COLUMNS = ("claim", "part", "task", "model", "untrained", "statistic")
 """What tells records apart: no two of a book agree in all of these."""
+
+LIBRARIES = (
+    *("torch", "transformers", "safetensors", "gguf", "numpy", "scipy", "pandas"),
+    *("scikit-learn", "scikit-dimension", "jupyter-book", "myst-nb"),
+)
 
 VERDICTS = ("supported", "not supported", "not testable")
 
@@ -87,6 +97,38 @@ def records_file(claim: str, folder: Path = RESULTS) -> Path:
 def results_file(folder: Path = RESULTS) -> Path:
     """Returns the file that holds all records of a finished build."""
     return folder / "results.json"
+
+
+def run_file(folder: Path = RESULTS) -> Path:
+    """Returns the file that says how the results of a build were computed."""
+    return folder / "run.json"
+
+
+def run_facts(root: Path = ROOT) -> dict[str, str | int]:
+    """Returns what a build rests on, a flat table of facts: model, machine, versions, seeds, time.
+
+    The seeds are those of the pages of the book that state one (`SEED = 11`).
+    """
+    import torch  # late, for it takes seconds: few who need records need the facts of a run
+
+    from lib.embedded import GGUF_SHA256
+
+    model = os.environ.get("MODEL") or "embedded"
+    facts: dict[str, str | int] = {
+        "built": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "model": model,
+        "model_sha256": GGUF_SHA256 if model == "embedded" else "not recorded",
+        "threads": torch.get_num_threads(),
+        "processors": os.cpu_count() or 1,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+    }
+    facts |= {f"version_of_{name}": version(name) for name in LIBRARIES}
+    for page in pages(root):
+        text = (root / f"{page}.md").read_text(encoding="utf-8")
+        if found := re.search(r"^SEED = (\d+)", text, re.M):
+            facts[f"seed_of_{Path(page).name}"] = int(found[1])
+    return facts
 
 
 def write_rows(file: Path, rows: list[Record]) -> None:

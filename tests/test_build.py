@@ -1,6 +1,8 @@
+import html
 import io
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -430,6 +432,7 @@ from lib.progress import track
 with open("runs-{claim}", "a") as runs:
     runs.write("x")
 steps = [step for step in track(range(3), "counting the steps")]
+SEED = 5
 earlier = notebook.read_records("phase-transition")
 seen = 0.0 if earlier is None else earlier["estimate"][0]
 notebook.glue("words", notebook.estimate_text(0.5, 0.4, 0.6, 9))
@@ -481,7 +484,18 @@ class SmallBook:
             shutil.copytree(ROOT / name, folder / name)
         shutil.copy(ROOT / "book/references.bib", folder / "book")
         (folder / "lib").mkdir()
-        for module in ("__init__", "files", "notebook", "progress", "results", "runs", "verdicts"):
+        for module in (
+            *(
+                "__init__",
+                "embedded",
+                "files",
+                "notebook",
+                "progress",
+                "results",
+                "runs",
+                "verdicts",
+            ),
+        ):
             shutil.copy(ROOT / "lib" / f"{module}.py", folder / "lib")
         (folder / "lib" / "data").mkdir()
         (folder / "lib" / "data" / "criteria.toml").write_text(
@@ -491,8 +505,9 @@ class SmallBook:
         )
         (folder / "_toc.yml").write_text(
             "format: jb-book\nroot: book/intro\nchapters:\n"
-            "- file: book/phase-transition\n- file: book/angular-code\n"
+            "- file: book/phase-transition\n- file: book/angular-code\n- file: book/how-computed\n"
         )
+        shutil.copy(ROOT / "book" / "how-computed.md", folder / "book")
         (folder / "book" / "intro.md").write_text(INTRO)
         for claim in ("phase-transition", "angular-code"):
             self.write(claim, "0.5")
@@ -557,6 +572,15 @@ def test_a_small_book_lives_through_builds_failures_and_changes(tmp_path):
         r"Depth switches\.\s+supported; on held-out tasks alone: supported\s+not supported;", card
     )
     assert re.search(r"Norms do not\.\s+chapter to come", card)
+
+    facts = json.loads((tmp_path / "_build/results/run.json").read_text())
+    assert facts["python"] == platform.python_version()
+    assert facts["version_of_torch"].split("+")[0] == pins("requirements.in")["torch"]
+    assert facts["seed_of_phase-transition"] == 5
+    assert len(facts["model_sha256"]) == 64
+    shown = re.sub(r"<[^>]+>", " ", book.page("how-computed"))
+    assert re.search(r"seed of phase-transition\s+5\s", shown)
+    assert all(str(value) in html.unescape(shown) for value in facts.values())
 
     # Nothing changed: nothing is executed, the results are written all the same.
     shutil.rmtree(tmp_path / "_build" / "results")

@@ -61,10 +61,10 @@ def whole_book(names: list[str], site: Path = SITE) -> str:
         name: BeautifulSoup((site / f"{name}.html").read_text(encoding="utf-8"), "html.parser")
         for name in names
     }
-    whole = parsed[names[0]]
-    articles = []
+    whole: Any = parsed[names[0]]
+    articles: list[Any] = []
     for address, name in addresses.items():
-        article = parsed[name].select_one("article.bd-article")
+        article: Any = parsed[name].select_one("article.bd-article")
         for part in article.select(LEFT_OUT):
             part.decompose()
         _rewrite(article, address, name, addresses)

@@ -4,6 +4,7 @@
   chapter's records change, and a build that warned or failed does so again until mended.
 - `progress`: shows at the terminal how far the chapters' loops have come.
 - `results`: collects the chapters' records into `_build/results/results.json`.
+- `run_facts`: what the build rested on, in `_build/results/run.json` and on a page.
 - `scorecard`: the table of verdicts on the landing page.
 - `comparison`: the models' runs side by side.
 - `mathjax`: puts MathJax into the book, so that pages need no network.
@@ -24,6 +25,7 @@ from executable_book import (
     mathjax,
     progress,
     results,
+    run_facts,
     scorecard,
     theme,
 )
@@ -31,6 +33,8 @@ from executable_book import (
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Connects the parts to the build. Reading runs in one process, in the order of the book."""
-    for part in (mathjax, progress, results, freshness, scorecard, comparison, theme):
+    for part in (
+        *(mathjax, progress, results, freshness, run_facts, scorecard, comparison, theme),
+    ):
         part.setup(app)
     return {"parallel_read_safe": False, "parallel_write_safe": True}

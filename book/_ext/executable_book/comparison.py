@@ -4,7 +4,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from executable_book.scorecard import table_of
+from executable_book.tables import table
 from lib.runs import read_runs, relative_depths
 
 ONE = "There is one run so far, that of {model}; with a second one its depths will stand beside it."
@@ -47,7 +47,7 @@ class ModelComparison(SphinxDirective):
 
 
 def _text_table(head: list[str], rows: list[list[str]]) -> nodes.Node:
-    return table_of(head, [[[nodes.Text(cell)] for cell in row] for row in rows])
+    return table(head, [[[nodes.Text(cell)] for cell in row] for row in rows], "scorecard")
 
 
 def setup(app: Sphinx) -> None:

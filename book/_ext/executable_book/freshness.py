@@ -21,6 +21,7 @@ from lib.results import pages, records_file
 
 CACHE = Path("_build", ".jupyter_cache")
 KEPT_CACHES = 24
+FACTS_PAGE = "book/how-computed"
 ENVIRONMENT_FILES = ("requirements.txt", "environment.yml")
 PAGE_FILES = {
     "book/benchmarks": (
@@ -65,14 +66,15 @@ def find_outdated(
 ) -> list[str]:
     """Returns the pages to read again: all if what they share changed.
 
-    Always the landing page, and the pages that show files of their own.
+    Always the landing page, the pages that show files of their own, and the one that says how the
+    book was computed.
     """
     common = common_digest(Path(app.srcdir))
     every = pages(Path(app.srcdir))
     if getattr(env, "executable_book_digest", common) != common:
         return every
     shown = [page for page in every if page in PAGE_FILES or Path(page).name == "models"]
-    return [every[0], *shown]
+    return [every[0], *shown, *({FACTS_PAGE} & env.found_docs)]
 
 
 def order_pages(app: Sphinx, env: BuildEnvironment, docnames: list[str]) -> None:

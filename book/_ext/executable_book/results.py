@@ -16,6 +16,7 @@ from lib.results import (
     pages,
     records_file,
     results_file,
+    run_file,
     write_rows,
 )
 from lib.runs import keep_records
@@ -83,7 +84,7 @@ def write_results(app: Sphinx, exception: Exception | None) -> None:
     rows = collect(app.env)
     write_rows(results_file(), rows)
     keep_records(rows)
-    kept = {records_file(row["claim"]) for row in rows} | {results_file()}
+    kept = {records_file(row["claim"]) for row in rows} | {results_file(), run_file()}
     for file in RESULTS.glob("*.json"):
         if file not in kept:
             file.unlink()

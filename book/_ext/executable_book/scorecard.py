@@ -8,6 +8,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from executable_book.results import records_of
+from executable_book.tables import table
 from lib.results import Record, pages
 from lib.verdicts import claim_verdict
 
@@ -26,8 +27,8 @@ class Scorecard(SphinxDirective):
         ```
 
     Beside the verdict stands that on the tasks alone that were not seen while the criteria were
-    chosen. The verdicts come from the records that the chapters glued, so the page with the scorecard has
-    to be read after all chapters.
+    chosen. The verdicts come from the records that the chapters glued, so the page with the
+    scorecard has to be read after all chapters.
     """
 
     has_content = True
@@ -51,7 +52,7 @@ class Scorecard(SphinxDirective):
                 cells = [COMING] * max(1, len(models))
             rows.append([first, *([nodes.Text(cell)] for cell in cells)])
         heads = [model_text(model) for model in models] or ["Verdict"]
-        return [table_of(["Claim", *heads], rows)]
+        return [table(["Claim", *heads], rows, "scorecard")]
 
     def _claim(self, line: str) -> tuple[str, str]:
         claim, separator, words = line.partition(":")
@@ -92,20 +93,6 @@ def model_text(model: tuple[str, bool]) -> str:
 
 def _model(row: Record) -> tuple[str, bool]:
     return row["model"], row["untrained"]
-
-
-def table_of(head: list[str], rows: list[list[list[nodes.Node]]]) -> nodes.Node:
-    """Returns a table that scrolls sideways; each cell is a list of nodes."""
-
-    def row_node(cells: list[list[nodes.Node]]) -> nodes.row:
-        entries = [nodes.entry("", nodes.paragraph("", "", *cell)) for cell in cells]
-        return nodes.row("", *entries)
-
-    group = nodes.tgroup("", *(nodes.colspec(colwidth=1) for _ in head), cols=len(head))
-    group += nodes.thead("", row_node([[nodes.Text(text)] for text in head]))
-    group += nodes.tbody("", *(row_node(row) for row in rows))
-    table = nodes.table("", group, classes=["scorecard"])
-    return nodes.container("", table, classes=["table-scroll"])
 
 
 def setup(app: Sphinx) -> None:

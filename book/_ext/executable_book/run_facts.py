@@ -1,0 +1,37 @@
+"""How the book was computed: a file beside the results, and the table that a page shows of it."""
+
+import json
+from pathlib import Path
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+from executable_book.tables import table
+from lib.files import write_atomically
+from lib.results import run_facts, run_file
+
+
+class RunFacts(SphinxDirective):
+    """Shows what `lib.results.run_facts` says of this build, a row for each fact."""
+
+    def run(self) -> list[nodes.Node]:
+        """Returns the table."""
+        facts = json.loads(run_file().read_text(encoding="utf-8"))
+        rows = [
+            [[nodes.Text(name.replace("_", " "))], [nodes.Text(str(value))]]
+            for name, value in facts.items()
+        ]
+        return [table(["What", "Value"], rows, "run-facts")]
+
+
+def write_facts(app: Sphinx) -> None:
+    """Writes the facts before any page is read."""
+    text = json.dumps(run_facts(Path(app.srcdir)), indent=1, ensure_ascii=False) + "\n"
+    write_atomically(run_file(), text)
+
+
+def setup(app: Sphinx) -> None:
+    """Connects this part to the build."""
+    app.add_directive("run-facts", RunFacts)
+    app.connect("builder-inited", write_facts)
