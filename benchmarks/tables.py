@@ -40,7 +40,8 @@ def comparison(results: Mapping[str, Any] | None) -> pd.DataFrame:
     table["seconds"] = np.median(seconds, axis=1)
     ratios = np.empty_like(seconds)
     for _, rows in table.groupby("workload"):
-        ours = int(rows.loc[rows["contender"] == OURS, "seconds"].idxmin())
+        own = rows[rows["contender"] == OURS]
+        ours = own.index.to_numpy()[own["seconds"].argmin()]
         place = rows.index.to_numpy()
         ratios[place] = seconds[place] / seconds[ours]
     table["ratio"] = np.median(ratios, axis=1)
