@@ -187,7 +187,11 @@ def admit(
                     "check", attention=attention, file=str(file), **request
                 )
             )
-            row: dict[str, Any] = {"contender": contender, "attention": attention, "batch": tuned.get("batch")}
+            row: dict[str, Any] = {
+                "contender": contender,
+                "attention": attention,
+                "batch": tuned.get("batch"),
+            }
             problem = tuned.get("error") or answer.get("error")
             if problem is None:
                 logits = np.load(file, mmap_mode="r")
