@@ -126,7 +126,8 @@ def generate(
             text, which is slower and must give the same.
 
     Raises:
-        ValueError: no prompts, an empty prompt, or no tokens to add.
+        ValueError: no prompts, an empty prompt, or no tokens to add; prompts of different lengths
+            for a state-space model.
     """
     if not prompts or min(len(prompt) for prompt in prompts) == 0 or n_new_tokens < 1:
         raise ValueError(
@@ -134,6 +135,13 @@ def generate(
             f"prompts, {n_new_tokens} new tokens."
         )
     longest = max(len(prompt) for prompt in prompts)
+    if "past_key_values" not in inspect.signature(decoder.model.forward).parameters:
+        if min(len(prompt) for prompt in prompts) < longest:
+            raise ValueError(
+                f"{decoder.name} carries a state in place of keys and values, which padding would "
+                "enter: give prompts of one length, or one prompt at a time."
+            )
+        use_cache = False
     pad = [[0] * (longest - len(prompt)) for prompt in prompts]
     text = torch.tensor([p + list(prompt) for p, prompt in zip(pad, prompts, strict=True)])
     mask = torch.tensor([p + [1] * len(t) for p, t in zip(pad, prompts, strict=True)])

@@ -207,7 +207,8 @@ def test_changed_requirements_are_installed(fake_project):
 @pytest.mark.parametrize("python", ["false", "no-such-python"])
 def test_wrong_python_is_named_with_what_to_do(tmp_path, python):
     shutil.copy(ROOT / "Makefile", tmp_path)
-    (tmp_path / "requirements.txt").touch()
+    for name in ("requirements.txt", "requirements-hashed.txt"):
+        (tmp_path / name).touch()
     done = subprocess.run(
         ["make", "book", f"PYTHON={python}"],
         cwd=tmp_path,

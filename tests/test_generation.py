@@ -72,6 +72,10 @@ def test_steered_generation_equals_recomputing_without_a_cache(
 
 
 def test_batched_prompts_of_different_lengths_equal_single_ones(decoder: Decoder) -> None:
+    if decoder.model.config.model_type == "mamba":
+        with pytest.raises(ValueError, match="carries a state in place of keys and values"):
+            generate(decoder, PROMPTS, N_NEW)
+        return
     single = [generate(decoder, [prompt], N_NEW)[0] for prompt in PROMPTS]
     assert generate(decoder, PROMPTS, N_NEW) == single
 
