@@ -50,25 +50,27 @@ def test_steered_generation_equals_recomputing_without_a_cache(
     decoder: Decoder, where: str
 ) -> None:
     decoder.model.generation_config.eos_token_id = None
+    one_length = decoder.model.config.model_type == "mamba"  # others are refused, see below
+    prompts = PROMPTS[:1] if one_length else PROMPTS
     positions = [
         {
             "last of prompt": [len(p) - 1],
             "generated": range(len(p), EVERY),
             "both": range(len(p) - 1, EVERY),
         }[where]
-        for p in PROMPTS
+        for p in prompts
     ]
     with steer(decoder, BLOCK, rotation(120), target_of(decoder), positions):
-        batched = generate(decoder, PROMPTS, N_NEW)
+        batched = generate(decoder, prompts, N_NEW)
     with steer(decoder, BLOCK, rotation(120), target_of(decoder), positions):
-        uncached = generate(decoder, PROMPTS, N_NEW, use_cache=False)
+        uncached = generate(decoder, prompts, N_NEW, use_cache=False)
     alone = [
         plain_steered(decoder, prompt, [p for p in range(64) if p in chosen], N_NEW)
-        for prompt, chosen in zip(PROMPTS, positions, strict=True)
+        for prompt, chosen in zip(prompts, positions, strict=True)
     ]
     assert batched == alone
     assert uncached == alone
-    assert batched != generate(decoder, PROMPTS, N_NEW)
+    assert batched != generate(decoder, prompts, N_NEW)
 
 
 def test_batched_prompts_of_different_lengths_equal_single_ones(decoder: Decoder) -> None:
