@@ -29,5 +29,6 @@ def ratio_figure(table: pd.DataFrame) -> Figure:
     axes.invert_yaxis()
     axes.set_xlabel("seconds, by those of this book (logarithmic; right of 1 is slower)")
     axes.grid(axis="x", which="both", linewidth=0.3)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.4, 1.12), ncols=4)
+    if len(fastest):
+        axes.legend(loc="upper center", bbox_to_anchor=(0.4, 1.12), ncols=4)
     return figure
