@@ -217,14 +217,14 @@ def table_html(table: pd.DataFrame, caption: str) -> str:
 def _verdict_table(rows: list[Record]) -> pd.DataFrame:
     return pd.DataFrame(
         {
-            "part": row["part"],
+            "statistic": row["statistic"].replace("_", " "),
             "task": row["task"],
-            "model": f"{row['model']}, untrained" if row["untrained"] else row["model"],
-            "statistic": row["statistic"],
             "estimate [95 % interval]": _interval(*(row[column] for column in _NUMBERS)),
             "verdict": row["verdict"],
-            "criterion": row["criterion"],
             "n": row["n"],
+            "model": f"{row['model']}, untrained" if row["untrained"] else row["model"],
+            "part": row["part"],
+            "criterion": row["criterion"],
         }
         for row in rows
     )
