@@ -144,7 +144,7 @@ def test_every_figure_has_a_size_and_alternative_text(opened):
         assert len(figure["alt"]) > 20 and not re.search(r"\.(png|svg)$", figure["alt"]), figure
         if figure["seen"]:
             assert figure["width"] > 200 and figure["height"] > 60, figure
-    if opened.name in CHAPTERS:
+    if opened.name in CHAPTERS and "explorer" not in opened.name:  # a script draws its figure
         assert figures
 
 
