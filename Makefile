@@ -40,7 +40,7 @@ book: model  ## build the book, executing the chapters that changed
 	@echo "The book is at $(CURDIR)/_build/html/index.html"
 
 test: $(TESTS_READY) model  ## run the tests
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-reading: $(TESTS_READY)  ## read the built book in a browser: offline, links, accessibility
 	@$(BIN)/python -m pytest -m browser tests/test_reading.py
