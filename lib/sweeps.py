@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -139,7 +140,10 @@ def sweep_blocks(
     groups = list(_recipient_groups(prompts, where, pairs[:, 0], n_rows, batch_tokens))
     recomputed = False
     for group in track(groups, description) if description else groups:
-        shared = _replay_is_exact(decoder, prompts, where, group, donors, pairs, edits, wanted)
+        length = len(prompts[int(group.recipients[0])])
+        row_length = length - int(where[group.recipients].min())
+        compare = partial(_compare, decoder, prompts, where, group, donors, pairs, edits, wanted)
+        shared = _replay_is_exact(decoder, length, row_length, compare)
         recomputed |= not shared
         prefix = _run(decoder, prompts, where, group.recipients, shared)
         if len(read_ids):
@@ -284,29 +288,25 @@ def _run(
 
 
 def _replay_is_exact(
-    decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
-    where: np.ndarray,
-    group: _Group,
-    donors: Tensor,
-    pairs: np.ndarray,
-    edits: Mapping[str, Edit],
-    wanted: tuple[int, ...],
+    decoder: Decoder, length: int, row_length: int, compare: Callable[[], bool]
 ) -> bool:
-    """Compare replay with full recompute on one recipient, an early and a late block.
+    """Say whether replay may be used, comparing once for a model and again for longer prompts.
 
-    Once for a model, and again for prompts or rows longer than those that it was compared on.
+    Args:
+        decoder: the model.
+        length: tokens of a prompt.
+        row_length: tokens of a row.
+        compare: tells whether it is exact at these lengths.
     """
-    length = len(prompts[int(group.recipients[0])])
-    row_length = length - int(where[group.recipients].min())
-    for (tokens, row_tokens), exact in _compared.setdefault(decoder, {}).items():
-        if (tokens, row_tokens) == (length, row_length) or (
-            exact and tokens >= length and row_tokens >= row_length
-        ):
-            return exact
-    exact = _compare(decoder, prompts, where, group, donors, pairs, edits, wanted)
-    _compared[decoder][length, row_length] = exact
-    return exact
+    known = _compared.setdefault(decoder, {})
+    if any(
+        exact and tokens >= length and row_tokens >= row_length
+        for (tokens, row_tokens), exact in known.items()
+    ):
+        return True
+    if (length, row_length) not in known:
+        known[length, row_length] = compare()
+    return known[length, row_length]
 
 
 def _compare(
@@ -319,6 +319,7 @@ def _compare(
     edits: Mapping[str, Edit],
     wanted: tuple[int, ...],
 ) -> bool:
+    """Compare replay with full recompute on one recipient, an early and a late block."""
     one = _Group(group.recipients[:1], group.pair_table[:1, :1])
     block = np.argsort(wanted, kind="stable")[np.unique([0, len(wanted) // 2])]
     rows = _Rows(np.zeros_like(block), block, np.zeros_like(block))
