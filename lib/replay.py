@@ -28,7 +28,7 @@ from lib.extraction import count_shared, run_blocks
 from lib.models import Decoder
 from lib.structure import untuple
 
-MAX_ROW_TOKENS = 192
+MAX_ROW_TOKENS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +53,13 @@ class Prefix:
     def row_length(self) -> int:
         """Tokens from `first` to the end."""
         return self.tokens.shape[1] - self.first
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that its states, keys and values take."""
+        layers: Any = [] if self.cache is None else self.cache.layers
+        held = [self.states, *(part for layer in layers for part in (layer.keys, layer.values))]
+        return sum(tensor.nbytes for tensor in held)
 
 
 class FrozenCache(DynamicCache):

@@ -1,8 +1,7 @@
 """Sweeps: an edit at every block for every pair of recipient and donor, exactly and fast."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -35,6 +34,9 @@ from lib.replay import (
 Measure = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 BATCH_TOKENS = 1024
 UNEMBEDDING_ROWS = 512
+KEPT_BYTES = 2**29
+"""Most memory for prefixes that wait for their turn, where they give the donors' states too."""
+
 _compared: WeakKeyDictionary[Decoder, dict[tuple[int, int], bool]] = WeakKeyDictionary()
 
 
@@ -123,29 +125,25 @@ def sweep_blocks(
     where = position_table(prompts, positions)
     check_prompts(decoder, prompts)
     pairs = _check_pairs(pairs, len(prompts), donors)
-    if donors is None:
-        donors = _own_states(decoder, prompts, where, wanted, np.unique(pairs[:, 1]))
-    donors = donors if donors.dim() == 4 else donors[:, :, None]
-    expected = (len(wanted), where.shape[1], decoder.d_model)
-    if (donors.shape[0], donors.shape[2], donors.shape[3]) != expected:
-        raise ValueError(
-            f"Donor states have shape {tuple(donors.shape)}; expected [{expected[0]} blocks, "
-            f"donors, {expected[1]} positions, {expected[2]}]."
-        )
+    if donors is not None:
+        donors = _check_donors(donors, (len(wanted), where.shape[1], decoder.d_model))
     shape = (len(edits), len(wanted), len(pairs), len(read_ids))
     logits = np.empty(shape, dtype=np.float32)
     clean = np.empty((len(pairs), len(read_ids)), dtype=np.float32)
     measures: dict[str, np.ndarray] = {}
     n_rows = len(edits) * len(wanted) * int(np.bincount(pairs[:, 0]).max())
     groups = list(_recipient_groups(prompts, where, pairs[:, 0], n_rows, batch_tokens))
-    recomputed = False
-    for group in track(groups, description) if description else groups:
-        length = len(prompts[int(group.recipients[0])])
-        row_length = length - int(where[group.recipients].min())
-        compare = partial(_compare, decoder, prompts, where, group, donors, pairs, edits, wanted)
-        shared = _replay_is_exact(decoder, length, row_length, compare)
-        recomputed |= not shared
-        prefix = _run(decoder, prompts, where, group.recipients, shared)
+    exact = [_replay_is_exact(decoder, prompts, where, group, edits, wanted) for group in groups]
+    kept: list[Prefix] = []
+    if donors is None:
+        prefixes = (
+            _run(decoder, prompts, where, group.recipients, shared)
+            for group, shared in zip(groups, exact, strict=True)
+        )
+        donors = _own_states(decoder, prompts, where, wanted, pairs, groups, prefixes, kept)
+    for index, group in enumerate(track(groups, description) if description else groups):
+        shared = exact[index]
+        prefix = kept.pop(0) if kept else _run(decoder, prompts, where, group.recipients, shared)
         if len(read_ids):
             read = logit_lens(decoder, prefix.states[-1][:, -1], read_ids).numpy()
             clean[group.pair_table] = read[:, None]
@@ -154,7 +152,7 @@ def sweep_blocks(
             run = replay_rows if shared else recompute_rows
             last = run(decoder, prefix, [wanted[block] for block in rows.block], edited)
             _read(decoder, last, group, rows, read_ids, measure, logits, measures)
-    path = "full recompute" if recomputed else "prefix replay"
+    path = "prefix replay" if all(exact) else "full recompute"
     return Sweep(tuple(edits), wanted, pairs, logits, clean, measures, path)
 
 
@@ -190,8 +188,7 @@ def _recipient_groups(
         row_length = key[0] - min(key[1:])
         most = max(row_length, min(n_rows * row_length, MAX_ROW_TOKENS))
         size = max(1, batch_tokens // most)
-        for start in range(0, len(members), size):
-            chosen = members[start : start + size]
+        for chosen in np.array_split(members, -(-len(members) // size)):
             columns = [np.flatnonzero(recipients == r) for r in chosen]
             n_columns = max(len(column) for column in columns)
             yield _Group(chosen, np.stack([np.resize(column, n_columns) for column in columns]))
@@ -288,16 +285,16 @@ def _run(
 
 
 def _replay_is_exact(
-    decoder: Decoder, length: int, row_length: int, compare: Callable[[], bool]
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    where: np.ndarray,
+    group: _Group,
+    edits: Mapping[str, Edit],
+    wanted: tuple[int, ...],
 ) -> bool:
-    """Say whether replay may be used, comparing once for a model and again for longer prompts.
-
-    Args:
-        decoder: the model.
-        length: tokens of a prompt.
-        row_length: tokens of a row.
-        compare: tells whether it is exact at these lengths.
-    """
+    """Say whether replay may be used, comparing once for a model and again for longer prompts."""
+    length = len(prompts[int(group.recipients[0])])
+    row_length = length - int(where[group.recipients].min())
     known = _compared.setdefault(decoder, {})
     if any(
         exact and tokens >= length and row_tokens >= row_length
@@ -305,7 +302,7 @@ def _replay_is_exact(
     ):
         return True
     if (length, row_length) not in known:
-        known[length, row_length] = compare()
+        known[length, row_length] = _compare(decoder, prompts, where, group, edits, wanted)
     return known[length, row_length]
 
 
@@ -314,18 +311,20 @@ def _compare(
     prompts: Sequence[Sequence[int]],
     where: np.ndarray,
     group: _Group,
-    donors: Tensor,
-    pairs: np.ndarray,
     edits: Mapping[str, Edit],
     wanted: tuple[int, ...],
 ) -> bool:
-    """Compare replay with full recompute on one recipient, an early and a late block."""
-    one = _Group(group.recipients[:1], group.pair_table[:1, :1])
+    """Compare replay with full recompute on one recipient, an early and a late block.
+
+    Its donor is its own state with the coordinates in reverse: as long, in another direction.
+    """
+    one = _Group(group.recipients[:1], np.zeros((1, 1), dtype=np.int64))
     block = np.argsort(wanted, kind="stable")[np.unique([0, len(wanted) // 2])]
     rows = _Rows(np.zeros_like(block), block, np.zeros_like(block))
     try:
         prefix = _run(decoder, prompts, where, one.recipients, shared=True)
-        edited = _edit(prefix, where, one, donors, pairs, edits, wanted, rows)
+        donor = _states_at(prefix, where, one.recipients, wanted).flip(-1)
+        edited = _edit(prefix, where, one, donor, np.zeros((1, 2), dtype=int), edits, wanted, rows)
         fast = replay_rows(decoder, prefix, [wanted[b] for b in rows.block], edited)
     except (ReplayUnsupportedError, RuntimeError, TypeError, AttributeError):
         return False  # the block refuses rows side by side: the slower path is always right
@@ -339,12 +338,28 @@ def _own_states(
     prompts: Sequence[Sequence[int]],
     where: np.ndarray,
     wanted: tuple[int, ...],
-    used: np.ndarray,
+    pairs: np.ndarray,
+    groups: Sequence[_Group],
+    prefixes: Iterable[Prefix],
+    kept: list[Prefix],
 ) -> Tensor:
-    """Return the states of the prompts that serve as donors; those of the others are zero."""
+    """Return the states of the prompts that serve as donors `[n_blocks, n_prompts, k, d_model]`.
+
+    Donors that are recipients too run once: their states are those of their groups' prefixes, which
+    are put into `kept`, from the first on, as long as they fit in `KEPT_BYTES`. The states of
+    prompts that do not serve as donors may be zero.
+    """
     states = torch.zeros(len(wanted), len(prompts), where.shape[1], decoder.d_model)
-    for rows in equal_length_batches([prompts[index] for index in used], EXTRACTION_TOKENS):
-        chosen = used[rows]
+    donors, room = np.unique(pairs[:, 1]), KEPT_BYTES
+    if np.isin(donors, pairs[:, 0]).any():
+        for group, prefix in zip(groups, prefixes, strict=True):
+            states[:, group.recipients] = _states_at(prefix, where, group.recipients, wanted)
+            room -= prefix.n_bytes
+            if room >= 0:
+                kept.append(prefix)
+    others = np.setdiff1d(donors, pairs[:, 0])
+    for rows in equal_length_batches([prompts[index] for index in others], EXTRACTION_TOKENS):
+        chosen = others[rows]
         tokens = torch.tensor([list(prompts[index]) for index in chosen], device=decoder.device)
         captured = run_blocks(decoder, tokens, set(wanted))
         members = torch.arange(len(chosen))[:, None]
@@ -352,6 +367,15 @@ def _own_states(
             picked = captured[block][members, torch.as_tensor(where[chosen])]
             states[index, chosen] = picked.float().cpu()
     return states
+
+
+def _states_at(
+    prefix: Prefix, where: np.ndarray, members: np.ndarray, wanted: tuple[int, ...]
+) -> Tensor:
+    """Return a group's clean states where it is edited `[n_blocks, n_recipients, k, d_model]`."""
+    offsets = torch.as_tensor(where[members] - prefix.first, device=prefix.states.device)
+    rows = torch.arange(len(members), device=prefix.states.device)[:, None]
+    return prefix.states[list(wanted)][:, rows, offsets].float().cpu()
 
 
 def position_table(
@@ -371,6 +395,16 @@ def position_table(
             "analysed; choose a later position."
         )
     return table
+
+
+def _check_donors(donors: Tensor, expected: tuple[int, int, int]) -> Tensor:
+    given = donors if donors.dim() == 4 else donors[:, :, None]
+    if (given.shape[0], *given.shape[2:]) != expected:
+        raise ValueError(
+            f"Donor states have shape {tuple(given.shape)}; expected [{expected[0]} blocks, "
+            f"donors, {expected[1]} positions, {expected[2]}]."
+        )
+    return given
 
 
 def _check_pairs(pairs: np.ndarray, n_prompts: int, donors: Tensor | None) -> np.ndarray:
