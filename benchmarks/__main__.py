@@ -133,7 +133,10 @@ def measure(
     rate: Process,
     results: dict[str, Any],
 ) -> None:
-    """Compare, tune, warm up and time all contenders on one workload; add rows to `results`."""
+    """Compare and time all contenders on one workload; add rows to `results`.
+
+    The comparison, which runs the same code on the same prompts, is the warm-up too.
+    """
     load = shrink(LOADS[name]) if quick else LOADS[name]
     macs = minimum_macs(Shape(**processes[OURS].described["shape"]), load)
     request = {"load": name, "quick": quick}
@@ -141,9 +144,8 @@ def measure(
         file = str(Path(folder) / "answer.npy")
         rows = admit(processes, request, folder, results)
         timed: list[dict[str, Any]] = [{"seconds": [], "peak_mib": 0.0} for _ in rows]
-        for turn in range(1 if quick else 0, results["runs"] + 1):  # turn 0 is the warm-up
-            if turn:
-                results["rates_gmacs"].append(rate.ask("run")["gmacs"])
+        for _ in range(results["runs"]):
+            results["rates_gmacs"].append(rate.ask("run")["gmacs"])
             reference: dict[str, np.ndarray] = {}
             for row, times in zip(rows, timed, strict=True):
                 answer = processes[row["contender"]].ask(
@@ -155,9 +157,8 @@ def measure(
                 compare_digests(digest, reference.setdefault(row["attention"], digest), row)
                 say(f"{name}: {row['contender']}, {row['attention']}: {answer['seconds']:.2f} s")
                 row["share"] = answer["share"]
-                if turn:
-                    times["seconds"].append(answer["seconds"])
-                    times["peak_mib"] = max(times["peak_mib"], answer["peak_mib"])
+                times["seconds"].append(answer["seconds"])
+                times["peak_mib"] = max(times["peak_mib"], answer["peak_mib"])
     for row, times in zip(rows, timed, strict=True):
         results["rows"].append({"workload": name, **row, "macs": macs, **times})
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks import contenders
 from benchmarks.bound import Shape
-from benchmarks.contenders.base import Contender
+from benchmarks.contenders.base import Contender, WholePrompts
 from benchmarks.workloads import LOADS, ExtractLoad, Load, SweepLoad, shrink
 from lib.extraction import logit_lens
 from lib.loading import quiet
@@ -39,17 +39,18 @@ class Worker:
         self.decoder = load_decoder()
         with quiet():
             self.contender: Contender = contenders.make(name, self.decoder)
-        self.tuned: dict[tuple[str, str], int | None] = {}
+        self.tuned: dict[tuple[type, int, str], int | None] = {}
 
     def describe(self) -> dict[str, Any]:
         """Return the model's name and shape."""
         return {"model": self.decoder.name, "shape": asdict(Shape.of(self.decoder.model.config))}
 
     def tune(self, load: Load, attention: str) -> dict[str, Any]:
-        """Choose the batch size."""
-        self._attend(attention)
-        self.tuned[load.name, attention] = self.contender.tune(load)
-        return {"batch": self.tuned[load.name, attention]}
+        """Choose the batch size, once for prompts of one length and one attention."""
+        key = self._attend(load, attention)
+        if key not in self.tuned:
+            self.tuned[key] = self.contender.tune(load)
+        return {"batch": self.tuned[key]}
 
     def check(self, load: Load, attention: str, file: str) -> dict[str, Any]:
         """Write what is compared before anything is timed: the share's full logits.
@@ -57,7 +58,7 @@ class Worker:
         For a sweep `[n_edits, n_blocks, n_pairs, d_vocab]`; for an extraction the logit lens of the
         last states of some prompts, `[n_prompts, d_vocab]`.
         """
-        self._attend(attention)
+        self._attend(load, attention)
         if isinstance(load, ExtractLoad):
             _, prompts, states = self.contender.extract(load)
             shared = load.shared_prompts()[:N_LENS_PROMPTS]
@@ -85,7 +86,7 @@ class Worker:
         For a sweep the largest logit `[n_edits, n_blocks, n_pairs]`; for an extraction the norms of
         the states `[n_blocks, n_prompts]`.
         """
-        self._attend(attention)
+        self._attend(load, attention)
         reset_peak_memory()
         if isinstance(load, SweepLoad):
             shape = (len(load.edits), self.decoder.n_blocks, len(load.pairs))
@@ -103,8 +104,14 @@ class Worker:
         np.save(file, digest)
         return {"seconds": timing.seconds, "share": timing.share, "peak_mib": peak}
 
-    def _attend(self, attention: str) -> None:
+    def _attend(self, load: Load, attention: str) -> tuple[type, int, str]:
+        """Set the attention and the batch size tuned for it, and return what that depends on."""
         self.decoder.model.set_attn_implementation(attention)
+        longest = max(load.lengths) if isinstance(load, ExtractLoad) else load.length
+        key = (type(load), longest, attention)
+        if isinstance(self.contender, WholePrompts) and self.tuned.get(key):
+            self.contender.batch = self.tuned[key] or self.contender.batch
+        return key
 
 
 class Rate:

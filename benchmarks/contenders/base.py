@@ -16,7 +16,7 @@ from lib.models import Decoder
 Read = Callable[[int, int, np.ndarray, Tensor], None]
 """Takes edit, block, pairs `[n]` and their full logits `[n, d_vocab]`."""
 
-BATCHES = (8, 16, 32, 64, 128)
+BATCHES = (8, 32, 128)
 PADDING = 2  # what stands there is masked
 
 

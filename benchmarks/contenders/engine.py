@@ -48,11 +48,13 @@ class Engine(Contender):
         return Timing(0.0, seconds, 1.0)
 
     def extract(self, load: ExtractLoad) -> tuple[Timing, np.ndarray, Tensor]:
-        """Extract all prompts in one call."""
-        prompts = load.prompts(self.decoder.d_vocab)
+        """Extract the share's prompts in one call."""
+        every, chosen = load.prompts(self.decoder.d_vocab), load.shared_prompts()
+        prompts = [every[index] for index in chosen]
         started = time.perf_counter()
         states = extract_residuals(self.decoder, prompts).states
-        return Timing(0.0, time.perf_counter() - started, 1.0), np.arange(len(prompts)), states
+        seconds = time.perf_counter() - started
+        return Timing(0.0, seconds, len(chosen) / len(every)), chosen, states
 
 
 def make(decoder: Decoder) -> Contender:
