@@ -1,5 +1,10 @@
 """Extraction: the right block, the right token, whatever the batch."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import oracle
 import pytest
@@ -90,6 +95,40 @@ def test_where_sharing_is_not_exact_every_prompt_runs_whole(
     passes = count_tokens(decoder, monkeypatch)
     extract_residuals(decoder, BEGIN_ALIKE)
     assert passes[-1] == 4 * 7
+
+
+def test_ten_thousand_prompts_need_little_memory_beyond_their_states() -> None:
+    script = """
+import resource
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from conftest import tiny_model, tiny_tokenizer
+from lib.extraction import extract_residuals
+from lib.models import load_decoder
+
+decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
+prompts = np.random.default_rng(0).integers(3, 64, size=(10_000, 60)).tolist()
+extract_residuals(decoder, prompts[:1_000])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+states = extract_residuals(decoder, prompts).states
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(after - before, states.nbytes // 1024)
+"""
+    here = Path(__file__).resolve().parent
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        cwd=here.parent,
+        env={**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"},
+        capture_output=True,
+        text=True,
+    )
+    grown, result = map(int, done.stdout.split())  # KiB
+    assert grown < result + 64 * 1024  # all of the prompts' states at all positions: 300 MiB
 
 
 def test_chosen_blocks_come_in_the_order_asked_for(llama: Decoder) -> None:

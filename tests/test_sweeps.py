@@ -133,6 +133,52 @@ def test_result_does_not_depend_on_the_batch(
     assert np.abs(large - small).max() < 1e-4
 
 
+def count_tokens(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by the number of tokens of each pass over the model."""
+    passes: list[int] = []
+    forward = decoder.model.base_model.forward
+
+    def counting(tokens: Tensor, **options: object) -> object:
+        passes.append(tokens.numel())
+        return forward(tokens, **options)
+
+    monkeypatch.setattr(decoder.model.base_model, "forward", counting)
+    return passes
+
+
+def test_a_prompt_that_gives_and_receives_is_run_once(
+    llama: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full(llama, "last")  # compares, once
+    passes = count_tokens(llama, monkeypatch)
+    full(llama, "last")
+    # For each of the two lengths: the beginning that its prompts share, the rest of them up to the
+    # last token, and the last token. Edited rows call the blocks, not the model.
+    assert sum(passes) == (2 + 3 * 4 + 3) + (2 + 2 * 2 + 2)
+
+
+def test_donors_need_not_be_recipients(llama: Decoder) -> None:
+    pairs = np.array([[0, 2], [0, 4], [1, 0], [1, 3]])
+    read = list(range(llama.d_vocab))
+    sweep = sweep_blocks(llama, PROMPTS, pairs, EDITS, positions=[3, 2, 3, 2, 1], read_ids=read)
+    expected = by_full_recompute(llama, [[3], [2], [3], [2], [1]], pairs=pairs)
+    assert np.abs(sweep.logits - expected.numpy()).max() < 1e-4
+
+
+def test_prefixes_beyond_the_memory_kept_for_them_are_run_again(
+    llama: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, before = full(llama, "last", batch_tokens=1)
+    passes = count_tokens(llama, monkeypatch)
+    full(llama, "last", batch_tokens=1)
+    once = sum(passes)
+    monkeypatch.setattr("lib.sweeps.KEPT_BYTES", 0)
+    passes.clear()
+    _, after = full(llama, "last", batch_tokens=1)
+    assert sum(passes) == 2 * once
+    assert np.array_equal(before, after)
+
+
 def test_two_runs_are_bit_identical(llama: Decoder) -> None:
     assert np.array_equal(full(llama, "last")[1], full(llama, "last")[1])
 
