@@ -316,7 +316,7 @@ def test_too_few_items_and_broken_values_are_one_line_errors(function, states):
 )
 def test_a_zero_state_is_named(function, states):
     states[3] = 0
-    with pytest.raises(ValueError, match="item 3 has norm 0"):
+    with pytest.raises(ValueError, match=r"^states: item 3 has norm 0"):
         function(states)
 
 
@@ -376,9 +376,9 @@ def test_an_error_names_the_argument_at_fault(name, call):
 
 def test_a_zero_state_is_sought_in_both_blocks_of_a_step():
     zero = WHOLE * [[1], [1], [0]]
-    with pytest.raises(ValueError, match="^states: item 2 has norm 0"):
+    with pytest.raises(ValueError, match=r"^states: item 2 has norm 0"):
         metrics.angular_step(zero, WHOLE)
-    with pytest.raises(ValueError, match="^next_states: item 2 has norm 0"):
+    with pytest.raises(ValueError, match=r"^next_states: item 2 has norm 0"):
         metrics.angular_step(WHOLE, zero)
 
 
@@ -438,9 +438,9 @@ def test_neighbourhood_overlap_takes_the_fewest_items_and_the_most_neighbours():
     assert metrics.neighbourhood_overlap(line, other, k=1).tolist() == [1, 0, 1]
     four = metrics.distances([[0.0], [1.0], [3.0], [7.0]])
     assert metrics.neighbourhood_overlap(four, four, k=2).tolist() == [1, 1, 1, 1]
-    with pytest.raises(ValueError, match="^first must have at least 3 items"):
+    with pytest.raises(ValueError, match=r"^first must have at least 3 items"):
         metrics.neighbourhood_overlap(line[:2, :2], line, k=1)
-    with pytest.raises(ValueError, match="^second must have at least 3 items"):
+    with pytest.raises(ValueError, match=r"^second must have at least 3 items"):
         metrics.neighbourhood_overlap(line, line[:2, :2], k=1)
     with pytest.raises(ValueError, match="from 1 to n_items - 2 = 2; got 0"):
         metrics.neighbourhood_overlap(four, four, k=0)
