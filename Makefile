@@ -25,6 +25,7 @@ HASH = build/lock/bin/uv pip compile --quiet --no-deps --universal --python-vers
   --generate-hashes --no-header --no-annotate
 TOOLS := build/tools
 TOOLS_READY := $(TOOLS)/ready.stamp
+MUTATE_VENV := build/mutate-venv
 BENCH_VENV := build/bench-venv
 BOOK_READY := $(VENV)/book.stamp
 TESTS_READY := $(VENV)/tests.stamp
@@ -33,7 +34,7 @@ CHAPTERS = $(filter-out book/intro.md,$(shell grep -l '^jupytext:' book/*.md))
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help book test test-reading pdf verify lint audit bench model notebooks lock clean
+.PHONY: help book test test-reading pdf verify lint audit mutate bench model notebooks lock clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -66,6 +67,9 @@ audit: $(TOOLS_READY)  ## look for known weaknesses in the workflow and in pinne
 	  if grep -qE 'ConnectionError|ProxyError|Max retries|ConnectTimeout' $(TOOLS)/audit.log; then \
 	    echo "The list of known weaknesses cannot be reached: 'make audit' needs the network." >&2; \
 	  else cat $(TOOLS)/audit.log >&2; fi; exit 1; }
+
+mutate: $(MUTATE_VENV)/ready.stamp  ## change lib line by line and see whether the tests notice
+	@OMP_NUM_THREADS=1 $(MUTATE_VENV)/bin/mutmut run --max-children 1 $(MUTANTS)
 
 model: $(BOOK_READY)  ## fetch the embedded model, once
 ifeq ($(MODEL),embedded)
@@ -106,6 +110,16 @@ $(BENCH_VENV)/bench.stamp: benchmarks/requirements.txt
 	  $$(grep '^torch==' benchmarks/requirements.txt)
 	@$(BENCH_VENV)/bin/python -m pip --disable-pip-version-check install \
 	  --requirement benchmarks/requirements.txt
+	@touch $@
+
+# mutmut beside the packages of the tests, which stay as they are.
+$(MUTATE_VENV)/ready.stamp: requirements-tools.txt $(TESTS_READY)
+	@rm -rf $(MUTATE_VENV)
+	@$(PYTHON) -m venv $(MUTATE_VENV)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$($(MUTATE_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tests.pth"
+	@$(MUTATE_VENV)/bin/python -m pip --quiet --disable-pip-version-check install \
+	  $$(grep '^mutmut==' $<)
 	@touch $@
 
 clean:  ## remove what `make book` built; the environment and the model stay

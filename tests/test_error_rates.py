@@ -3,7 +3,7 @@
 Each run draws a synthetic sample with a known truth, measures it with the functions that the
 chapters use, and judges it as they do. A null lies on the criterion's threshold, where a verdict
 errs most often, unless its test says otherwise. Sizes of effect and sample come from the recorded
-results.
+results. At most 5 % of nulls come out supported, but for one criterion, whose test says so.
 """
 
 from functools import cache
@@ -317,10 +317,16 @@ def test_counts_of_decoded_attributes():
     _, n = recorded("attributes_decoded")
     assert rate("attributes_decoded", decoded(0.0, n, "")) <= 0.05
     assert rate("attributes_decoded", decoded(0.2, n, ""), 60) >= 0.9
+
+
+def test_one_of_two_attributes_within_an_answer_is_met_by_chance_more_often_than_five_percent():
+    """Either suffices, each wrong in one case of forty: 5 % nominally, 6.5 % seen.
+
+    So it stands in criteria.toml. The part asks for two of the five attributes as well.
+    """
     _, n = recorded("attributes_decoded_within_answer")
-    # Either of two suffices, each wrong in one case of forty: 5 % nominally, 6.5 % seen. The part
-    # asks for two of the five as well.
-    assert rate("attributes_decoded_within_answer", decoded(0.0, n, "")) <= 0.08
+    assert n == 2
+    assert 0.05 < rate("attributes_decoded_within_answer", decoded(0.0, n, "")) <= 0.08
     assert rate("attributes_decoded_within_answer", decoded(0.2, n, ""), 60) >= 0.9
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import rankdata, spearmanr
 
-from lib import metrics
+from lib import divergences, metrics
 from lib.angular_code import angular, angular_views, depth, geometry
 from lib.angular_code.geometry import Geometry, Items, items_of_texts, measure_geometry, task_items
 from lib.correlations import mantel_test
@@ -104,6 +105,30 @@ def test_jeffreys_of_huge_logits_is_finite() -> None:
     assert found[0, 1] == pytest.approx(4e4)
 
 
+def test_jeffreys_of_close_predictions_keeps_its_digits_between_any_two_rows() -> None:
+    """To second order J is the variance under p of the change of the logits."""
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=300) * 5 + 30
+    shifts = 1e-7 * rng.normal(size=(3, 300))
+    found = jeffreys_of_logits(logits + shifts)
+    p = np.exp(metrics.log_probabilities(logits[None]))[0]
+    for i, j in itertools.combinations(range(3), 2):
+        shift = shifts[i] - shifts[j]
+        variance = (p * shift**2).sum() - (p * shift).sum() ** 2
+        assert found[i, j] == found[j, i] == pytest.approx(variance, rel=1e-3)
+
+
+def test_jeffreys_of_logits_needs_no_second_look_where_rows_share_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What all rows share cancels; the matrix product alone is exact where it is taken out."""
+    rng = np.random.default_rng(2)
+    logits = rng.uniform(-40, 0, size=9000) + 1e-4 * rng.normal(size=(4, 9000))
+    expected = metrics.jeffreys_divergence(metrics.log_probabilities(logits))
+    monkeypatch.setattr(divergences, "_CANCELLED", 0.0)
+    np.testing.assert_allclose(jeffreys_of_logits(logits), expected, rtol=1e-8)
+
+
 @pytest.mark.parametrize(
     ("logits", "message"),
     [
@@ -177,6 +202,24 @@ def test_the_lens_is_computed_block_by_block_in_order(llama: Decoder, texts: lis
     states = extract_residuals(llama, items.tokens).states
     reverse = lens_divergences(llama, list(states.flip(0)))
     np.testing.assert_array_equal(reverse[::-1], lens_divergences(llama, list(states)))
+
+
+def test_a_described_lens_shows_its_progress_and_finds_the_same(
+    llama: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = torch.randn(3, 4, llama.d_model, generator=torch.Generator().manual_seed(1))
+    shown = []
+
+    def track(parts: Sequence[object], description: str) -> Sequence[object]:
+        shown.append((len(parts), description))
+        return parts
+
+    monkeypatch.setattr(divergences, "track", track)
+    quiet = lens_divergences(llama, list(states))
+    assert shown == []
+    told = lens_divergences(llama, list(states), description="logit lens")
+    assert shown == [(1, "logit lens")]
+    np.testing.assert_array_equal(quiet, told)
 
 
 def test_too_few_and_too_short_texts_are_refused(llama: Decoder) -> None:

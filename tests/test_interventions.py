@@ -1,5 +1,6 @@
 """Edits: each does what it says, and only that."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,6 +60,12 @@ def test_random_directions_keep_norms_and_are_reproducible() -> None:
     assert cosine(first, STATE).abs().max() < 0.99
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_random_directions_have_the_precision_of_the_states(dtype: torch.dtype) -> None:
+    drawn = random_directions(STATE.to(dtype), torch.Generator().manual_seed(5))
+    assert drawn.dtype == dtype
+
+
 def test_zero_state_has_no_direction() -> None:
     with pytest.raises(ValueError, match="no direction"):
         exchange_norm(torch.zeros(2, 16), DONOR[0, :2])
@@ -85,6 +92,15 @@ def test_matched_rotation_stays_in_the_plane_of_state_and_donor() -> None:
     for row in range(4):
         three = torch.stack([result[row, 0], STATE[row, 0], DONOR[row, 0]]).double()
         assert torch.linalg.svdvals(three)[2] < 1e-5 * torch.linalg.svdvals(three)[0]
+
+
+@pytest.mark.parametrize("displacement", [0.3, 1.0, 1.9])
+def test_matched_rotation_turns_towards_the_donor(displacement: float) -> None:
+    """By φ = 2·arcsin(displacement / 2), so the angle that is left to the donor is θ − φ."""
+    result = rotate_by_displacement(displacement)(STATE.double(), DONOR.double())
+    turn = 2 * np.arcsin(displacement / 2)
+    left = torch.acos(cosine(STATE, DONOR)) - turn
+    assert torch.allclose(cosine(result, DONOR), torch.cos(left), atol=1e-9)
 
 
 def test_matched_rotation_moves_as_far_as_the_scaling_it_is_matched_to() -> None:

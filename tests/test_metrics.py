@@ -316,7 +316,7 @@ def test_too_few_items_and_broken_values_are_one_line_errors(function, states):
 )
 def test_a_zero_state_is_named(function, states):
     states[3] = 0
-    with pytest.raises(ValueError, match="item 3 has norm 0"):
+    with pytest.raises(ValueError, match=r"^states: item 3 has norm 0"):
         function(states)
 
 
@@ -348,3 +348,130 @@ def test_bad_items_and_matrices_are_named():
         metrics.neighbourhood_overlap(square, square, k=4)
     with pytest.raises(ValueError, match="one size"):
         metrics.neighbourhood_overlap(square, square[:4, :4], k=1)
+
+
+BROKEN = np.array([[1.0, 2.0], [np.nan, 1.0], [2.0, 1.0]])
+WHOLE = np.array([[1.0, 2.0], [3.0, 1.0], [2.0, 1.0]])
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        *(("states", function) for function in STATE_FUNCTIONS),
+        ("states", metrics.without_outlier_dimensions),
+        ("log_p", metrics.jeffreys_divergence),
+        ("log_p", metrics.entropy),
+        ("log_p", lambda bad: metrics.kl_divergence(bad, WHOLE)),
+        ("log_q", lambda bad: metrics.kl_divergence(WHOLE, bad)),
+        ("states", lambda bad: metrics.angular_step(bad, WHOLE)),
+        ("next_states", lambda bad: metrics.angular_step(WHOLE, bad)),
+        ("first", lambda bad: metrics.neighbourhood_overlap(bad, WHOLE, k=1)),
+        ("second", lambda bad: metrics.neighbourhood_overlap(WHOLE, bad, k=1)),
+    ],
+)
+def test_an_error_names_the_argument_at_fault(name, call):
+    with pytest.raises(ValueError, match=f"^{name}: item 1 has a NaN"):
+        call(BROKEN)
+
+
+def test_a_zero_state_is_sought_in_both_blocks_of_a_step():
+    zero = WHOLE * [[1], [1], [0]]
+    with pytest.raises(ValueError, match=r"^states: item 2 has norm 0"):
+        metrics.angular_step(zero, WHOLE)
+    with pytest.raises(ValueError, match=r"^next_states: item 2 has norm 0"):
+        metrics.angular_step(WHOLE, zero)
+
+
+@pytest.mark.parametrize("shift", [1e-4, 0.5])
+def test_jeffreys_divergence_needs_no_second_look_at_pairs_to_keep_its_digits(monkeypatch, shift):
+    """What all items share cancels; the matrix product alone is exact where it is taken out."""
+    monkeypatch.setattr(metrics, "_CANCELLED", 0.0)
+    rng = np.random.default_rng(12)
+    logits = rng.uniform(-40, 0, size=9000) + shift * rng.normal(size=(4, 9000))
+    log_p = metrics.log_probabilities(logits)
+    p = np.exp(log_p)
+    naive = [[((p[i] - p[j]) * (log_p[i] - log_p[j])).sum() for j in range(4)] for i in range(4)]
+    np.testing.assert_allclose(metrics.jeffreys_divergence(log_p), naive, rtol=1e-9)
+
+
+def test_neighbouring_rows_that_are_close_keep_their_digits_as_all_others_do():
+    logits = np.random.default_rng(13).normal(size=300) * 5
+    shift = 1e-7 * np.random.default_rng(14).normal(size=300)
+    log_p = metrics.log_probabilities([logits, logits + shift, logits[::-1]])
+    p = np.exp(log_p[0])
+    variance = (p * shift**2).sum() - (p * shift).sum() ** 2
+    assert metrics.jeffreys_divergence(log_p)[0, 1] == pytest.approx(variance, rel=1e-3)
+
+
+def test_rounding_makes_no_divergence_and_no_entropy_negative():
+    log_p = metrics.log_probabilities(np.random.default_rng(15).normal(size=(200, 30)))
+    near = log_p + 1e-16 * np.random.default_rng(16).integers(-2, 3, size=log_p.shape)
+    raw = (np.exp(log_p) * (log_p - near)).sum(axis=1)
+    assert (raw < 0).any()  # so that there is something to guard against
+    assert (metrics.kl_divergence(log_p, near) >= 0).all()
+    assert metrics.entropy([[2e-16, -1e3]]).tolist() == [0.0]  # a probability above 1 by rounding
+
+
+def test_upper_triangle_of_whole_numbers_is_in_floating_point():
+    found = metrics.upper_triangle([[0, 1, 2], [1, 0, 3], [2, 3, 0]])
+    assert found.dtype == np.float64
+    assert found.tolist() == [1, 2, 3]
+
+
+def test_states_on_a_line_have_effective_rank_one_in_one_dimension_too():
+    assert metrics.effective_rank([[0.0], [1.0], [3.0]]) == pytest.approx(1)
+    assert metrics.effective_rank([[-1.0, 0.0], [0.0, 0.0], [1.0, 0.0]]) == pytest.approx(1)
+
+
+def test_intrinsic_dimension_of_three_points_has_the_closed_form():
+    """At 0, 1 and 3 the ratios are 3, 2 and 3/2; the largest is left out."""
+    x = np.log([1.5, 2.0])
+    heights = np.log([3 / 2, 3])  # -log(1 - 1/3), -log(1 - 2/3)
+    expected = (x * heights).sum() / (x**2).sum()
+    measured = metrics.intrinsic_dimension([[0.0], [1.0], [3.0]])
+    assert measured == pytest.approx(expected, rel=1e-12)
+
+
+def test_neighbourhood_overlap_takes_the_fewest_items_and_the_most_neighbours():
+    line = metrics.distances([[0.0], [1.0], [3.0]])  # nearest: 1, 0, 1
+    other = metrics.distances([[0.0], [2.0], [3.0]])  # nearest: 1, 2, 1
+    assert metrics.neighbourhood_overlap(line, other, k=1).tolist() == [1, 0, 1]
+    four = metrics.distances([[0.0], [1.0], [3.0], [7.0]])
+    assert metrics.neighbourhood_overlap(four, four, k=2).tolist() == [1, 1, 1, 1]
+    with pytest.raises(ValueError, match=r"^first must have at least 3 items"):
+        metrics.neighbourhood_overlap(line[:2, :2], line, k=1)
+    with pytest.raises(ValueError, match=r"^second must have at least 3 items"):
+        metrics.neighbourhood_overlap(line, line[:2, :2], k=1)
+    with pytest.raises(ValueError, match="from 1 to n_items - 2 = 2; got 0"):
+        metrics.neighbourhood_overlap(four, four, k=0)
+
+
+def test_of_neighbours_equally_far_the_first_count():
+    n_items, k = 200, 7
+    tied = np.ones((n_items, n_items)) - np.eye(n_items)
+    by_place = np.abs(np.arange(n_items)[:, None] - np.arange(n_items)) * 0.0
+    by_place += np.arange(n_items)  # each column as far as its place
+    overlap = metrics.neighbourhood_overlap(tied, by_place, k=k)
+    assert (overlap == 1).all()
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_components_that_are_rounding_errors_do_not_count(rank):
+    rng = np.random.default_rng(rank)
+    flat = rng.normal(size=(60, rank)) @ rng.normal(size=(rank, 50))
+    with pytest.raises(ValueError, match=f"from 0 to {rank - 1}, the rank"):
+        metrics.without_components(flat, rank)
+    assert np.abs(metrics.without_components(flat, rank - 1)).max() > 0.01
+
+
+def test_an_outlier_is_more_than_five_times_the_median_dimension_at_any_scale():
+    sizes = np.array([0.5, 1.0, 1.0, 5.0, 5.5])
+    signs = np.array([[1.0], [-1.0], [1.0]])
+    for scale in (1.0, 16.0, 1 / 16):
+        rows = scale * signs * sizes
+        assert metrics.outlier_dimensions(rows).tolist() == [4]
+        np.testing.assert_array_equal(metrics.without_outlier_dimensions(rows), rows[:, :4])
+        assert metrics.outlier_dimensions(rows, factor=4).tolist() == [3, 4]
+        np.testing.assert_array_equal(
+            metrics.without_outlier_dimensions(rows, factor=4), rows[:, :3]
+        )

@@ -594,3 +594,88 @@ def test_unknown_options_of_mantel_list_the_valid_ones():
         correlations.mantel_test(good, good, n_permutations=0, rng=rng)
     with pytest.raises(ValueError, match="given matrix for each"):
         correlations.mantel_tests([good, good], good, n_permutations=9, rng=rng, given=[good])
+
+
+# --- what mutants showed missing -----------------------------------------------------------------
+
+
+ROWS = np.ones((1, 4))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda bad: stats.weighted_mean(bad, ROWS),
+        lambda bad: stats.bootstrap_interval(bad, ROWS),
+        lambda bad: stats.bootstrap_difference(bad, [1.0, 2, 3, 4], ROWS),
+        lambda bad: stats.bootstrap_difference([1.0, 2, 3, 4], bad, ROWS),
+        lambda bad: stats.pair_share_bootstrap([bad], [0, 1, 2, 3], ROWS),
+        lambda bad: stats.equivalence_test_mean(bad, margin=1),
+        lambda bad: stats.holm(bad),
+    ],
+)
+def test_a_missing_value_is_refused_as_one_that_is_not_finite(call):
+    for missing in (None, np.nan):
+        with pytest.raises(ValueError, match=r"finite|\[0, 1\]"):
+            call([0.5, 0.25, missing, 0.1])
+
+
+def test_the_mean_of_float32_values_is_taken_in_float64():
+    values = np.float32(1e6) + np.random.default_rng(0).normal(size=5000).astype(np.float32)
+    interval = stats.bootstrap_interval(values, np.ones((1, 5000)))
+    assert interval.estimate == values.astype(np.float64).mean()
+
+
+def test_intervals_are_of_the_level_that_was_asked_for():
+    rng = np.random.default_rng(1)
+    first, second = rng.normal(size=(2, 50))
+    weights = stats.bootstrap_weights(50, 500, rng)
+    means = (weights @ (first - second)) / 50
+    for found in (
+        stats.bootstrap_difference(first, second, weights, level=0.5),
+        stats.bootstrap_interval(first - second, weights, level=0.5),
+    ):
+        assert found.level == 0.5
+        assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [0.25, 0.75])))
+
+
+def test_pairs_of_items_that_do_not_exist_are_refused_and_numbers_may_be_floats():
+    weights = np.array([[1.0, 1.0, 2.0]])
+    assert stats.pair_share_bootstrap([1.0, 0.0], [[0.0, 1.0], [1.0, 2.0]], weights)[0, 0] == (
+        pytest.approx(1 / 3)
+    )
+    for outside in (3, -1):
+        with pytest.raises(ValueError, match="do not fit"):
+            stats.pair_share_bootstrap([1.0, 0.0], [[0, 1], [1, outside]], weights)
+
+
+def test_a_draw_of_a_single_pair_has_a_share_and_one_of_none_has_none():
+    shares = stats.pair_share_bootstrap([1.0], [[0, 1]], np.array([[1.0, 1, 2], [2.0, 0, 2]]))
+    assert shares[0, 0] == 1
+    assert np.isnan(shares[1, 0])
+
+
+def test_tost_says_what_it_was_asked_and_on_the_margin_nothing_is_equivalent():
+    draws = [*np.linspace(-1, 1, 99), None]
+    found = stats.equivalence_test(0.25, draws, margin=1.5, n=12, alpha=0.1)
+    assert (found.estimate, found.margin, found.alpha, found.n) == (0.25, 1.5, 0.1, 12)
+    assert found.equivalent
+    assert found.p_value == 1 / 100
+    for side in (-0.5, 0.5):
+        on_margin = stats.equivalence_test(0.0, [side] * 9, margin=0.5, n=12)
+        assert not on_margin.equivalent
+        assert on_margin.p_value == 1
+
+
+def test_t_tost_says_what_it_was_asked_and_on_the_margin_nothing_is_equivalent():
+    values = np.random.default_rng(2).normal(size=20) + 0.5
+    found = stats.equivalence_test_mean(values, margin=3, alpha=0.1)
+    assert found.estimate == pytest.approx(values.mean())
+    assert (found.margin, found.alpha, found.n) == (3, 0.1, 20)
+    assert found.equivalent
+    for sign in (1, -1):  # the mean is on either side of 0; the outer end is on the margin
+        sided = stats.equivalence_test_mean(sign * values, margin=3)
+        outer = max(-sided.low, sided.high)
+        assert not stats.equivalence_test_mean(sign * values, margin=outer).equivalent
+        between = (outer + abs(sided.estimate)) / 2  # past the mean, short of the outer end
+        assert not stats.equivalence_test_mean(sign * values, margin=between).equivalent
