@@ -23,8 +23,7 @@ from lib.models import Decoder
 from lib.results import RESULTS
 from lib.runs import keep_run
 from lib.stats import bootstrap_weights, pair_share_bootstrap
-from lib.store import recall_residuals
-from lib.sweeps import sweep_blocks
+from lib.store import recall_residuals, recall_sweep
 from lib.tasks import Gate, Task, gate, load_task, ordered_pairs, task_names
 from lib.transitions import Transition, find_transition
 
@@ -209,7 +208,7 @@ def sweep_site(
         logits[:] = trial.clean_logits[pairs[:, 1]]
         return _judge_pairs(trial, pairs, wanted, logits, normaliser)
     for positions, chosen in _line_up(task, site, rows):
-        sweep = sweep_blocks(
+        sweep = recall_sweep(
             decoder,
             task.tokens,
             rows[chosen],

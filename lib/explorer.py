@@ -60,6 +60,7 @@ def explore_tasks(
     names: Sequence[str] = MAPPED,
     *,
     n_tasks: int = 2,
+    donors_per_prompt: int | None = 2,
     n_draws: int = 200,
     seed: int = 0,
 ) -> list[Exploration]:
@@ -70,6 +71,8 @@ def explore_tasks(
         twin: its untrained twin.
         names: tasks, in the order in which they are tried.
         n_tasks: how many are wanted.
+        donors_per_prompt: of the exchange; with the phase-transition chapter's number its sweeps
+            are recalled, not measured again.
         n_draws: bootstrap draws behind the intervals.
         seed: of the draws.
     """
@@ -80,18 +83,27 @@ def explore_tasks(
         trials, _ = prepare_trials(decoder, [name])
         if name in trials:
             try:
-                found.append(explore_trial(trials[name], twin, n_draws=n_draws, seed=seed))
+                found.append(
+                    explore_trial(
+                        trials[name],
+                        twin,
+                        donors_per_prompt=donors_per_prompt,
+                        n_draws=n_draws,
+                        seed=seed,
+                    )
+                )
             except ValueError:
                 continue  # Too few prompts are left to compare.
     return found
 
 
-def explore_trial(trial: Trial, twin: Decoder, *, n_draws: int, seed: int) -> Exploration:
+def explore_trial(
+    trial: Trial, twin: Decoder, *, donors_per_prompt: int | None, n_draws: int, seed: int
+) -> Exploration:
     """Return what the explorer shows of one task.
 
-    States come from the store that the chapters share. The exchange is measured on the first
-    template, with one donor a prompt; the map and the correlation are those of all templates, and
-    so are the twin's, unless it does not tell the prompts apart.
+    States and sweeps come from the store that the chapters share. All curves and the map are those
+    of all templates, and so are the twin's, unless it does not tell the prompts apart.
 
     Raises:
         ValueError: too few usable prompts, or a measure that is undefined on them.
@@ -99,7 +111,7 @@ def explore_trial(trial: Trial, twin: Decoder, *, n_draws: int, seed: int) -> Ex
     decoder, task = trial.decoder, trial.task
     items = task_items(task, trial.usable)
     weights = bootstrap_weights(task.n_prompts, n_draws, np.random.default_rng(seed))
-    arms = measure_arms({task.name: trial}, donors_per_prompt=1, templates=[0])
+    arms = measure_arms({task.name: trial}, donors_per_prompt=donors_per_prompt)
     switch = find_transitions(arms, {task.name: weights})[task.name]
     curves = [arms[task.name][arm].curve(weights)[0].assign(curve=arm) for arm in ARMS]
     measured, reasons = measure_sets(decoder, {task.name: items})

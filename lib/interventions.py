@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lib.recipes import by_recipe
+
 Edit = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -60,6 +62,7 @@ def unit(state: Tensor) -> Tensor:
     return state / length
 
 
+@by_recipe
 def scale(factor: float) -> Edit:
     """Return the edit h → c·h: norm times `factor`, direction kept; the donor plays no part.
 
@@ -77,6 +80,7 @@ def scale(factor: float) -> Edit:
     return scaled
 
 
+@by_recipe
 def rotate_by_displacement(displacement: float) -> Edit:
     """Return the edit that turns h towards the donor and keeps its norm, moving it a given way.
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lib.recipes import by_recipe
 from lib.sweeps import Measure
 
 ROWS_AT_ONCE = 32
@@ -19,6 +20,7 @@ _NEWTON_STEPS = 40
 _NEWTON_TOLERANCE = 1e-8
 
 
+@by_recipe
 def distribution_measure(
     clean_logits: Tensor,
     recipients: Sequence[int] | np.ndarray,

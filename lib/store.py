@@ -1,8 +1,8 @@
-"""Residual streams that were computed before: kept on disk, shared by the chapters.
+"""What was computed before, residual streams and sweeps: kept on disk, shared by the chapters.
 
-A folder is named after all that states depend on beside the prompt: the weights, the code that
-computes, the version and threads of torch. A file in it holds what one call computed. What does not
-read back whole is computed again.
+A folder is named after all that its files depend on beside the prompts: the weights, the code that
+computes, the version and threads of torch. A file holds what one call computed, and what does not
+read back whole is computed again. So an interrupted run goes on at the sweep that it had reached.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -23,11 +24,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lib.extraction import Positions, Residuals, check_positions, extract_residuals, logit_lens
+from lib.interventions import Edit
 from lib.models import Decoder
+from lib.recipes import NoRecipeError, digest_of
 from lib.results import RESULTS
+from lib.sweeps import Sweep, sweep_blocks
 
 STORE = RESULTS.parent / "states"
-KEPT_FOLDERS = 8  # the least recently used go
+KEPT_FOLDERS = 16  # one of states and one of sweeps a model; the least recently used go
 SAMPLED = 64  # values of each weight tensor in the fingerprint, beside its sum
 _fingerprints: WeakKeyDictionary[Decoder, tuple[object, str | None]] = WeakKeyDictionary()
 
@@ -42,8 +46,8 @@ def recall_residuals(
 ) -> Residuals:
     """Return `extract_residuals` after all blocks, computing only prompts not computed before.
 
-    For prompts that several chapters read: everything computed is kept on disk, up to
-    `KEPT_FOLDERS` models. Logits are read from the states of the last block and not kept. Where
+    For prompts that several chapters read: everything computed is kept on disk, of the last
+    `KEPT_FOLDERS` / 2 models. Logits are read from the states of the last block and not kept. Where
     nothing can be written (a full disk, a read-only folder) the result is returned all the same.
 
     Args:
@@ -59,7 +63,7 @@ def recall_residuals(
     if logits and not isinstance(positions, str):
         raise ValueError('Logits are read at the last token; ask for positions="last".')
     where = check_positions(prompts, positions)
-    folder = _folder(decoder)
+    folder = _folder(decoder, _code(torch.get_num_threads()))
     names = [_name(prompt, at) for prompt, at in zip(prompts, where, strict=True)]
     states = torch.empty(decoder.n_blocks, len(prompts), decoder.d_model)
     missing = set(range(len(prompts)))
@@ -77,9 +81,45 @@ def recall_residuals(
         ).states
         states[:, rows] = computed
         if folder:
-            _write(folder, [names[row] for row in rows], computed)
+            kept_as = " ".join(names[row] for row in rows)
+            name = hashlib.sha256(kept_as.encode()).hexdigest()[:24]
+            _write(folder / f"{name}.safetensors", {"states": computed}, {"names": kept_as})
     read = logit_lens(decoder, states[-1]) if logits else None
     return Residuals(states, tuple(range(decoder.n_blocks)), read)
+
+
+def recall_sweep(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    pairs: np.ndarray,
+    edits: Mapping[str, Edit],
+    **options: Any,
+) -> Sweep:
+    """Return `sweep_blocks` of these arguments, computing it only if it was not computed before.
+
+    The result is kept on disk under a key of everything that it depends on, all of lib's code
+    included, and is the same to the last bit when it is read back. Edits and measures that are
+    neither functions of lib nor made by its factories (`lib.recipes`) are computed every time.
+    Where nothing can be written the result is returned all the same.
+
+    Args:
+        decoder: the model; one whose weights cannot be told from others' is not stored.
+        prompts: as `sweep_blocks`.
+        pairs: as `sweep_blocks`.
+        edits: as `sweep_blocks`.
+        **options: as `sweep_blocks`.
+
+    Raises:
+        ValueError: as `sweep_blocks`.
+    """
+    path = _sweep_path(decoder, prompts, pairs, edits, options)
+    kept = None if path is None else _read_sweep(path)
+    if kept is not None:
+        return kept
+    sweep = sweep_blocks(decoder, prompts, pairs, edits, **options)
+    if path is not None:
+        _write_sweep(path, sweep)
+    return sweep
 
 
 def fingerprint(decoder: Decoder) -> str | None:
@@ -118,11 +158,19 @@ def _code(n_threads: int) -> str:
     return digest.hexdigest()
 
 
-def _folder(decoder: Decoder) -> Path | None:
+@cache
+def _all_code(n_threads: int) -> str:
+    """Return a digest of all of lib's modules: edits and measures may stand in any."""
+    digest = hashlib.sha256(_code(n_threads).encode())
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _folder(decoder: Decoder, code: str) -> Path | None:
     weights = fingerprint(decoder)
     if weights is None:
         return None
-    code = _code(torch.get_num_threads())
     return STORE / hashlib.sha256(f"{weights} {code}".encode()).hexdigest()[:16]
 
 
@@ -143,32 +191,92 @@ def _files(folder: Path, wanted: set[str]) -> Iterator[tuple[dict[str, int], Ten
             states = load_file(path)["states"]
         except (OSError, safetensors.SafetensorError, KeyError):
             continue  # half a file, or another's: computed again
-        if about.get("sha256") == _digest(states) and states.shape[1] == len(kept):
+        if about.get("sha256") == _digest({"states": states}, about) and states.shape[1] == len(
+            kept
+        ):
             os.utime(folder)
             yield kept, states
 
 
-def _digest(states: Tensor) -> str:
-    data: np.ndarray = states.numpy()
-    return hashlib.sha256(data.data).hexdigest()
+def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+    """Return a digest of all that a file holds but for the digest itself."""
+    told = sorted((name, text) for name, text in about.items() if name != "sha256")
+    digest = hashlib.sha256(json.dumps(told).encode())
+    for name in sorted(tensors):
+        data: np.ndarray = tensors[name].numpy()
+        digest.update(f"{name} {data.dtype} {data.shape};".encode())
+        digest.update(data.data)
+    return digest.hexdigest()
 
 
-def _write(folder: Path, names: list[str], states: Tensor) -> None:
+def _write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
     """Write a file that is either whole or absent; leave it if the disk does not take it."""
-    about = {"names": " ".join(names), "sha256": _digest(states)}
     part = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _prune(folder)
-        handle, part = tempfile.mkstemp(dir=folder, suffix=".part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _prune(path.parent)
+        handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
         os.close(handle)
-        save_file({"states": states}, part, metadata=about)
-        os.replace(
-            part, folder / f"{hashlib.sha256(about['names'].encode()).hexdigest()[:24]}.safetensors"
-        )
+        save_file(dict(tensors), part, metadata={**about, "sha256": _digest(tensors, about)})
+        os.replace(part, path)
     except (OSError, safetensors.SafetensorError):
         if part:
             Path(part).unlink(missing_ok=True)
+
+
+def _sweep_path(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    pairs: np.ndarray,
+    edits: Mapping[str, Edit],
+    options: Mapping[str, Any],
+) -> Path | None:
+    """Return where a sweep is kept; None if it has no safe name."""
+    folder = _folder(decoder, _all_code(torch.get_num_threads()))
+    if folder is None:
+        return None
+    told = {name: value for name, value in options.items() if name != "description"}
+    try:
+        name = digest_of([list(prompt) for prompt in prompts], np.asarray(pairs), edits, told)
+    except NoRecipeError:
+        return None
+    return folder / f"sweep-{name[:24]}.safetensors"
+
+
+def _write_sweep(path: Path, sweep: Sweep) -> None:
+    tensors = {"logits": sweep.logits, "clean_logits": sweep.clean_logits, "pairs": sweep.pairs}
+    tensors |= {f"measure {name}": values for name, values in sweep.measures.items()}
+    about = {
+        "edits": json.dumps(sweep.edits),
+        "blocks": json.dumps(sweep.blocks),
+        "measures": json.dumps(list(sweep.measures)),
+        "path": sweep.path,
+        "name": path.name,
+    }
+    _write(path, {name: torch.from_numpy(array) for name, array in tensors.items()}, about)
+
+
+def _read_sweep(path: Path) -> Sweep | None:
+    """Return a sweep that was kept; None if it was not, or does not read back whole."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+        tensors = load_file(path)
+        if (about["sha256"], about["name"]) != (_digest(tensors, about), path.name):
+            return None
+        os.utime(path.parent)
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        return Sweep(
+            edits=tuple(json.loads(about["edits"])),
+            blocks=tuple(json.loads(about["blocks"])),
+            pairs=arrays["pairs"],
+            logits=arrays["logits"],
+            clean_logits=arrays["clean_logits"],
+            measures={name: arrays[f"measure {name}"] for name in json.loads(about["measures"])},
+            path=about["path"],
+        )
+    except (OSError, safetensors.SafetensorError, KeyError, ValueError):
+        return None  # absent, half a file, or another's: computed again
 
 
 def _prune(latest: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from scipy.stats import spearmanr
 
+from lib import store
 from lib.angular_code.maps import SIZE, depth_positions
 from lib.arms import Trial, prepare_trial, sweep_site
 from lib.explorer import N_TOP, TWIN, Exploration, explore_tasks, explore_trial, top_predictions
 from lib.explorer_page import explorer_html
 from lib.models import Decoder, load_decoder
+from lib.phase_transition.switch import measure_arms
 from lib.tasks import build_task, gate
 
 N_BLOCKS = 4
@@ -47,7 +50,7 @@ def twin(trial: Trial) -> Decoder:
 
 @pytest.fixture(scope="module")
 def one(trial: Trial, twin: Decoder) -> Exploration:
-    return explore_trial(trial, twin, n_draws=40, seed=3)
+    return explore_trial(trial, twin, donors_per_prompt=2, n_draws=40, seed=3)
 
 
 def estimates(one: Exploration, name: str) -> np.ndarray:
@@ -87,10 +90,9 @@ def test_predictions_before_it_are_those_of_norm_and_unembedding(
     assert (np.diff(one.top_probabilities, axis=2) <= 0).all()
 
 
-def test_arms_are_the_sweep_of_the_first_template(trial: Trial, one: Exploration) -> None:
-    pairs = trial.pairs(donors_per_prompt=1)
-    pairs = pairs[trial.task.prompts["template"].to_numpy()[pairs[:, 0]] == 0]
-    assert len(pairs) == 6
+def test_arms_are_the_sweep_of_all_templates(trial: Trial, one: Exploration) -> None:
+    pairs = trial.pairs(donors_per_prompt=2)
+    assert len(pairs) == 24
     for arm, site in (("context arm", "subject"), ("prediction arm", "last")):
         flipped = sweep_site(trial, pairs, site).flipped  # type: ignore[arg-type]
         np.testing.assert_allclose(estimates(one, arm), flipped.mean(axis=1))
@@ -100,6 +102,20 @@ def test_arms_are_the_sweep_of_the_first_template(trial: Trial, one: Exploration
         answered = trial.clean_logits.argmax(axis=1)[pairs[:, side]]
         share = (answered == trial.target[pairs[:, 1]]).mean()
         assert estimates(one, arm)[-1] == pytest.approx(share)
+
+
+def test_arms_that_the_chapter_measured_are_not_measured_again(
+    trial: Trial, twin: Decoder, one: Exploration, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(store, "STORE", tmp_path)
+    measure_arms({"toy": trial}, donors_per_prompt=2)  # the chapter's call
+
+    def refuse(*_args: object, **_options: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(store, "sweep_blocks", refuse)
+    again = explore_trial(trial, twin, donors_per_prompt=2, n_draws=40, seed=3)
+    pd.testing.assert_frame_equal(again.curves, one.curves)
 
 
 def correlation(states: np.ndarray, logits: np.ndarray, templates: np.ndarray) -> float:

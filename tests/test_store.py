@@ -1,16 +1,22 @@
-"""The store gives back what an extraction would compute, and nothing else."""
+"""The store gives back what an extraction or a sweep would compute, and nothing else."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
 
 from lib import store
 from lib.extraction import Residuals, extract_residuals
+from lib.interventions import add, exchange, exchange_norm, keep, scale
 from lib.models import Decoder, load_decoder
-from lib.store import fingerprint, recall_residuals
+from lib.readouts import distribution_measure
+from lib.store import fingerprint, recall_residuals, recall_sweep
+from lib.sweeps import Sweep, sweep_blocks
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7], [1, 2, 3, 4], [8, 9, 1]]
 
@@ -169,3 +175,228 @@ def test_few_models_are_kept(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) 
 def test_logits_are_the_last_tokens_alone(decoder: Decoder) -> None:
     with pytest.raises(ValueError, match='positions="last"'):
         recall_residuals(decoder, PROMPTS, positions=[1, 1, 1, 1], logits=True)
+
+
+# Sweeps
+
+
+@pytest.fixture
+def swept(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each sweep that was measured."""
+    calls: list[int] = []
+
+    def watched(*args: Any, **options: Any) -> Sweep:
+        calls.append(1)
+        return sweep_blocks(*args, **options)
+
+    monkeypatch.setattr(store, "sweep_blocks", watched)
+    return calls
+
+
+DONORS = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(3))
+CLEAN = torch.randn(4, 64, generator=torch.Generator().manual_seed(4))
+
+
+def call(**changes: Any) -> dict[str, Any]:
+    """Return the arguments of a sweep, all but the model."""
+    return {
+        "prompts": PROMPTS,
+        "pairs": np.array([[0, 1], [3, 2]]),
+        "edits": {"exchange": exchange, "half": scale(0.5)},
+        "positions": [1, 2, 3, 1],
+        "donors": DONORS,
+        "blocks": [0, 2],
+        "read_ids": [5, 6, 7],
+        "measure": distribution_measure(CLEAN, [0, 3]),
+        **changes,
+    }
+
+
+def same(one: Sweep, other: Sweep) -> bool:
+    return (
+        (one.edits, one.blocks, one.path) == (other.edits, other.blocks, other.path)
+        and one.to_frame().equals(other.to_frame())
+        and list(one.measures) == list(other.measures)
+        and all(
+            np.array_equal(getattr(one, name), getattr(other, name))
+            and getattr(one, name).dtype == getattr(other, name).dtype
+            for name in ("pairs", "logits", "clean_logits")
+        )
+    )
+
+
+@pytest.mark.parametrize("changes", [{}, {"measure": None}, {"read_ids": []}, {"donors": None}])
+def test_a_recalled_sweep_is_the_measured_one_to_the_last_bit(
+    decoder: Decoder, swept: list[int], changes: dict[str, Any]
+) -> None:
+    fresh = sweep_blocks(decoder, **call(**changes))
+    for _ in range(3):
+        assert same(recall_sweep(decoder, **call(**changes)), fresh)
+    assert len(swept) == 1
+
+
+def another_bit(tensor: torch.Tensor) -> torch.Tensor:
+    changed = tensor.clone()
+    changed.view(-1).view(torch.int32)[5] ^= 1
+    return changed
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompts": [*PROMPTS[:3], [8, 9, 2]]},
+        {"pairs": np.array([[0, 1], [3, 1]])},
+        {"edits": {"exchange": exchange, "half": scale(0.25)}},
+        {"edits": {"exchange": exchange_norm, "half": scale(0.5)}},
+        {"edits": {"half": scale(0.5), "exchange": exchange}},
+        {"positions": [1, 2, 2, 2]},
+        {"donors": another_bit(DONORS)},
+        {"blocks": [1, 2]},
+        {"read_ids": [5, 6, 8]},
+        {"measure": distribution_measure(another_bit(CLEAN), [0, 3])},
+        {"measure": distribution_measure(CLEAN, [0, 2])},
+        {"measure": distribution_measure(CLEAN, [0, 3], temperature=True)},
+        {"measure": None},
+    ],
+)
+def test_a_sweep_of_other_arguments_is_measured(
+    decoder: Decoder, swept: list[int], changes: dict[str, Any]
+) -> None:
+    recall_sweep(decoder, **call())
+    assert same(recall_sweep(decoder, **call(**changes)), sweep_blocks(decoder, **call(**changes)))
+    assert len(swept) == 2
+
+
+@pytest.mark.parametrize("change", [change_a_weight, another_seed, half_precision])
+def test_a_sweep_of_other_weights_is_measured(
+    decoder: Decoder, swept: list[int], change: Callable[[Decoder], Decoder]
+) -> None:
+    recall_sweep(decoder, **call())
+    changed = change(decoder)
+    assert same(recall_sweep(changed, **call()), sweep_blocks(changed, **call()))
+    assert len(swept) == 2
+
+
+def test_a_sweep_of_other_code_is_measured(
+    decoder: Decoder, swept: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recall_sweep(decoder, **call())
+    monkeypatch.setattr(store, "_all_code", lambda _threads: "edited")
+    recall_sweep(decoder, **call())
+    assert len(swept) == 2
+
+
+def test_the_code_of_every_module_of_lib_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(Path(store.__file__).parent, tmp_path / "lib")
+    monkeypatch.setattr(store, "__file__", str(tmp_path / "lib" / "store.py"))
+    found = {store._all_code.__wrapped__(1)}
+    for name in ("readouts.py", "interventions.py", "causal_control/selectivity.py"):
+        with (tmp_path / "lib" / name).open("a") as file:
+            file.write("# changed\n")
+        found.add(store._all_code.__wrapped__(1))
+    assert len(found) == 4
+
+
+def test_how_a_sweep_is_announced_makes_no_difference(decoder: Decoder, swept: list[int]) -> None:
+    recall_sweep(decoder, **call(), description="one")
+    recall_sweep(decoder, **call(), description="other")
+    assert len(swept) == 1
+
+
+def test_an_edit_that_cannot_be_told_apart_is_measured_every_time(
+    decoder: Decoder, swept: list[int]
+) -> None:
+    for factor in (2.0, 3.0):
+        edits = {"mine": lambda state, _donor, factor=factor: state * factor}
+        found = recall_sweep(decoder, **call(edits=edits))
+        assert same(found, sweep_blocks(decoder, **call(edits={"mine": scale(factor)})))
+    assert len(swept) == 2
+    assert files() == []
+
+
+def spoil_the_heading(path: Path) -> None:
+    content = path.read_bytes()
+    assert content.count(b"prefix replay") == 1
+    path.write_bytes(content.replace(b"prefix replay", b"prefix_replay"))
+
+
+@pytest.mark.parametrize("damage", [cut, flip_a_bit, empty, foreign, spoil_the_heading])
+def test_a_damaged_sweep_is_noticed_and_made_anew(
+    decoder: Decoder, swept: list[int], damage: Callable[[Path], None]
+) -> None:
+    expected = recall_sweep(decoder, **call())
+    damage(files()[0])
+    for _ in range(2):
+        assert same(recall_sweep(decoder, **call()), expected)
+        assert len(swept) == 2
+
+
+def test_another_sweeps_file_is_not_taken_for_this_one(decoder: Decoder, swept: list[int]) -> None:
+    recall_sweep(decoder, **call())
+    (first,) = files()
+    expected = recall_sweep(decoder, **call(edits={"kept": keep}))
+    (second,) = set(files()) - {first}
+    shutil.copy(first, second)
+    assert same(recall_sweep(decoder, **call(edits={"kept": keep})), expected)
+    assert len(swept) == 3
+
+
+def full_disk(_tensors: object, path: str, **_options: object) -> None:
+    Path(path).write_bytes(b"half a file")
+    raise OSError(28, "No space left on device")
+
+
+def test_a_sweep_is_returned_where_nothing_can_be_kept(
+    decoder: Decoder, swept: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    expected = sweep_blocks(decoder, **call())
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "save_file", full_disk)
+        assert same(recall_sweep(decoder, **call()), expected)
+    assert [path for path in store.STORE.rglob("*") if path.is_file()] == []
+    (tmp_path / "file").write_text("in the way of a folder")
+    monkeypatch.setattr(store, "STORE", tmp_path / "file" / "states")
+    assert same(recall_sweep(decoder, **call()), expected)
+    assert len(swept) == 2
+
+
+class InterruptedRunError(Exception):
+    pass
+
+
+def passes(model: Decoder, sweeps: list[dict[str, Any]], stop_after: int = 10**9) -> int:
+    """Return the passes through the last block that some sweeps take; stop them after so many."""
+    count = 0
+
+    def hook(*_args: object) -> None:
+        nonlocal count
+        if count == stop_after:
+            raise InterruptedRunError
+        count += 1
+
+    handle = model.blocks[-1].register_forward_hook(hook)
+    try:
+        for sweep in sweeps:
+            recall_sweep(model, **sweep)
+    except InterruptedRunError:
+        pass
+    finally:
+        handle.remove()
+    return count
+
+
+def test_an_interrupted_run_goes_on_at_the_sweep_that_it_had_reached(tmp_path: Path) -> None:
+    def fresh() -> Decoder:  # as a new process has it
+        made = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
+        sweep_blocks(made, **call())  # its self-check, which each process makes anew
+        return made
+
+    sweeps = [call(edits={"edit": edit}, measure=None) for edit in (exchange, keep, add)]
+    each = [passes(fresh(), [sweep]) for sweep in sweeps]
+    assert min(each) > 1
+    shutil.rmtree(store.STORE)
+    assert passes(fresh(), sweeps, stop_after=each[0] + 1) == each[0] + 1
+    assert passes(fresh(), sweeps) == each[1] + each[2]
+    assert passes(fresh(), sweeps) == 0

@@ -16,7 +16,7 @@ from lib.arms import Trial, has_counterparts, prepare_trial, site_states
 from lib.interventions import exchange, exchange_direction, exchange_norm
 from lib.models import Decoder
 from lib.stats import pair_share_bootstrap
-from lib.sweeps import sweep_blocks
+from lib.store import recall_sweep
 from lib.tasks import gate, load_task
 from lib.verdicts import late_blocks
 
@@ -132,7 +132,7 @@ def measure_exchange(
             pairs = choose_pairs(trial, donors_per_prompt, templates)
         if len(pairs) == 0:
             continue
-        sweep = sweep_blocks(
+        sweep = recall_sweep(
             trial.decoder,
             trial.task.tokens,
             pairs,

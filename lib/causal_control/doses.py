@@ -20,8 +20,7 @@ from lib.steering import (
     stretch,
     unembedding_direction,
 )
-from lib.store import recall_residuals
-from lib.sweeps import sweep_blocks
+from lib.store import recall_residuals, recall_sweep
 
 METHODS = ("rotation", "additive", "unembedding", "random plane", "radial")
 OWN_ANSWER = "own answer"
@@ -128,7 +127,7 @@ def measure_doses(
         if full_vocabulary:
             assert found.logits is not None
             measure = rest_measure(found.logits, pairs[:, 0], trial.target[pairs], task.answer_ids)
-        sweep = sweep_blocks(
+        sweep = recall_sweep(
             trial.decoder,
             task.tokens,
             rows,

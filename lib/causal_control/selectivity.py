@@ -6,11 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lib.recipes import by_recipe
 from lib.sweeps import Measure
 
 ROWS_AT_ONCE = 64
 
 
+@by_recipe
 def rest_measure(
     clean_logits: Tensor,
     recipients: np.ndarray,

@@ -10,7 +10,8 @@ from lib.interventions import exchange_direction, exchange_norm, rotate_by_displ
 from lib.norm_code.norms import Sample
 from lib.readouts import distribution_measure
 from lib.stats import Interval, pair_share_bootstrap, percentile_interval
-from lib.sweeps import Sweep, sweep_blocks
+from lib.store import recall_sweep
+from lib.sweeps import Sweep
 
 EXCHANGES = {"norm": exchange_norm, "direction": exchange_direction}
 LONGEST_ROTATION = 2.0
@@ -88,7 +89,7 @@ def _exchange(
     description: str | None,
 ) -> Sweep:
     assert sample.logits is not None
-    return sweep_blocks(
+    return recall_sweep(
         sample.decoder,
         sample.tokens,
         pairs,
@@ -219,7 +220,7 @@ def scale_and_rotate(
     donors = torch.from_numpy(drawn).float()[None].expand(len(blocks), -1, -1)
     tokens = sample.tokens
     pairs = np.stack([np.arange(len(chosen))] * 2, axis=1)
-    frame = sweep_blocks(
+    frame = recall_sweep(
         sample.decoder,
         [tokens[index] for index in chosen],
         pairs,
