@@ -27,14 +27,15 @@ TOOLS := build/tools
 TOOLS_READY := $(TOOLS)/ready.stamp
 MUTATE_VENV := build/mutate-venv
 BENCH_VENV := build/bench-venv
+COLAB_VENV := build/colab-venv
 BOOK_READY := $(VENV)/book.stamp
 TESTS_READY := $(VENV)/tests.stamp
-CHAPTERS = $(filter-out book/intro.md,$(shell grep -l '^jupytext:' book/*.md))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help book test test-reading pdf verify lint audit mutate bench model notebooks lock clean
+.PHONY: help book test test-reading test-colab pdf verify lint audit mutate bench model notebooks lock \
+  clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -48,6 +49,9 @@ test: $(TESTS_READY) model  ## run the tests
 
 test-reading: $(TESTS_READY)  ## read the built book in a browser: offline, links, accessibility
 	@$(BIN)/python -m pytest -m browser tests/test_reading.py
+
+test-colab: $(TESTS_READY) $(COLAB_VENV)/ready.stamp  ## run every notebook as on Colab: bare, alone
+	@$(BIN)/python -m pytest -m colab tests/test_colab.py
 
 pdf: book $(TESTS_READY)  ## print the whole book as one PDF
 	@$(BIN)/python book/_ext/pdf.py
@@ -78,7 +82,6 @@ endif
 
 notebooks: $(BOOK_READY)  ## write the notebooks for Colab, without outputs, from the chapters
 	@$(BIN)/python book/_ext/setup_cells.py
-	@$(BIN)/jupytext --quiet --to ipynb --update $(CHAPTERS)
 
 bench: $(BENCH_VENV)/bench.stamp  ## time the engine beside other libraries; QUICK=1 only tries them
 	@$(BENCH_VENV)/bin/python -m benchmarks $(if $(filter-out 0,$(QUICK)),--quick)
@@ -120,6 +123,15 @@ $(MUTATE_VENV)/ready.stamp: requirements-tools.txt $(TESTS_READY)
 	  > "$$($(MUTATE_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tests.pth"
 	@$(MUTATE_VENV)/bin/python -m pip --quiet --disable-pip-version-check install \
 	  $$(grep '^mutmut==' $<)
+	@touch $@
+
+# Colab's versions of what the chapters import, without the book's tools.
+$(COLAB_VENV)/ready.stamp: tests/colab-requirements.txt requirements.txt
+	@rm -rf $(COLAB_VENV)
+	@$(PYTHON) -m venv $(COLAB_VENV)
+	@$(COLAB_VENV)/bin/python -m pip --disable-pip-version-check install --quiet \
+	  $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) \
+	  $$(grep '^torch==' requirements.txt) --requirement tests/colab-requirements.txt
 	@touch $@
 
 clean:  ## remove what `make book` built; the environment and the model stay

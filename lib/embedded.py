@@ -133,8 +133,10 @@ def _convert(scratch: Path, made: Path) -> None:
             folder, gguf_file=GGUF_NAME, dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_NAME)
-        # The weights are plain float32 now; the left-over mark makes save_pretrained refuse.
-        del model.config.quantization_config
+        # The weights are plain float32 now. The mark that newer versions of transformers leave on
+        # them makes save_pretrained refuse; 5.15 leaves none.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
         model.hf_quantizer = None  # type: ignore[assignment]
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)

@@ -2,8 +2,10 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
+from hashlib import sha256
 from html import escape
 from importlib.util import find_spec
 from typing import Any
@@ -29,10 +31,12 @@ __all__ = [
     "estimate_text",
     "glue",
     "model_name",
+    "number_text",
     "prepare",
     "read_records",
     "record",
     "show_table",
+    "show_text",
     "table_html",
 ]
 
@@ -40,6 +44,9 @@ RECORDS_KEY = "records"
 """Name under which `record` glues a chapter's records; the build collects them by it."""
 
 _GLUE_PREFIX = "application/papermill.record/"
+_GLUED = re.compile(r"\{glue:text\}`([^`:]+)(?::([^`]*))?`")
+_values: dict[str, str | int | float] = {}
+_incomplete: list[str] = []
 _NUMBERS = ("estimate", "ci_low", "ci_high")
 _COLAB_PACKAGES = {"gguf": "gguf", "skdim": "scikit-dimension"}
 
@@ -129,6 +136,36 @@ def glue(name: str, value: Any, format: str = "") -> None:  # noqa: A002
     if format:
         value = f"{value:{format}}"
     _display({f"{_GLUE_PREFIX}text/plain": repr(value)}, _glue_metadata(name))
+    _values[name] = value
+    for text in [text for text in _incomplete if not _missing(text)]:
+        show_text(text)
+
+
+def show_text(text: str) -> None:
+    """Displays Markdown with glued values filled in.
+
+    The notebooks for Colab, which knows no roles, hold such cells where a chapter's prose has
+    {glue:text}`name`. A text some of whose values are still to come is shown with dots in their
+    place, and in full below the cell that glues the last of them; where the front end can change
+    what it has shown, the first one is filled in, too.
+
+    Args:
+        text: Markdown, with roles for the values.
+    """
+    filled = _GLUED.sub(
+        lambda role: format(_values[role[1]], role[2] or "") if role[1] in _values else "…", text
+    )
+    if text in _incomplete:
+        _incomplete.remove(text)
+    if _missing(text):
+        _incomplete.append(text)
+        filled += "\n\n*The dots stand for what is computed further down, and is then shown there.*"
+    data = {"text/markdown": filled, "text/plain": filled}
+    _display(data, display_id=sha256(text.encode()).hexdigest())
+
+
+def _missing(text: str) -> bool:
+    return any(role[1] not in _values for role in _GLUED.finditer(text))
 
 
 def estimate_text(
@@ -163,9 +200,16 @@ def estimate_text(
         raise ValueError(f"Expected finite numbers, got {estimate} [{low}, {high}].")
     if low > high:
         raise ValueError(f"The interval [{low}, {high}] is reversed: give low before high.")
-    middle, lower, upper = (_number(number, decimals) for number in (estimate, low, high))
+    middle, lower, upper = (number_text(number, decimals) for number in (estimate, low, high))
     unit = f" {unit}" if unit else ""
     return f"{middle}{unit} [{lower}, {upper}], n = {n} {items}"
+
+
+def number_text(value: float, decimals: int = 2) -> str:
+    """Returns a number with a true minus sign; small ones with one significant digit."""
+    tiny = value != 0 and abs(value) < 0.5 * 10**-decimals
+    text = f"{value:.1g}" if tiny else f"{value:.{decimals}f}"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def record(records: pd.DataFrame) -> None:
@@ -240,13 +284,7 @@ def _cell(value: Any) -> str:
     value = plain(value)
     if value is None:
         return ""
-    return _number(value) if isinstance(value, float) else str(value)
-
-
-def _number(value: float, decimals: int = 2) -> str:
-    tiny = value != 0 and abs(value) < 0.5 * 10**-decimals
-    text = f"{value:.1g}" if tiny else f"{value:.{decimals}f}"
-    return text.replace("-", "\N{MINUS SIGN}")
+    return number_text(value) if isinstance(value, float) else str(value)
 
 
 def _glue_metadata(name: str) -> dict[str, Any]:
@@ -257,6 +295,8 @@ def _in_notebook() -> bool:
     return bool(InteractiveShell.initialized())
 
 
-def _display(data: dict[str, Any], metadata: dict[str, Any] | None = None) -> None:
+def _display(
+    data: dict[str, Any], metadata: dict[str, Any] | None = None, display_id: str | None = None
+) -> None:
     if _in_notebook():
-        display(data, raw=True, metadata=metadata or {})
+        display(data, raw=True, metadata=metadata or {}, display_id=display_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cache
@@ -299,6 +299,19 @@ def claim_verdict(
     if verdicts != {"supported"}:
         verdict = "not supported" if "not supported" in verdicts else "not testable"
     return ClaimVerdict(claim, model, untrained, verdict, parts, "; ".join(reasons))
+
+
+def verdict_sentence(records: Sequence[Mapping[str, Any]], claim: str, model: str) -> str:
+    """Return the verdict on the model and on its twin in one sentence."""
+    words = []
+    for untrained in (False, True):
+        found = claim_verdict(records, claim, model, untrained)
+        parts = ", ".join(f"“{part}” {verdict}" for part, verdict in found.parts.items())
+        words.append((found.verdict, parts))
+    return (
+        f"the claim as a whole is {words[0][0]} ({words[0][1]}); on its untrained twin it is "
+        f"{words[1][0]} ({words[1][1]})"
+    )
 
 
 def _task_verdicts(rows: list[Mapping[str, Any]], needed: list[Criterion]) -> dict[str, Verdict]:

@@ -26,6 +26,7 @@ from lib.norm_code.norm_edits import (
     temperature_share,
 )
 from lib.norm_code.norm_verdicts import (
+    CLAIM,
     dose_blocks,
     find_late,
     judge_norms,
@@ -38,11 +39,9 @@ from lib.norm_code.norm_words import (
     dissociation_sentence,
     exchange_sentences,
     listed,
-    number,
     relation_sentence,
     tasks_sentence,
     temperature_sentence,
-    verdict_sentence,
 )
 from lib.norm_code.norms import (
     RELATIONS,
@@ -53,7 +52,9 @@ from lib.norm_code.norms import (
     relate_norms,
     stratified_correlations,
 )
+from lib.notebook import number_text as number
 from lib.stats import bootstrap_weights
+from lib.verdicts import verdict_sentence
 
 RNG = np.random.default_rng
 KINDS = ["letter", "list", "law"]
@@ -328,7 +329,7 @@ def test_model_without_late_blocks_is_not_testable_throughout(llama: Decoder) ->
 def test_sentences_follow_the_numbers(llama: Decoder) -> None:
     twin = replace(llama, untrained=True)
     records = [*judged(llama), *judged(twin)]
-    assert "as a whole is supported" in verdict_sentence(records, llama.name)
+    assert "as a whole is supported" in verdict_sentence(records, CLAIM, llama.name)
     assert "supported; that swapped" in dissociation_sentence(records, llama.name)
     first, second = exchange_sentences({"contexts": outcomes([False] * 8)}, [0])
     assert "in 0.00 of the pairs" in first and "Of 8 prompts and contexts, 0" in second

@@ -110,6 +110,42 @@ def test_estimate_with_impossible_interval_is_refused(numbers):
         estimate_text(*numbers, 10)
 
 
+# Prose in the notebooks for Colab
+
+
+def shown_by(captured) -> list[str]:
+    return [o.data["text/markdown"] for o in captured.outputs if "text/markdown" in o.data]
+
+
+def test_text_is_shown_with_the_values_that_were_glued(shell):
+    with capture_output() as captured:
+        glue("share", 0.625)
+        glue("word", "sharper")
+        notebook.show_text("It is {glue:text}`word` by {glue:text}`share:.1%`, $x_{1}$.")
+    assert shown_by(captured) == ["It is sharper by 62.5%, $x_{1}$."]
+
+
+def test_text_that_comes_before_its_values_is_shown_in_full_once_they_are_known(shell):
+    text = "{glue:text}`first_of_two` and {glue:text}`second_of_two`."
+    with capture_output() as captured:
+        notebook.show_text(text)
+        glue("first_of_two", 1)
+    (early,) = shown_by(captured)
+    assert early.startswith("… and ….") and "further down" in early
+    with capture_output() as captured:
+        glue("second_of_two", 2)
+        glue("second_of_two", 3)
+    assert shown_by(captured) == ["1 and 2."]
+
+
+def test_cell_run_twice_before_its_values_are_known_is_completed_once(shell):
+    with capture_output() as captured:
+        notebook.show_text("{glue:text}`later_value`!")
+        notebook.show_text("{glue:text}`later_value`!")
+        glue("later_value", 7)
+    assert shown_by(captured)[2:] == ["7!"]
+
+
 # Records
 
 

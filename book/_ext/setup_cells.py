@@ -1,7 +1,8 @@
 """Carries the repository's address from _config.yml into all files that name it.
 
-Run by `make notebooks`. The setup cell of each chapter is written anew from `lib.notebook`; in
-the other files the address they name so far is replaced.
+Run by `make notebooks`. The setup cell of each chapter is written anew from `lib.notebook`, and
+the chapter's notebook from the chapter; in the other files the address they name so far is
+replaced.
 """
 
 import re
@@ -14,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from lib.notebook import SETUP_CELL  # noqa: E402
+from notebooks import notebook_text  # noqa: E402
 
 FILES_WITH_ADDRESS = ("README.md", "CITATION.cff", "book/intro.md")
 FIRST_LINE = SETUP_CELL.split(",")[0]  # as it begins in older versions of the cell, too
@@ -71,12 +73,13 @@ def main() -> None:
     for file in chapters():
         try:
             _rewrite(file, with_setup_cell(file.read_text(encoding="utf-8"), cell))
+            _rewrite(file.with_suffix(".ipynb"), notebook_text(file, FIRST_LINE))
         except ValueError as problem:
             sys.exit(f"{file.relative_to(ROOT)}: {problem}")
 
 
 def _rewrite(file: Path, text: str) -> None:
-    if file.read_text(encoding="utf-8") != text:
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
         file.write_text(text, encoding="utf-8")
         print(f"rewrote {file.relative_to(ROOT)}")
 

@@ -7,27 +7,13 @@ import pandas as pd
 
 from lib.arms import Trial
 from lib.causal_control.control import ExchangeOutcome, Weights
-from lib.causal_control.control_tables import CLAIM, RIVALS, Matched, full_angle_draws, interval_of
+from lib.causal_control.control_tables import RIVALS, Matched, full_angle_draws, interval_of
 from lib.causal_control.doses import DoseOutcome
 from lib.notebook import estimate_text
 from lib.stats import Interval, pair_share_bootstrap
-from lib.verdicts import Record, claim_verdict
 
 NOT_TESTABLE = "No task is testable on this model."
 _RIVALS = {"additive": "additive steering", "unembedding": "the unembedding edit"}
-
-
-def verdict_sentence(records: Sequence[Record], model: str) -> str:
-    """Return the verdict on the model and on its twin in one sentence."""
-    words = []
-    for untrained in (False, True):
-        found = claim_verdict(records, CLAIM, model, untrained)
-        parts = ", ".join(f"“{part}” {verdict}" for part, verdict in found.parts.items())
-        words.append((found.verdict, parts))
-    return (
-        f"the claim as a whole is {words[0][0]} ({words[0][1]}); on its untrained twin it is "
-        f"{words[1][0]} ({words[1][1]})"
-    )
 
 
 def pool(by_task: Mapping[str, np.ndarray], counts: Mapping[str, int]) -> Interval | None:

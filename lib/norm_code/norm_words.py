@@ -7,6 +7,7 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from lib.norm_code.norm_verdicts import CLAIM, WITHIN, margin
+from lib.notebook import number_text as number
 from lib.verdicts import Record, claim_verdict
 
 HALF, DOUBLE = 0.5, 2.0
@@ -20,13 +21,6 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]])
 
 
-def number(value: float, decimals: int = 2) -> str:
-    """Return a number with a true minus sign; small ones with one significant digit."""
-    tiny = value != 0 and abs(value) < 0.5 * 10**-decimals
-    text = f"{value:.1g}" if tiny else f"{value:.{decimals}f}"
-    return text.replace("-", "\N{MINUS SIGN}")
-
-
 def by_hand_sentence(table: pd.DataFrame) -> str:
     """Return which of the edits of one prompt leave its next token as it is.
 
@@ -37,19 +31,6 @@ def by_hand_sentence(table: pd.DataFrame) -> str:
     kept = [f"“{edit}”" for edit in table["edit"][same].iloc[1:]]
     changed = [f"“{edit}”" for edit in table["edit"][~same]]
     return f"The next token is left as it is by {listed(kept)}; it is changed by {listed(changed)}."
-
-
-def verdict_sentence(records: Sequence[Record], model: str) -> str:
-    """Return the verdict on the model and on its twin in one sentence."""
-    words = []
-    for untrained in (False, True):
-        found = claim_verdict(records, CLAIM, model, untrained)
-        parts = ", ".join(f"“{part}” {verdict}" for part, verdict in found.parts.items())
-        words.append((found.verdict, parts))
-    return (
-        f"the claim as a whole is {words[0][0]} ({words[0][1]}); on its untrained twin it is "
-        f"{words[1][0]} ({words[1][1]})"
-    )
 
 
 def carried_sentences(excess: pd.DataFrame, twin_excess: pd.DataFrame) -> tuple[str, str]:
