@@ -1,6 +1,7 @@
 """The driver: keeps one process for each contender, compares, then times them in turn.
 
-    python -m benchmarks           everything; writes benchmarks/results.json
+    python -m benchmarks           everything; writes benchmarks/results.json after each workload,
+                                   and goes on where an unfinished run of the same kind ended
     python -m benchmarks --quick   small workloads, one run; writes build/bench-quick.json
 
 Threads: OMP_NUM_THREADS, 2 unless set.
@@ -93,6 +94,7 @@ def main() -> None:
     say("loading the model into a process for each contender")
     processes = {name: Process(name) for name in MODULES}
     results: dict[str, Any] = {
+        "finished": False,
         "quick": given.quick,
         "runs": 1 if given.quick else N_RUNS,
         "machine": machine(),
@@ -102,13 +104,28 @@ def main() -> None:
         "rows": [],
         "refused": [],
     }
+    results = resumed(output, results)
     for name in names:
+        if name in {row["workload"] for row in results["rows"]}:
+            say(f"{name}: measured before this run was resumed")
+            continue
         measure(name, given.quick, processes, rate, results)
+        results["finished"] = name == names[-1]
         write_atomically(output, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     for process in (rate, *processes.values()):
         process.close()
     print(comparison(results).to_string(index=False))
     print(f"Written to {output}")
+
+
+def resumed(file: Path, fresh: dict[str, Any]) -> dict[str, Any]:
+    """Return what an unfinished run left in `file`, if it was made as this one is; else `fresh`."""
+    if not file.is_file():
+        return fresh
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    measured = ("rates_gmacs", "rows", "refused")
+    alike = all(found.get(key) == value for key, value in fresh.items() if key not in measured)
+    return found if alike else fresh
 
 
 def machine() -> dict[str, Any]:

@@ -102,7 +102,7 @@ LOADS: Mapping[str, Load] = {
         SweepLoad("early position, T = 8", 32, 8, ring(32), 3),
         SweepLoad("early position, T = 64", 32, 64, ring(32), 3, n_shared_blocks=1),
         ExtractLoad("extract, equal lengths", (32,) * 256),
-        ExtractLoad("extract, ragged", ragged(2048, 64), stride=4),
+        ExtractLoad("extract, ragged", ragged(2048, 64), stride=8),
     )
 }
 

@@ -277,6 +277,18 @@ def results() -> dict:
     }
 
 
+def test_an_unfinished_run_is_resumed_if_it_was_made_alike(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    fresh = {**results(), "finished": False, "rows": [], "rates_gmacs": []}
+    assert driver.resumed(file, fresh) is fresh
+    begun = {**results(), "finished": False}
+    file.write_text(json.dumps(begun))
+    assert driver.resumed(file, fresh) == begun
+    for other in ({"finished": True}, {"versions": {"torch": "2.12.0"}}, {"runs": 5}):
+        file.write_text(json.dumps({**begun, **other}))
+        assert driver.resumed(file, fresh) is fresh
+
+
 def test_table_has_medians_of_ratios_to_our_faster_row() -> None:
     table = tables.comparison(results()).set_index(["contender", "attention"])
     assert table.loc[("this book", "sdpa"), "ratio"] == 1.0
