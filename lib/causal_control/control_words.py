@@ -230,7 +230,7 @@ def others_sentence(matched: Mapping[str, Matched]) -> str:
     if not parts:
         return "The other answers of the closed set cannot be compared."
     return (
-        "The probability that moves on or off the *other* answers of the closed set, rotation's "
+        "The probability that moves on or off the other answers of the closed set, rotation's "
         f"over its rival's at the matched flip rate: {'; '.join(parts)}."
     )
 
