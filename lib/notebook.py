@@ -35,6 +35,7 @@ __all__ = [
     "prepare",
     "read_records",
     "record",
+    "show_plan",
     "show_table",
     "show_text",
     "table_html",
@@ -232,6 +233,16 @@ def record(records: pd.DataFrame) -> None:
     write_rows(records_file(claim), rows)
     _display({f"{_GLUE_PREFIX}text/plain": to_json(rows)}, _glue_metadata(RECORDS_KEY))
     show_table(_verdict_table(rows), f"Verdicts on the claim “{claim.replace('-', ' ')}”")
+
+
+def show_plan(plan: object | None) -> None:
+    """Displays what a chapter's measurements are about to cost, a line; nothing without a plan.
+
+    Args:
+        plan: of `lib.plan`, or None.
+    """
+    if plan is not None:
+        _display({"text/plain": f"About to be measured: {plan}."})
 
 
 def show_table(table: pd.DataFrame, caption: str) -> None:

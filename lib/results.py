@@ -1,5 +1,6 @@
 """Records of verdicts: what one looks like, where they are kept, which chapters owe them."""
 
+import contextlib
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import platform
 import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ KEY_COLUMNS = ("claim", "part", "task", "model", "untrained", "statistic")
 """What tells records apart: no two of a book agree in all of these."""
 
 LIBRARIES = (
-    *("torch", "transformers", "safetensors", "gguf", "numpy", "scipy", "pandas"),
+    *("torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy", "scipy", "pandas"),
     *("scikit-learn", "scikit-dimension", "jupyter-book", "myst-nb"),
 )
 
@@ -104,6 +105,15 @@ def run_file(folder: Path = RESULTS) -> Path:
     return folder / "run.json"
 
 
+def library_versions() -> dict[str, str]:
+    """Returns the versions of Python and of the libraries that results rest on, where installed."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):  # the book's own tools are not on Colab
+            found[name] = version(name)
+    return found
+
+
 def run_facts(root: Path = ROOT) -> dict[str, str | int]:
     """Returns what a build rests on, a flat table of facts: model, machine, versions, seeds, time.
 
@@ -121,9 +131,10 @@ def run_facts(root: Path = ROOT) -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "processors": os.cpu_count() or 1,
         "platform": platform.platform(),
-        "python": platform.python_version(),
     }
-    facts |= {f"version_of_{name}": version(name) for name in LIBRARIES}
+    versions = library_versions()
+    facts["python"] = versions.pop("python")
+    facts |= {f"version_of_{name}": number for name, number in versions.items()}
     for page in pages(root):
         text = (root / f"{page}.md").read_text(encoding="utf-8")
         if found := re.search(r"^SEED = (\d+)", text, re.M):

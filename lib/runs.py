@@ -1,27 +1,27 @@
 """Runs: what each model's run was and found, kept side by side for comparison."""
 
 import json
-import platform
 import re
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from lib.files import write_atomically
-from lib.results import RESULTS, Record, write_rows
+from lib.results import RESULTS, Record, library_versions, write_rows
 
 if TYPE_CHECKING:  # the build reads runs without loading torch
     from lib.models import Decoder
 
 RUNS = RESULTS.parent / "runs"
-PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scipy")
 
 
-def run_facts(decoder: "Decoder") -> dict[str, Any]:
-    """Return what a run depends on beside the code: weights, precision, machine, versions."""
+def model_facts(decoder: "Decoder") -> dict[str, Any]:
+    """Return what a model's records depend on beside the code: weights, precision, versions.
+
+    `lib.results.run_facts` says the same of a build, which needs no model in memory.
+    """
     devices = sorted({str(parameter.device) for parameter in decoder.model.parameters()})
     return {
         "model": decoder.name,
@@ -29,10 +29,7 @@ def run_facts(decoder: "Decoder") -> dict[str, Any]:
         "dtype": str(decoder.dtype).removeprefix("torch."),
         "device": ", ".join("offloaded" if device == "meta" else device for device in devices),
         "n_blocks": decoder.n_blocks,
-        "versions": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in PACKAGES},
-        },
+        "versions": library_versions(),
     }
 
 
@@ -43,7 +40,7 @@ def run_folder(model: str) -> Path:
 
 def keep_run(decoder: "Decoder", transitions: Sequence[dict[str, Any]]) -> None:
     """Keep the facts of a run and its tasks' transitions, in `run.json` of the model's folder."""
-    about = {**run_facts(decoder), "transitions": list(transitions)}
+    about = {**model_facts(decoder), "transitions": list(transitions)}
     write_atomically(run_folder(decoder.name) / "run.json", json.dumps(about, indent=1) + "\n")
 
 

@@ -214,7 +214,8 @@ def pareto_table(matched: Mapping[str, Matched]) -> pd.DataFrame:
         for task, found in matched.items()
         for method in METHODS
     ]
-    return pd.DataFrame(rows)
+    columns = ["task", "method", "highest flip rate", "dose (degrees)", "rest KL (nats)"]
+    return pd.DataFrame(rows, columns=[*columns, "other answers (probability)"])
 
 
 # --- verdicts ------------------------------------------------------------------------------------

@@ -139,6 +139,7 @@ def profile_depth(
     Returns:
         Columns `block`, `quantity`, `estimate`, `low`, `high` (mean, smallest and largest over the
         halves: several of these measures grow with the number of texts), `n` (texts in a half).
+        All three are NaN where a measure is not defined: two texts with equal states, say.
     """
     residuals = recall_residuals(decoder, prompts, logits=True)
     assert residuals.logits is not None
@@ -167,7 +168,24 @@ def profile_depth(
         for name, measure in quantities.items():
             if measure is step and block == 0:
                 continue  # nothing to compare the first block with
-            spread = [measure(block, items) for items in halves]
+            try:
+                spread = [measure(block, items) for items in halves]
+            except ValueError:
+                spread = [float("nan")]
             mean = float(np.mean(spread))
             rows.append((block, name, mean, min(spread), max(spread), len(halves[0])))
     return pd.DataFrame(rows, columns=["block", "quantity", "estimate", "low", "high", "n"])
+
+
+def gaps_sentence(profile: pd.DataFrame) -> str:
+    """Return where a table of `profile_depth`, of one or more models, has gaps; empty if nowhere.
+
+    Args:
+        profile: its columns, and `untrained`.
+    """
+    gaps = profile[profile["estimate"].isna()]
+    parts = [
+        f"{quantity}{', untrained' if untrained else ''}, at {len(part)} of the blocks"
+        for (quantity, untrained), part in gaps.groupby(["quantity", "untrained"], sort=False)
+    ]
+    return f"Not defined, since states coincide: {'; '.join(parts)}." if parts else ""

@@ -1,0 +1,106 @@
+"""The whole book on another model: tiny, from a local folder, and unable to do any task."""
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from lib.embedded import fetch_embedded_model
+from lib.results import ROOT, pages
+from lib.verdicts import claim_verdict, criteria
+
+CLAIMS = dict.fromkeys(criterion.claim for criterion in criteria())
+SMALLER = {"N_DRAWS": 100, "N_PERMUTATIONS": 40, "N_CONTEXTS": 120}  # in the parameter cells
+GAP = re.compile(r"(?<![\w.])(nan|NaN|None|inf|<NA>)(?![\w.])")
+
+
+def save_tiny_model(folder: Path) -> None:
+    """Write a Llama-like model with the embedded model's tokenizer.
+
+    The first two blocks have no attention, so that after them prompts that end alike have equal
+    states: what is not defined on such states is part of the test.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(fetch_embedded_model())
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for layer in model.model.layers[:2]:
+            layer.self_attn.o_proj.weight.zero_()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def build_book(folder: Path) -> None:
+    """Build the book in a folder as `make book MODEL=folder` does, on smaller samples."""
+    save_tiny_model(folder / "tiny-llama")
+    for name in ("_config.yml", "_toc.yml", "requirements.txt", "environment.yml"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("lib", "book", "benchmarks"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for page in pages(folder):
+        file = folder / f"{page}.md"
+        text = file.read_text(encoding="utf-8")
+        for name, number in SMALLER.items():
+            text = re.sub(rf"^{name} = \d+", f"{name} = {number}", text, flags=re.M)
+        file.write_text(text, encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name != "PROGRESS_FILE"}
+    environment |= {"MODEL": str(folder / "tiny-llama"), "OMP_NUM_THREADS": "1"}
+    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", "."]
+    done = subprocess.run(
+        [*command, "--warningiserror", "--keep-going"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+def prose(book: Path, page: str) -> str:
+    """Return a page's text without code, outputs of code, and data of figures."""
+    text = (book / "_build" / "html" / f"{page}.html").read_text(encoding="utf-8")
+    article = re.search(r"<article.*?</article>", text, re.S)
+    assert article
+    bare = re.sub(r"<(script|style|pre|svg)\b.*?</\1>", " ", article[0], flags=re.S)
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", bare)))
+
+
+def test_the_book_builds_on_a_model_that_can_do_no_task(tmp_path: Path) -> None:
+    build_book(tmp_path)
+    rows = json.loads((tmp_path / "_build" / "results" / "results.json").read_text())
+    for claim in CLAIMS:
+        for untrained in (False, True):
+            own = [r for r in rows if (r["claim"], r["untrained"]) == (claim, untrained)]
+            assert own, f"{claim}, untrained {untrained}: no record"
+            assert {row["model"] for row in own} == {"tiny-llama"}
+            found = claim_verdict(own, claim, "tiny-llama", untrained).verdict
+            assert found in ("not testable", "not supported"), f"{claim}: {found}"
+    for page in pages(tmp_path):
+        text = prose(tmp_path, page)
+        gaps = [text[max(0, gap.start() - 60) : gap.end() + 40] for gap in GAP.finditer(text)]
+        assert gaps == [], page
+    chapter = prose(tmp_path, "book/phase-transition")
+    assert "Not defined, since states coincide: intrinsic dimension (TwoNN), at " in chapter
+    assert "No task is testable" in chapter
+    assert "No task is testable" in (
+        tmp_path / "_build" / "html" / "book" / "depth-explorer.html"
+    ).read_text(encoding="utf-8")
