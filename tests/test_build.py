@@ -481,6 +481,9 @@ norm-code: Norms do not.
 """
 
 
+FOLDERS = ("PROGRESS_FILE", "MPLCONFIGDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME")
+
+
 class SmallBook:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -530,7 +533,9 @@ class SmallBook:
             "-W",
             "--keep-going",
         ]
-        environment = {name: value for name, value in os.environ.items() if name != "PROGRESS_FILE"}
+        passed_on = {name: value for name, value in os.environ.items() if name not in FOLDERS}
+        # A home that cannot be written, not even by root.
+        environment = passed_on | {"HOME": os.devnull}
         return subprocess.run(
             command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False
         )

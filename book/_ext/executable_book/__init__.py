@@ -8,6 +8,7 @@
 - `scorecard`: the table of verdicts on the landing page.
 - `comparison`: the models' runs side by side.
 - `mathjax`: puts MathJax into the book, so that pages need no network.
+- `plotting`: gives Matplotlib a folder that it can write, for it complains where a home is not.
 - `theme`: mends what the theme gets wrong on the pages.
 """
 
@@ -23,6 +24,7 @@ from executable_book import (
     comparison,
     freshness,
     mathjax,
+    plotting,
     progress,
     results,
     run_facts,
@@ -34,7 +36,8 @@ from executable_book import (
 def setup(app: Sphinx) -> dict[str, Any]:
     """Connects the parts to the build. Reading runs in one process, in the order of the book."""
     for part in (
-        *(mathjax, progress, results, freshness, run_facts, scorecard, comparison, theme),
+        *(mathjax, plotting, progress, results, freshness),
+        *(run_facts, scorecard, comparison, theme),
     ):
         part.setup(app)
     return {"parallel_read_safe": False, "parallel_write_safe": True}
