@@ -6,18 +6,15 @@ inline SVG, the browser's own controls, a short script, and all data inside.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from lib.angular_code.depth import ANGLE
-from lib.angular_code.maps import SIZE, legend_html, marks_svg, pixels
+from lib.angular_code.maps import SIZE, fill_page, legend_html, marks_svg, pixels
 from lib.arms import ARMS
 from lib.explorer import TWIN, Exploration
 from lib.figures import style_of
@@ -49,7 +46,6 @@ def explorer_html(explorations: Sequence[Exploration], *, start: int | None = No
         place = explorations[0].depth_map.transition
         start = n_blocks - 1 if place is None else int(np.ceil(place))
     start = min(max(start, 0), n_blocks - 1)
-    data = [_data(one) for one in explorations]
     parts = {
         "OPTIONS": "".join(
             f'<option value="{k}">{escape(one.depth_map.name)}</option>'
@@ -58,13 +54,11 @@ def explorer_html(explorations: Sequence[Exploration], *, start: int | None = No
         "LAST": str(n_blocks - 1),
         "START": str(start),
         "BODIES": "".join(_task_html(one, k, start) for k, one in enumerate(explorations)),
-        "DATA": json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
     }
     for name, curve in (("CONTEXT", "context arm"), ("PREDICTION", "prediction arm")):
         parts[name] = style_of(curve)["color"]
     parts["ANGLE"] = style_of(ANGLE.name)["color"]
-    template = (files("lib") / "data" / "explorer.html").read_text(encoding="utf-8")
-    return re.sub(r"\[\[([A-Z]+)\]\]", lambda found: parts[found[1]], template)
+    return fill_page("explorer.html", [_data(one) for one in explorations], parts)
 
 
 def _task_html(one: Exploration, number: int, block: int) -> str:

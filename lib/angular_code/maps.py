@@ -152,8 +152,6 @@ def depth_map_html(maps: Sequence[DepthMap], *, title: str, start: int | None = 
         f'<div class="task"{"" if i == 0 else " hidden"}>{_task_html(one, first)}</div>'
         for i, one in enumerate(maps)
     )
-    data = json.dumps([_data(one) for one in maps], separators=(",", ":")).replace("<", "\\u003c")
-    template = (files("lib") / "data" / "map.html").read_text(encoding="utf-8")
     parts = {
         "NAME": name,
         "TITLE": escape(title),
@@ -162,9 +160,24 @@ def depth_map_html(maps: Sequence[DepthMap], *, title: str, start: int | None = 
         "LAST": str(n_blocks - 1),
         "START": str(first),
         "BODIES": bodies,
-        "DATA": data,
     }
-    return re.sub(r"\[\[([A-Z]+)\]\]", lambda found: parts[found[1]], template)
+    return fill_page("map.html", [_data(one) for one in maps], parts)
+
+
+def fill_page(template: str, data: list[dict[str, object]], parts: Mapping[str, str]) -> str:
+    """Return a page with a slider over the blocks: template, data, and the slider's script.
+
+    Args:
+        template: name of a file in `lib/data`, with places such as [[NAME]] for the parts.
+        data: what the page's script reads, one entry a task.
+        parts: what stands in the template's places.
+    """
+    folder = files("lib") / "data"
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    script = (folder / "slider.js").read_text(encoding="utf-8")
+    filled = {**parts, "DATA": text, "SLIDER": script}
+    page = (folder / template).read_text(encoding="utf-8")
+    return re.sub(r"\[\[([A-Z]+)\]\]", lambda found: filled[found[1]], page)
 
 
 def _check(one: DepthMap) -> None:
