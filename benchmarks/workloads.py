@@ -101,7 +101,7 @@ LOADS: Mapping[str, Load] = {
         SweepLoad("many edits, T = 64", 32, 64, ring(32), 63, tuple(EDITS), n_shared_blocks=1),
         SweepLoad("early position, T = 8", 32, 8, ring(32), 3),
         SweepLoad("early position, T = 64", 32, 64, ring(32), 3, n_shared_blocks=1),
-        ExtractLoad("extract, equal lengths", (32,) * 256),
+        ExtractLoad("extract, equal lengths", (32,) * 256, stride=2),
         ExtractLoad("extract, ragged", ragged(2048, 64), stride=8),
     )
 }
