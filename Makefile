@@ -34,8 +34,8 @@ TESTS_READY := $(VENV)/tests.stamp
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help book test test-reading test-colab pdf verify lint audit mutate bench model notebooks lock \
-  clean
+.PHONY: help book test test-reading test-colab pdf picture verify lint audit mutate bench model \
+  notebooks lock clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -55,6 +55,9 @@ test-colab: $(TESTS_READY) $(COLAB_VENV)/ready.stamp  ## run every notebook as o
 
 pdf: book $(TESTS_READY)  ## print the whole book as one PDF
 	@$(BIN)/python book/_ext/pdf.py
+
+picture: book  ## take the README's picture from the built book
+	@$(BIN)/python book/_ext/picture.py
 
 verify: $(BOOK_READY)  ## compare the results with the recorded ones; UPDATE=1 records them anew
 	@$(BIN)/python -m lib.verify $(if $(filter-out 0,$(UPDATE)),--update)

@@ -15,6 +15,7 @@ import yaml
 
 import executable_book.freshness as freshness
 import notebooks
+import picture
 import setup_cells
 from executable_book.progress import Display, Follower, describe
 from lib.results import pages
@@ -229,6 +230,7 @@ def test_help_lists_every_command():
         "test",
         "test-reading",
         "test-colab",
+        "picture",
         "pdf",
         "verify",
         "lint",
@@ -297,6 +299,48 @@ def test_setup_cell_takes_the_place_of_the_word_or_of_its_predecessor():
     assert filled == chapter.replace("SETUP", "cell")
     older = chapter.replace("SETUP", setup_cells.FIRST_LINE + "\nold = 1")
     assert setup_cells.with_setup_cell(older, "cell\n") == filled
+
+
+# README
+
+
+def test_every_command_stands_in_the_readme():
+    listed = re.findall(r"^([a-z-]+):.*##", read("Makefile"), re.M)
+    missing = [
+        name for name in listed if name != "help" and f"`make {name}`" not in read("README.md")
+    ]
+    assert not missing
+
+
+def test_the_readmes_picture_says_its_finding_is_small_and_shows_on_dark_pages():
+    from PIL import Image
+
+    ((alt, file),) = re.findall(r"!\[([^]]*)\]\(([^)]*)\)", read("README.md"))
+    assert len(alt.split()) > 20
+    assert (ROOT / file).stat().st_size < 200_000
+    with Image.open(ROOT / file) as picture:
+        colours = picture.convert("RGBA")
+    assert colours.getchannel("A").getextrema() == (255, 255)
+    width, height = colours.size
+    corners = [colours.getpixel((x, y)) for x in (0, width - 1) for y in (0, height - 1)]
+    assert set(corners) == {(255, 255, 255, 255)}
+
+
+def test_the_picture_is_the_figure_of_the_executed_chapter(tmp_path):
+    outputs = [{"data": {"text/plain": ""}}, {"data": {"image/png": "AAEC"}}]
+    cells = [
+        {"metadata": {}, "source": "text"},
+        {"metadata": {"mystnb": {"figure": {"name": "other"}}}, "outputs": [outputs[1]]},
+        {"metadata": {"mystnb": {"figure": {"name": "fig-a"}}}, "outputs": outputs},
+    ]
+    cells[1]["outputs"] = [{"data": {"image/png": "AQEB"}}]
+    executed = tmp_path / "one.ipynb"
+    with pytest.raises(FileNotFoundError, match="make book"):
+        picture.figure_png(executed, "fig-a")
+    executed.write_text(json.dumps({"cells": cells}))
+    assert picture.figure_png(executed, "fig-a") == bytes([0, 1, 2])
+    with pytest.raises(FileNotFoundError, match="no picture of fig-b"):
+        picture.figure_png(executed, "fig-b")
 
 
 # When chapters are executed again

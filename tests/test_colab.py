@@ -2,7 +2,7 @@
 
 Run by `make test-colab`, which makes an environment with Colab's versions. Each notebook lies by
 itself in an empty folder with an empty home; what it clones is this working tree; `google.colab`
-is loaded before its first cell.
+is loaded before its first cell. The executed notebooks are kept in build/colab.
 """
 
 import json
@@ -20,6 +20,7 @@ from lib.verdicts import criteria
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = ROOT / "build" / "colab-venv" / "bin" / "python"
+EXECUTED = ROOT / "build" / "colab"
 NOTEBOOKS = [page for page in pages(ROOT) if (ROOT / page).with_suffix(".ipynb").is_file()]
 CLAIMS = {criterion.claim for criterion in criteria()}
 BROUGHT = {"gguf", "scikit-dimension"}
@@ -82,7 +83,10 @@ def run_notebook(page: str, folder: Path, origin: Path) -> dict:
     assert done.returncode == 0, done.stderr[-4000:]
     assert (content / url.rsplit("/", 1)[-1] / "lib").is_dir()
     shutil.rmtree(home)
-    return json.loads((content / "done.ipynb").read_text("utf-8"))
+    EXECUTED.mkdir(exist_ok=True)
+    executed = EXECUTED / f"{Path(page).name}.ipynb"
+    shutil.copy(content / "done.ipynb", executed)
+    return json.loads(executed.read_text("utf-8"))
 
 
 def shown(cell: dict) -> str:

@@ -16,6 +16,7 @@ import yaml
 from bs4 import BeautifulSoup
 
 from lib.results import pages
+from notebooks import site_address
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "_build" / "html"
@@ -334,6 +335,18 @@ def test_every_internal_link_and_download_leads_somewhere(soups):
             elif anchor and anchor not in targets.get(address, {anchor}):
                 dead.append(f"{page}: no {reference}")
     assert not dead, "\n".join(dead)
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_links_of_the_notebooks_into_the_book_lead_somewhere(soups, name):
+    repository = yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))["repository"]["url"]
+    text = (ROOT / name).with_suffix(".ipynb").read_text("utf-8")
+    links = re.findall(rf"\({re.escape(site_address(repository))}/([^)]*)\)", text)
+    assert links
+    for link in links:
+        page, anchor = urldefrag(link)
+        soup = soups[(SITE / page).as_uri()]
+        assert not anchor or soup.find(id=anchor), link
 
 
 @pytest.mark.parametrize("name", pages(ROOT))
