@@ -1,24 +1,21 @@
 """Extraction: the residual stream after chosen blocks at chosen positions, and the logit lens."""
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import Tensor
 
+from lib.batches import Batch, equal_length_rows, pack_prompts, stack_prompts
 from lib.models import Decoder
+from lib.passes import count_shared, packing_is_exact, run_batch
 from lib.progress import track
-from lib.structure import untuple
 
 Positions = Literal["last"] | Sequence[int] | np.ndarray
 BATCH_TOKENS = 2048
-SHARED_LEAST = 0.25  # of a prompt's tokens, for a pass of their own to pay
-_compared: WeakKeyDictionary[Decoder, dict[int, bool]] = WeakKeyDictionary()
+PACKED_BELOW = 1024  # tokens in a batch of one length, for joining it to others to pay
 
 
 @dataclass(frozen=True)
@@ -53,8 +50,10 @@ def extract_residuals(
 ) -> Residuals:
     """Return the residual stream after each block at one position of each prompt.
 
-    Prompts of the same length share a batch, so nothing is padded and no position shifts. Memory:
-    one batch of at most `batch_tokens` tokens beside the result.
+    Prompts of the same length share a batch, so nothing is padded and no position shifts. Where few
+    have the same length, prompts of several lengths run side by side on one line, each seeing
+    itself alone, if a comparison finds that exact for the model. Memory: one batch of at most
+    `batch_tokens` tokens beside the result.
 
     Args:
         decoder: the model.
@@ -74,20 +73,36 @@ def extract_residuals(
     check_prompts(decoder, prompts)
     states = torch.empty(len(wanted), len(prompts), decoder.d_model)
     all_logits = torch.empty(len(prompts), decoder.d_vocab) if logits else None
-    batches = list(equal_length_batches(prompts, batch_tokens))
-    for rows in track(batches, description) if description else batches:
-        tokens = torch.tensor([list(prompts[row]) for row in rows], device=decoder.device)
-        chosen = torch.tensor([where[row] for row in rows])
-        last = decoder.n_blocks - 1
-        captured = run_blocks(decoder, tokens, {*wanted, *([last] if logits else [])})
+    ends = [len(prompt) - 1 for prompt in prompts]
+    last = decoder.n_blocks - 1
+    needed = {*wanted, *([last] if logits else [])}
+    for rows, picked in iterate_states(
+        decoder, prompts, torch.tensor([where, ends]), needed, batch_tokens, description
+    ):
         for index, block in enumerate(wanted):
-            picked = captured[block][torch.arange(len(rows)), chosen]
-            states[index, rows] = picked.float().cpu()
+            states[index, rows] = picked[block][0].float().cpu()
         if all_logits is not None:
             with torch.inference_mode():
-                normed = decoder.final_norm(captured[last][:, -1:])
-                all_logits[rows] = decoder.unembed(normed)[:, 0].float().cpu()
+                normed = decoder.final_norm(picked[last][1])
+                all_logits[rows] = decoder.unembed(normed).float().cpu()
     return Residuals(states, wanted, all_logits)
+
+
+def iterate_states(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    places: Tensor,
+    blocks: set[int],
+    batch_tokens: int = BATCH_TOKENS,
+    description: str | None = None,
+) -> Iterator[tuple[np.ndarray, dict[int, Tensor]]]:
+    """Yield, batch by batch, indices of prompts `[n]` and `{block: states [k, n, d_model]}`.
+
+    The states are those at `places` `[k, n_prompts]`, none of them negative, in the model's dtype.
+    """
+    batches = _batches(decoder, prompts, batch_tokens)
+    for batch in track(batches, description) if description else batches:
+        yield batch.rows, run_batch(decoder, batch, blocks, places)
 
 
 def logit_lens(decoder: Decoder, states: Tensor, token_ids: Sequence[int] | None = None) -> Tensor:
@@ -102,99 +117,22 @@ def logit_lens(decoder: Decoder, states: Tensor, token_ids: Sequence[int] | None
         return decoder.unembed(normed, token_ids).float().cpu()
 
 
-def run_blocks(decoder: Decoder, tokens: Tensor, blocks: set[int]) -> dict[int, Tensor]:
-    """Run equal-length prompts `[n, length]`; return `{block: states [n, length, d_model]}`.
-
-    Tokens with which all prompts begin are run once, where that is found to be exact. The hooks are
-    removed when the pass ends, after an exception too.
-    """
-    if n_shared := count_shared(decoder, tokens):
-        return _run_shared(decoder, tokens, n_shared, blocks)
-    with _capture(decoder, blocks) as captured, torch.inference_mode():
-        # The base model stops before the unembedding, which would cover every position.
-        decoder.model.base_model(tokens, use_cache=False)
-    return captured
-
-
-def count_shared(decoder: Decoder, tokens: Tensor) -> int:
-    """Return how many tokens of `[n, length]` can be run once for all; 0 where it does not pay.
-
-    Prompts that begin alike share them, all but the last token at most, where the model's keys and
-    values can be handed on exactly.
-    """
-    alike = (tokens == tokens[:1]).all(dim=0)
-    n_shared = min(int(alike.int().cumprod(dim=0).sum()), tokens.shape[1] - 1)
-    pays = len(tokens) > 1 and n_shared >= SHARED_LEAST * tokens.shape[1]
-    return n_shared if pays and _sharing_is_exact(decoder, tokens, n_shared) else 0
-
-
-def _run_shared(
-    decoder: Decoder, tokens: Tensor, n_shared: int, blocks: set[int]
-) -> dict[int, Tensor]:
-    """Return `run_blocks` from one pass over the shared tokens and one over the others."""
-    cache = DynamicCache(config=decoder.model.config.get_text_config())
-    with torch.inference_mode():
-        with _capture(decoder, blocks) as before:
-            decoder.model.base_model(tokens[:1, :n_shared], past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(len(tokens))
-        with _capture(decoder, blocks) as after:
-            decoder.model.base_model(tokens[:, n_shared:], past_key_values=cache, use_cache=True)
-        return {
-            block: torch.cat([before[block].expand(len(tokens), -1, -1), after[block]], dim=1)
-            for block in blocks
-        }
-
-
-def _sharing_is_exact(decoder: Decoder, tokens: Tensor, n_shared: int) -> bool:
-    """Compare, once for a model and again for longer prompts, on the first and the last prompt."""
-    length = tokens.shape[1]
-    known = _compared.setdefault(decoder, {})
-    if any(exact and longer >= length for longer, exact in known.items()):
-        return True
-    if length not in known:
-        two, last = tokens[[0, -1]], {decoder.n_blocks - 1}
-        with _capture(decoder, last) as whole, torch.inference_mode():
-            decoder.model.base_model(two, use_cache=False)
-        try:
-            shared = _run_shared(decoder, two, n_shared, last)
-        except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):
-            known[length] = False  # no keys and values to share (a state-space model, say)
-            return False
-        (slow,), (fast,) = whole.values(), shared.values()
-        tolerance = 1e-4 if slow.dtype in (torch.float32, torch.float64) else 5e-2
-        known[length] = bool((slow - fast).abs().max() <= tolerance * slow.abs().max())
-    return known[length]
-
-
-@contextlib.contextmanager
-def _capture(decoder: Decoder, blocks: set[int]) -> Iterator[dict[int, Tensor]]:
-    """Keep what the blocks put out while the context lasts."""
-    captured: dict[int, Tensor] = {}
-
-    def keep(block: int) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            captured[block] = untuple(output)
-
-        return hook
-
-    handles = [decoder.blocks[block].register_forward_hook(keep(block)) for block in blocks]
-    try:
-        yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def equal_length_batches(
-    prompts: Sequence[Sequence[int]], batch_tokens: int
-) -> Iterator[list[int]]:
-    """Yield lists of prompt indices of one length each, at most `batch_tokens` tokens a list."""
-    lengths = np.array([len(prompt) for prompt in prompts])
-    for length in np.unique(lengths):
-        rows = np.flatnonzero(lengths == length)
-        size = max(1, batch_tokens // int(length))
-        for start in range(0, len(rows), size):
-            yield rows[start : start + size].tolist()
+def _batches(decoder: Decoder, prompts: Sequence[Sequence[int]], batch_tokens: int) -> list[Batch]:
+    """Return batches of one length; small ones that share no beginning are joined, if exact."""
+    alike = [stack_prompts(prompts, rows) for rows in equal_length_rows(prompts, batch_tokens)]
+    small = [
+        batch
+        for batch in alike
+        if batch.tokens.numel() < PACKED_BELOW
+        and not count_shared(decoder, batch.tokens.to(decoder.device))
+    ]
+    if len(small) < 2:
+        return alike
+    rows = [int(row) for batch in small for row in batch.rows]
+    packed = pack_prompts(prompts, rows, batch_tokens)
+    if not packing_is_exact(decoder, packed[0]):
+        return alike
+    return [batch for batch in alike if batch not in small] + packed
 
 
 def check_blocks(decoder: Decoder, blocks: Sequence[int] | None) -> tuple[int, ...]:

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from lib.arms import Trial
-from lib.extraction import check_blocks, run_blocks
+from lib.extraction import check_blocks
 from lib.interventions import Edit, exchange
 from lib.memory import check_memory, free_memory, in_gigabytes
 from lib.models import Decoder
+from lib.passes import run_blocks
 from lib.replay import MAX_ROW_TOKENS
 from lib.sweeps import BATCH_TOKENS, position_table
 

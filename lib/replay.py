@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from lib.extraction import count_shared, run_blocks
 from lib.models import Decoder
+from lib.passes import count_shared, run_blocks
 from lib.structure import untuple
 
 MAX_ROW_TOKENS = 64

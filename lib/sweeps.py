@@ -9,17 +9,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lib.extraction import BATCH_TOKENS as EXTRACTION_TOKENS
 from lib.extraction import (
     check_blocks,
     check_positions,
     check_prompts,
-    equal_length_batches,
+    iterate_states,
     logit_lens,
-    run_blocks,
 )
 from lib.interventions import Edit
 from lib.models import Decoder
+from lib.passes import agree
 from lib.progress import track
 from lib.replay import (
     MAX_ROW_TOKENS,
@@ -329,8 +328,7 @@ def _compare(
     except (ReplayUnsupportedError, RuntimeError, TypeError, AttributeError):
         return False  # the block refuses rows side by side: the slower path is always right
     slow = recompute_rows(decoder, prefix, [wanted[b] for b in rows.block], edited)
-    tolerance = 1e-4 if slow.dtype in (torch.float32, torch.float64) else 5e-2
-    return bool((fast - slow).abs().max() <= tolerance * slow.abs().max())
+    return agree(slow, fast)
 
 
 def _own_states(
@@ -358,14 +356,12 @@ def _own_states(
             if room >= 0:
                 kept.append(prefix)
     others = np.setdiff1d(donors, pairs[:, 0])
-    for rows in equal_length_batches([prompts[index] for index in others], EXTRACTION_TOKENS):
-        chosen = others[rows]
-        tokens = torch.tensor([list(prompts[index]) for index in chosen], device=decoder.device)
-        captured = run_blocks(decoder, tokens, set(wanted))
-        members = torch.arange(len(chosen))[:, None]
-        for index, block in enumerate(wanted):
-            picked = captured[block][members, torch.as_tensor(where[chosen])]
-            states[index, chosen] = picked.float().cpu()
+    if len(others):
+        places = torch.as_tensor(where[others].T)
+        lone = [prompts[index] for index in others]
+        for rows, picked in iterate_states(decoder, lone, places, set(wanted)):
+            for index, block in enumerate(wanted):
+                states[index, others[rows]] = picked[block].transpose(0, 1).float().cpu()
     return states
 
 

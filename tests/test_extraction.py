@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
 
-from lib import extraction
+from lib import passes as forward_passes
 from lib.extraction import extract_residuals, logit_lens, tokenize
 from lib.models import Decoder, load_decoder
 
@@ -86,15 +86,52 @@ def test_where_sharing_is_not_exact_every_prompt_runs_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
-    run_shared = extraction._run_shared
+    run_shared = forward_passes._run_shared
 
     def wrong(*arguments: object) -> dict[int, torch.Tensor]:
         return {block: 1.01 * states for block, states in run_shared(*arguments).items()}  # type: ignore[arg-type]
 
-    monkeypatch.setattr(extraction, "_run_shared", wrong)
+    monkeypatch.setattr(forward_passes, "_run_shared", wrong)
     passes = count_tokens(decoder, monkeypatch)
     extract_residuals(decoder, BEGIN_ALIKE)
     assert passes[-1] == 4 * 7
+
+
+def test_prompts_of_few_lengths_run_side_by_side(
+    llama: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract_residuals(llama, RAGGED)  # compares, once
+    passes = count_tokens(llama, monkeypatch)
+    extract_residuals(llama, RAGGED)
+    assert passes == [sum(map(len, RAGGED))]
+
+
+def test_prompts_that_fill_a_batch_of_their_length_run_as_they_are(
+    llama: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = np.random.default_rng(0).integers(3, 64, size=(128, 9)).tolist()
+    extract_residuals(llama, [*many, *RAGGED])
+    passes = count_tokens(llama, monkeypatch)
+    extract_residuals(llama, [*many, *RAGGED])
+    assert sorted(passes) == [sum(map(len, RAGGED)), 128 * 9]
+
+
+def test_where_packing_is_not_exact_each_length_runs_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
+    forward = decoder.model.base_model.forward
+
+    def blind(tokens: torch.Tensor, **options: object) -> object:
+        options.pop("position_ids", None)  # every token sees all before it on its line
+        return forward(tokens, **options)
+
+    monkeypatch.setattr(decoder.model.base_model, "forward", blind)
+    found = extract_residuals(decoder, RAGGED).states
+    monkeypatch.undo()
+    for row, prompt in enumerate(RAGGED):
+        expected = oracle.block_states(decoder.model, decoder.blocks, prompt)[:, -1]
+        assert torch.allclose(found[:, row], expected, atol=1e-5)
 
 
 def test_ten_thousand_prompts_need_little_memory_beyond_their_states() -> None:

@@ -14,8 +14,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lib.extraction import run_blocks
 from lib.models import Decoder, load_decoder
+from lib.passes import run_blocks
 
 
 def test_final_norm_and_unembedding_of_the_last_block_give_the_models_logits(

@@ -11,10 +11,11 @@ from torch import Tensor
 from lib.arms import Trial
 from lib.causal_control.control_tables import Matched
 from lib.causal_control.doses import METHODS, steer_states, steering_vectors
-from lib.extraction import run_blocks, tokenize
+from lib.extraction import tokenize
 from lib.generation import generate, steer
 from lib.interventions import exchange
 from lib.models import Decoder
+from lib.passes import run_blocks
 from lib.progress import track
 from lib.replay import (
     MAX_ROW_TOKENS,

@@ -1,0 +1,155 @@
+"""Forward passes over batches of prompts, and what may be run once or side by side in them."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from lib.batches import Batch
+from lib.models import Decoder
+from lib.structure import untuple
+
+SHARED_LEAST = 0.25  # of a prompt's tokens, for a pass of their own to pay
+_shared: WeakKeyDictionary[Decoder, dict[int, bool]] = WeakKeyDictionary()
+_packed: WeakKeyDictionary[Decoder, dict[int, bool]] = WeakKeyDictionary()
+
+
+def run_blocks(decoder: Decoder, tokens: Tensor, blocks: set[int]) -> dict[int, Tensor]:
+    """Run equal-length prompts `[n, length]`; return `{block: states [n, length, d_model]}`.
+
+    Tokens with which all prompts begin are run once, where that is found to be exact. The hooks are
+    removed when the pass ends, after an exception too.
+    """
+    if n_shared := count_shared(decoder, tokens):
+        return _run_shared(decoder, tokens, n_shared, blocks)
+    with _capture(decoder, blocks) as captured, torch.inference_mode():
+        # The base model stops before the unembedding, which would cover every position.
+        decoder.model.base_model(tokens, use_cache=False)
+    return captured
+
+
+def run_batch(
+    decoder: Decoder, batch: Batch, blocks: set[int], places: Tensor
+) -> dict[int, Tensor]:
+    """Return `{block: states [k, n, d_model]}` of a batch, at `places` `[k, n_prompts]`."""
+    tokens = batch.tokens.to(decoder.device)
+    columns = batch.starts + places[:, batch.rows]
+
+    def pick(states: Tensor) -> Tensor:
+        return states[batch.lines, columns]
+
+    if batch.places is None and (n_shared := count_shared(decoder, tokens)):
+        shared = _run_shared(decoder, tokens, n_shared, blocks)
+        return {block: pick(states) for block, states in shared.items()}
+    packed = {} if batch.places is None else {"position_ids": batch.places.to(decoder.device)}
+    with _capture(decoder, blocks, pick) as captured, torch.inference_mode():
+        decoder.model.base_model(tokens, use_cache=False, **packed)
+    return captured
+
+
+def packing_is_exact(decoder: Decoder, batch: Batch) -> bool:
+    """Compare, once for a model and again for longer lines, the prompts of the fullest line."""
+    length = batch.tokens.shape[1]
+    known = _packed.setdefault(decoder, {})
+    if any(exact and longer >= length for longer, exact in known.items()):
+        return True
+    if length not in known:
+        assert batch.places is not None
+        line = int(batch.lines.mode().values)
+        tokens = batch.tokens[line].to(decoder.device)
+        places = batch.places[line].to(decoder.device)
+        begins = [*(places == 0).nonzero().ravel().tolist(), length]
+        last = {decoder.n_blocks - 1}
+        alone = [
+            run_blocks(decoder, tokens[None, begin:end], last).popitem()[1][0]
+            for begin, end in itertools.pairwise(begins)
+        ]
+        try:
+            with _capture(decoder, last) as fast, torch.inference_mode():
+                decoder.model.base_model(tokens[None], use_cache=False, position_ids=places[None])
+        except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):
+            known[length] = False  # no position of its own for each token (ALiBi, state-space)
+            return False
+        known[length] = agree(torch.cat(alone), fast.popitem()[1][0])
+    return known[length]
+
+
+def agree(slow: Tensor, fast: Tensor) -> bool:
+    """Say whether two ways of computing the same states differ by rounding alone."""
+    tolerance = 1e-4 if slow.dtype in (torch.float32, torch.float64) else 5e-2
+    return bool((slow - fast).abs().max() <= tolerance * slow.abs().max())
+
+
+def count_shared(decoder: Decoder, tokens: Tensor) -> int:
+    """Return how many tokens of `[n, length]` can be run once for all; 0 where it does not pay.
+
+    Prompts that begin alike share them, all but the last token at most, where the model's keys and
+    values can be handed on exactly.
+    """
+    alike = (tokens == tokens[:1]).all(dim=0)
+    n_shared = min(int(alike.int().cumprod(dim=0).sum()), tokens.shape[1] - 1)
+    pays = len(tokens) > 1 and n_shared >= SHARED_LEAST * tokens.shape[1]
+    return n_shared if pays and _sharing_is_exact(decoder, tokens, n_shared) else 0
+
+
+def _run_shared(
+    decoder: Decoder, tokens: Tensor, n_shared: int, blocks: set[int]
+) -> dict[int, Tensor]:
+    """Return `run_blocks` from one pass over the shared tokens and one over the others."""
+    cache = DynamicCache(config=decoder.model.config.get_text_config())
+    with torch.inference_mode():
+        with _capture(decoder, blocks) as before:
+            decoder.model.base_model(tokens[:1, :n_shared], past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(tokens))
+        with _capture(decoder, blocks) as after:
+            decoder.model.base_model(tokens[:, n_shared:], past_key_values=cache, use_cache=True)
+        return {
+            block: torch.cat([before[block].expand(len(tokens), -1, -1), after[block]], dim=1)
+            for block in blocks
+        }
+
+
+def _sharing_is_exact(decoder: Decoder, tokens: Tensor, n_shared: int) -> bool:
+    """Compare, once for a model and again for longer prompts, on the first and the last prompt."""
+    length = tokens.shape[1]
+    known = _shared.setdefault(decoder, {})
+    if any(exact and longer >= length for longer, exact in known.items()):
+        return True
+    if length not in known:
+        two, last = tokens[[0, -1]], {decoder.n_blocks - 1}
+        with _capture(decoder, last) as whole, torch.inference_mode():
+            decoder.model.base_model(two, use_cache=False)
+        try:
+            shared = _run_shared(decoder, two, n_shared, last)
+        except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):
+            known[length] = False  # no keys and values to share (a state-space model, say)
+            return False
+        (slow,), (fast,) = whole.values(), shared.values()
+        known[length] = agree(slow, fast)
+    return known[length]
+
+
+@contextlib.contextmanager
+def _capture(
+    decoder: Decoder, blocks: set[int], pick: Callable[[Tensor], Tensor] = lambda states: states
+) -> Iterator[dict[int, Tensor]]:
+    """Keep what `pick` takes of what the blocks put out while the context lasts; all by default."""
+    captured: dict[int, Tensor] = {}
+
+    def keep(block: int) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            captured[block] = pick(untuple(output))
+
+        return hook
+
+    handles = [decoder.blocks[block].register_forward_hook(keep(block)) for block in blocks]
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
