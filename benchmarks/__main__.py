@@ -21,13 +21,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.bound import Shape, minimum_macs
-from benchmarks.contenders import EAGER_ONLY, MODULES
-from benchmarks.tables import OURS, RESULTS, comparison
+from benchmarks.contenders import EAGER_ONLY, HALF, MODULES
+from benchmarks.tables import OURS, RECOMPUTE, RESULTS, comparison, summary
 from benchmarks.workloads import LOADS, shrink
 from lib.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
-REFERENCE = "full recompute"
 TOLERANCE = 1e-3
 """Largest difference of a logit from full recompute with which a contender is timed."""
 
@@ -93,6 +92,7 @@ def main() -> None:
     rate = Process("rate")
     say("loading the model into a process for each contender")
     processes = {name: Process(name) for name in MODULES}
+    half = Process(HALF) if multiplies_bf16() else None
     results: dict[str, Any] = {
         "finished": False,
         "quick": given.quick,
@@ -102,6 +102,7 @@ def main() -> None:
         "model": processes[OURS].described["model"],
         "rates_gmacs": [],
         "rows": [],
+        "half": [],
         "refused": [],
     }
     results = resumed(output, results)
@@ -109,12 +110,12 @@ def main() -> None:
         if name in {row["workload"] for row in results["rows"]}:
             say(f"{name}: measured before this run was resumed")
             continue
-        measure(name, given.quick, processes, rate, results)
+        measure(name, given.quick, processes, half, rate, results)
         results["finished"] = name == names[-1]
         write_atomically(output, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    for process in (rate, *processes.values()):
+    for process in (rate, *processes.values(), *([half] if half else [])):
         process.close()
-    print(comparison(results).to_string(index=False))
+    print(summary(comparison(results)).to_string(index=False))
     print(f"Written to {output}")
 
 
@@ -123,7 +124,7 @@ def resumed(file: Path, fresh: dict[str, Any]) -> dict[str, Any]:
     if not file.is_file():
         return fresh
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    measured = ("rates_gmacs", "rows", "refused")
+    measured = ("rates_gmacs", "rows", "half", "refused")
     alike = all(found.get(key) == value for key, value in fresh.items() if key not in measured)
     return found if alike else fresh
 
@@ -143,10 +144,18 @@ def machine() -> dict[str, Any]:
     }
 
 
+def multiplies_bf16() -> bool:
+    """Say whether the processor has instructions for bf16 products, without which they are slow."""
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text(encoding="utf-8") if info.exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
 def measure(
     name: str,
     quick: bool,
     processes: dict[str, Process],
+    half: Process | None,
     rate: Process,
     results: dict[str, Any],
 ) -> None:
@@ -160,6 +169,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "answer.npy")
         rows = admit(processes, request, folder, results)
+        halved = compare_half(half, request, folder) if half else {}
         timed: list[dict[str, Any]] = [{"seconds": [], "peak_mib": 0.0} for _ in rows]
         for _ in range(results["runs"]):
             results["rates_gmacs"].append(rate.ask("run")["gmacs"])
@@ -176,6 +186,12 @@ def measure(
                 row["share"] = answer["share"]
                 times["seconds"].append(answer["seconds"])
                 times["peak_mib"] = max(times["peak_mib"], answer["peak_mib"])
+            if half:
+                answer = half.ask("run", attention=ATTENTIONS[-1], file=file, **request)
+                say(f"{name}: {HALF}: {answer['seconds']:.2f} s")
+                halved["seconds"].append(answer["seconds"])
+    if half:
+        results["half"].append({"workload": name, **halved})
     for row, times in zip(rows, timed, strict=True):
         results["rows"].append({"workload": name, **row, "macs": macs, **times})
 
@@ -188,13 +204,13 @@ def admit(
     The reference comes first; who is refused, and why, is noted in `results`.
     """
     rows = []
-    ordered = [REFERENCE, *(name for name in processes if name != REFERENCE)]
+    ordered = [RECOMPUTE, *(name for name in processes if name != RECOMPUTE)]
     for attention in ATTENTIONS:
         truth = None
         for contender in ordered:
             if contender in EAGER_ONLY and attention != "eager":
                 continue
-            file = Path(folder) / ("reference.npy" if contender == REFERENCE else "check.npy")
+            file = Path(folder) / ("reference.npy" if contender == RECOMPUTE else "check.npy")
             tuned = {"batch": None}
             if not request["quick"]:
                 tuned = processes[contender].ask("tune", attention=attention, **request)
@@ -213,7 +229,7 @@ def admit(
             problem = tuned.get("error") or answer.get("error")
             if problem is None:
                 logits = np.load(file, mmap_mode="r")
-                truth = logits if contender == REFERENCE else truth
+                truth = logits if contender == RECOMPUTE else truth
                 row["logit_difference"], row["same_choice"] = difference(logits, truth)
                 if row["logit_difference"] > TOLERANCE:
                     problem = f"differs by {row['logit_difference']:.1e} in a logit"
@@ -221,10 +237,22 @@ def admit(
                 rows.append(row)
                 continue
             say(f"{request['load']}: {contender}, {attention} is not timed: {problem}")
-            if contender in (REFERENCE, OURS):
+            if contender in (RECOMPUTE, OURS):
                 raise RuntimeError(f"{contender}: {problem}")
             results["refused"].append({"workload": request["load"], **row, "reason": problem})
     return rows
+
+
+def compare_half(half: Process, request: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Return how far bfloat16 is from the full recompute that `admit` left in `folder`."""
+    file = Path(folder) / "half.npy"
+    answer = half.ask("check", attention=ATTENTIONS[-1], file=str(file), **request)
+    if "error" in answer:
+        raise RuntimeError(f"{HALF}: {answer['error']}")
+    truth = np.load(Path(folder) / "reference.npy", mmap_mode="r")
+    gap, same = difference(np.load(file, mmap_mode="r"), truth)
+    file.unlink()
+    return {"logit_difference": gap, "same_choice": same, "seconds": []}
 
 
 def difference(logits: np.ndarray, truth: np.ndarray | None) -> tuple[float, float]:

@@ -10,6 +10,7 @@ import pandas as pd
 
 RESULTS = Path(__file__).resolve().parent / "results.json"
 OURS = "this book"
+RECOMPUTE = "full recompute"
 
 
 def read_results(file: Path = RESULTS) -> dict[str, Any] | None:
@@ -99,6 +100,61 @@ def best_peers(table: pd.DataFrame) -> pd.DataFrame:
     peers = fastest[fastest["contender"] != OURS].groupby("workload").first()
     ours = fastest[fastest["contender"] == OURS].groupby("workload").first()
     return peers.assign(ours_bound=ours["bound"]).loc[order].reset_index()
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Return one row a workload, numbers as text: this book, full recompute, fastest library.
+
+    Of each the faster row counts; memory is that of the whole process.
+    """
+    fastest = table.sort_values("seconds", kind="stable")
+    rows = []
+    for workload in table["workload"].unique():
+        here = fastest[fastest["workload"] == workload].drop_duplicates("contender")
+        here = here.set_index("contender")
+        libraries = here.index.drop([OURS, RECOMPUTE], errors="ignore")
+        ours, best = here.loc[OURS], here.loc[libraries[:1]]
+        ratio = [f"{row['ratio']:.2f} ({name})" for name, row in best.iterrows()]
+        rows.append(
+            {
+                "workload": workload,
+                "seconds": f"{ours['seconds']:.2f}",
+                "share of the bound": f"{ours['bound']:.0%}",
+                "full recompute, by ours": f"{here.loc[RECOMPUTE, 'ratio']:.2f}",
+                "fastest library, by ours": "".join(ratio),
+                "memory (MiB)": f"{ours['peak_mib']:.0f}",
+                "its memory": "".join(map("{:.0f}".format, best["peak_mib"])),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def half_precision(results: Mapping[str, Any] | None) -> pd.DataFrame:
+    """Return what the engine gains and loses in bfloat16, one row a workload.
+
+    Columns, ready for the page: seconds, speed-up (median over runs of the seconds in fp32 with
+    SDPA by those in bfloat16), largest logit difference from full recompute in fp32, and the share
+    of rows with the same largest logit.
+    """
+    rows = results.get("half", []) if results else []
+    exact = {
+        row["workload"]: np.array(row["seconds"])
+        for row in (results["rows"] if results else [])
+        if row["contender"] == OURS and row["attention"] == "sdpa"
+    }
+    return pd.DataFrame(
+        [
+            (
+                row["workload"],
+                f"{np.median(row['seconds']):.2f}",
+                f"{np.median(exact[row['workload']] / np.array(row['seconds'])):.2f}",
+                f"{row['logit_difference']:.2f}",
+                f"{row['same_choice']:.1%}",
+            )
+            for row in rows
+        ],
+        columns=["workload", "seconds", "speed-up", "largest logit difference", "same argmax"],
+    )
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:

@@ -39,7 +39,7 @@ class Worker:
     """Holds a contender; every method answers one kind of request."""
 
     def __init__(self, name: str) -> None:
-        self.decoder = load_decoder()
+        self.decoder = load_decoder(dtype="bfloat16" if name == contenders.HALF else None)
         with quiet():
             self.contender: Contender = contenders.make(name, self.decoder)
         self.tuned: dict[tuple[type, int, str], int | None] = {}

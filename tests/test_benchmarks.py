@@ -13,7 +13,7 @@ import torch
 from benchmarks import __main__ as driver
 from benchmarks import figures, tables, worker
 from benchmarks.bound import Shape, minimum_macs
-from benchmarks.contenders import base, engine, recompute
+from benchmarks.contenders import HALF, MODULES, base, engine, recompute
 from benchmarks.workloads import EDITS, LOADS, ExtractLoad, SweepLoad, ordered, ring, shrink
 from lib.models import Decoder
 
@@ -196,7 +196,7 @@ def test_who_differs_or_fails_is_not_timed_and_said_so(tmp_path: Path) -> None:
 def test_worker_answers_an_error_and_goes_on(
     llama: Decoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(worker, "load_decoder", lambda: llama)
+    monkeypatch.setattr(worker, "load_decoder", lambda **_options: llama)
     monkeypatch.setitem(worker.LOADS, "small", SMALL)
     file = str(tmp_path / "answer.npy")
     requests = [
@@ -309,6 +309,33 @@ def test_page_s_table_has_a_row_for_each_contender_and_attention() -> None:
     assert len(shown) == 4
     assert shown.iloc[3]["ratio to ours"] == "8.00"
     assert shown.iloc[1]["share of the bound"] == "10%"
+
+
+def test_summary_sets_our_faster_row_beside_the_fastest_library() -> None:
+    recorded = results()
+    recompute = {**recorded["rows"][2], "contender": "full recompute", "seconds": [3.0, 3.0, 3.0]}
+    table = tables.comparison({**recorded, "rows": [*recorded["rows"], recompute]})
+    (row,) = tables.summary(table).to_dict("records")
+    assert row["seconds"] == "1.00" and row["share of the bound"] == "10%"
+    assert row["full recompute, by ours"] == "3.00"
+    assert row["fastest library, by ours"] == "8.00 (nnsight)"
+    assert len(tables.summary(tables.comparison(None))) == 0
+
+
+def test_half_precision_is_set_beside_fp32_and_is_no_contender(tmp_path: Path) -> None:
+    assert HALF not in MODULES
+    halved = {"workload": "w", "logit_difference": 0.5, "same_choice": 0.9, "seconds": [1, 1, 1]}
+    recorded = results()
+    halved["workload"] = recorded["rows"][0]["workload"]
+    (row,) = tables.half_precision({**recorded, "half": [halved]}).to_dict("records")
+    assert row["speed-up"] == "1.00" and row["same argmax"] == "90.0%"
+    assert len(tables.half_precision(recorded)) == len(tables.half_precision(None)) == 0
+    truth = np.zeros((1, 2, 3, 5), dtype=np.float32)
+    np.save(tmp_path / "reference.npy", truth)
+    found = driver.compare_half(Scripted(truth + 0.25), {"load": "x"}, str(tmp_path))  # type: ignore[arg-type]
+    assert found["logit_difference"] == 0.25 and found["same_choice"] == 1.0
+    with pytest.raises(RuntimeError, match="no such library"):
+        driver.compare_half(Scripted(None), {"load": "x"}, str(tmp_path))  # type: ignore[arg-type]
 
 
 def test_figure_draws_each_contender_s_fastest_row() -> None:
