@@ -14,8 +14,8 @@ from lib.passes import count_shared, packing_is_exact, run_batch
 from lib.progress import track
 
 Positions = Literal["last"] | Sequence[int] | np.ndarray
-BATCH_TOKENS = 2048
-PACKED_BELOW = 1024  # tokens in a batch of one length, for joining it to others to pay
+BATCH_TOKENS = 1024
+PACKED_BELOW = 512  # tokens in a batch of one length, for joining it to others to pay
 
 
 @dataclass(frozen=True)
