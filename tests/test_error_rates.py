@@ -22,6 +22,7 @@ from lib.norm_code.decoding import Decoding
 from lib.norm_code.norm_edits import mean_outcome, ratio_interval
 from lib.norm_code.norm_verdicts import late_excess
 from lib.phase_transition.switch_verdicts import _spread
+from lib.phase_transition.widths import curve_width, width_difference
 from lib.results import ROOT, read_rows
 from lib.stats import (
     bootstrap_weights,
@@ -29,7 +30,7 @@ from lib.stats import (
     pair_share_bootstrap,
     percentile_interval,
 )
-from lib.transitions import Transition, curve_width, find_transition, width_difference
+from lib.transitions import Transition, find_transition
 from lib.verdicts import ALL_TASKS, criteria, judge
 from lib.verify import RECORDED
 

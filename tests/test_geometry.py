@@ -15,9 +15,9 @@ from scipy.stats import rankdata, spearmanr
 from lib import divergences, metrics
 from lib.angular_code import angular, angular_views, depth, geometry
 from lib.angular_code.geometry import Geometry, Items, items_of_texts, measure_geometry, task_items
-from lib.correlations import mantel_test
 from lib.divergences import jeffreys_of_logits, lens_divergences
 from lib.extraction import extract_residuals
+from lib.mantel import mantel_test
 from lib.models import Decoder
 from lib.stats import bootstrap_weights
 from lib.tasks import PROMPT_COLUMNS, Task, load_contexts

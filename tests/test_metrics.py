@@ -403,6 +403,18 @@ def test_neighbouring_rows_that_are_close_keep_their_digits_as_all_others_do():
     assert metrics.jeffreys_divergence(log_p)[0, 1] == pytest.approx(variance, rel=1e-3)
 
 
+@pytest.mark.parametrize("other", [1, 2, 3])
+def test_jeffreys_divergence_of_almost_equal_items_keeps_its_digits_wherever_they_stand(other):
+    rng = np.random.default_rng(21)
+    log_p = metrics.log_probabilities(rng.normal(size=(4, 300)) * 3)
+    log_p[other] = log_p[0] + 1e-9 * rng.normal(size=300)
+    expected = ((np.exp(log_p[0]) - np.exp(log_p[other])) * (log_p[0] - log_p[other])).sum()
+    assert 0 < expected < 1e-15
+    measured = metrics.jeffreys_divergence(log_p)
+    assert measured[0, other] == pytest.approx(expected, rel=1e-9)
+    assert measured[other, 0] == measured[0, other]
+
+
 def test_rounding_makes_no_divergence_and_no_entropy_negative():
     log_p = metrics.log_probabilities(np.random.default_rng(15).normal(size=(200, 30)))
     near = log_p + 1e-16 * np.random.default_rng(16).integers(-2, 3, size=log_p.shape)

@@ -43,15 +43,8 @@ from lib.norm_code.norm_words import (
     tasks_sentence,
     temperature_sentence,
 )
-from lib.norm_code.norms import (
-    RELATIONS,
-    Relation,
-    Sample,
-    decode_contexts,
-    norm_growth,
-    relate_norms,
-    stratified_correlations,
-)
+from lib.norm_code.norms import Sample, decode_contexts, norm_growth
+from lib.norm_code.relations import RELATIONS, Relation, relate_norms, stratified_correlations
 from lib.notebook import number_text as number
 from lib.stats import bootstrap_weights
 from lib.verdicts import verdict_sentence

@@ -8,7 +8,7 @@ from scipy.spatial.distance import pdist, squareform
 from scipy.stats import kstest, linregress, norm, rankdata, spearmanr
 from skbio.stats.distance import mantel as skbio_mantel
 
-from lib import correlations, stats
+from lib import correlations, mantel, stats
 
 
 def cloud_matrix(rng, n_items, d_model=3):
@@ -446,7 +446,7 @@ def test_mantel_equals_scikit_bio(method, alternative):
     expected, p_value, n_items = skbio_mantel(
         first, second, method=method, permutations=4999, alternative=alternative, seed=1
     )
-    result = correlations.mantel_test(
+    result = mantel.mantel_test(
         first,
         second,
         n_permutations=4999,
@@ -472,10 +472,8 @@ def test_mantel_null_equals_a_naive_loop_on_the_same_permutations():
         ).statistic
         null.append(matrix[0, 1])
         null_partial.append(correlations.partial_correlation(matrix))
-    plain = correlations.mantel_test(
-        first, second, n_permutations=50, rng=np.random.default_rng(26)
-    )
-    partial = correlations.mantel_test(
+    plain = mantel.mantel_test(first, second, n_permutations=50, rng=np.random.default_rng(26))
+    partial = mantel.mantel_test(
         first, second, n_permutations=50, rng=np.random.default_rng(26), given=third
     )
     for result, values in ((plain, null), (partial, null_partial)):
@@ -489,7 +487,7 @@ def test_mantel_null_equals_a_naive_loop_on_the_same_permutations():
 def test_partial_mantel_estimates_the_partial_rank_correlation():
     matrices = related_matrices(27, n_matrices=3)
     estimate, _ = correlations.bootstrap_correlations(matrices, np.ones((1, 20)))
-    result = correlations.mantel_test(
+    result = mantel.mantel_test(
         *matrices[:2], n_permutations=9, rng=np.random.default_rng(0), given=matrices[2]
     )
     assert result.correlation == pytest.approx(
@@ -502,11 +500,11 @@ def test_many_mantel_tests_are_each_the_single_one():
     for given_ones in (None, firsts[::-1]):
         if given_ones is not None:
             given_ones[1] = second**0.5 + firsts[0]  # the middle one would be its own given
-        together = correlations.mantel_tests(
+        together = mantel.mantel_tests(
             firsts, second, n_permutations=40, rng=np.random.default_rng(29), given=given_ones
         )
         for k, first in enumerate(firsts):
-            alone = correlations.mantel_test(
+            alone = mantel.mantel_test(
                 first,
                 second,
                 n_permutations=40,
@@ -525,7 +523,7 @@ def test_mantel_p_is_uniform_under_the_null(partial):
         first, second, third = (cloud_matrix(rng, 12) for _ in range(3))
         # Under the partial null both follow the third matrix and nothing else joins them.
         first, second = (first + third, second + third) if partial else (first, second)
-        result = correlations.mantel_test(
+        result = mantel.mantel_test(
             first, second, n_permutations=99, rng=rng, given=third if partial else None
         )
         p_values.append(result.p_value)
@@ -536,9 +534,7 @@ def test_mantel_p_is_uniform_under_the_null(partial):
 def test_mantel_finds_a_relation_that_is_there():
     rng = np.random.default_rng(31)
     found = [
-        correlations.mantel_test(
-            *related_matrices(seed, noise=0.4), n_permutations=99, rng=rng
-        ).p_value
+        mantel.mantel_test(*related_matrices(seed, noise=0.4), n_permutations=99, rng=rng).p_value
         for seed in range(20)
     ]
     assert np.mean(np.array(found) <= 0.05) > 0.9
@@ -547,9 +543,7 @@ def test_mantel_finds_a_relation_that_is_there():
 def test_mantel_counts_ties_with_the_observed_value_against_it():
     labels = np.array([0, 0, 1, 1])
     same = (labels[:, None] != labels[None, :]).astype(float)
-    result = correlations.mantel_test(
-        same, same, n_permutations=3000, rng=np.random.default_rng(32)
-    )
+    result = mantel.mantel_test(same, same, n_permutations=3000, rng=np.random.default_rng(32))
     assert result.correlation == pytest.approx(1)
     assert result.p_value == pytest.approx(1 / 3, abs=0.04)  # 8 of 24 orders keep the classes
 
@@ -568,13 +562,13 @@ def test_matrices_that_cannot_be_correlated_are_named():
             correlations.rank_matrix(matrix)
         for pair in ((matrix, good), (good, matrix)):
             with pytest.raises(ValueError, match=match):
-                correlations.mantel_test(*pair, n_permutations=9, rng=rng)
+                mantel.mantel_test(*pair, n_permutations=9, rng=rng)
     with pytest.raises(ValueError, match="finite"):
         correlations.rank_matrix(np.where(np.eye(6), 0, np.nan))
     with pytest.raises(ValueError, match="one size"):
         correlations.spearman(good, good[:5, :5])
     with pytest.raises(ValueError, match="one size"):
-        correlations.mantel_test(good, good[:5, :5], n_permutations=9, rng=rng)
+        mantel.mantel_test(good, good[:5, :5], n_permutations=9, rng=rng)
     with pytest.raises(ValueError, match="square"):
         correlations.weighted_correlations([good[:4]], np.ones((1, 6)))
     with pytest.raises(ValueError, match="constant off its diagonal"):
@@ -587,13 +581,13 @@ def test_unknown_options_of_mantel_list_the_valid_ones():
     good = cloud_matrix(np.random.default_rng(34), 6)
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="'spearman' or 'pearson'; got 'kendall'"):
-        correlations.mantel_test(good, good, n_permutations=9, rng=rng, method="kendall")
+        mantel.mantel_test(good, good, n_permutations=9, rng=rng, method="kendall")
     with pytest.raises(ValueError, match="'greater' or 'less'; got 'more'"):
-        correlations.mantel_test(good, good, n_permutations=9, rng=rng, alternative="more")
+        mantel.mantel_test(good, good, n_permutations=9, rng=rng, alternative="more")
     with pytest.raises(ValueError, match="at least 1 permutation"):
-        correlations.mantel_test(good, good, n_permutations=0, rng=rng)
+        mantel.mantel_test(good, good, n_permutations=0, rng=rng)
     with pytest.raises(ValueError, match="given matrix for each"):
-        correlations.mantel_tests([good, good], good, n_permutations=9, rng=rng, given=[good])
+        mantel.mantel_tests([good, good], good, n_permutations=9, rng=rng, given=[good])
 
 
 # --- what mutants showed missing -----------------------------------------------------------------

@@ -15,7 +15,7 @@ from lib.metrics import distances
 from lib.results import RECORD_COLUMNS, to_rows
 from lib.stats import bootstrap_weights, pair_share_bootstrap, percentile_interval
 from lib.transitions import find_transition
-from lib.verdicts import ALL_TASKS, claim_verdict, criteria, judge
+from lib.verdicts import ALL_TASKS, claim_verdict, criteria, judge, verdict_sentence
 
 MODEL = {"model": "m", "untrained": False}
 CLAIMS = ("phase-transition", "angular-code", "norm-code", "causal-control")
@@ -411,6 +411,19 @@ def test_model_and_twin_are_told_apart():
     rows += records_of("angular-code", lambda c, t: "not supported", untrained=True)
     assert whole(rows, "angular-code").verdict == "supported"
     assert whole(rows, "angular-code", untrained=True).verdict == "not supported"
+
+
+def test_the_sentence_names_model_and_twin_and_every_part():
+    rows = records_of("angular-code", lambda c, t: "supported")
+    rows += records_of("angular-code", lambda c, t: "not supported", untrained=True)
+    parts = whole(rows, "angular-code").parts
+    assert verdict_sentence(rows, "angular-code", "m") == (
+        "the claim as a whole is supported ("
+        + ", ".join(f"“{part}” supported" for part in parts)
+        + "); on its untrained twin it is not supported ("
+        + ", ".join(f"“{part}” not supported" for part in parts)
+        + ")"
+    )
 
 
 def test_a_missing_or_doubled_record_is_an_error_not_a_verdict():

@@ -80,7 +80,7 @@ def relation_curves(table: pd.DataFrame, *, margin: float, transition: Transitio
     """Returns rank correlations with J: of angle and norm, and of the norm given the angle.
 
     Args:
-        table: rows of `norms.Relation.to_frame` for one sample, with `untrained`.
+        table: rows of `relations.Relation.to_frame` for one sample, with `untrained`.
         margin: the margin of equivalence, drawn as a band.
         transition: ℓ* with its interval, or None.
     """

@@ -8,7 +8,7 @@ import pandas as pd
 from lib.models import Decoder
 from lib.norm_code.decoding import Decoding
 from lib.norm_code.norm_edits import mean_outcome, ratio_interval
-from lib.norm_code.norms import Relation
+from lib.norm_code.relations import Relation
 from lib.stats import bootstrap_weights, equivalence_test, percentile_interval
 from lib.verdicts import ALL_TASKS, Record, criterion_of, judge, late_blocks
 

@@ -24,9 +24,9 @@ from lib.metrics import (
     token_set_distances,
 )
 from lib.models import Decoder
+from lib.phase_transition.widths import CurveWidth, curve_width
 from lib.progress import track
 from lib.store import recall_residuals
-from lib.transitions import CurveWidth, curve_width
 
 N_NEIGHBOURS = 10
 

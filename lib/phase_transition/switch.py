@@ -23,9 +23,10 @@ from lib.arms import (
 )
 from lib.interventions import add, random_directions
 from lib.models import Decoder
+from lib.phase_transition.shapes import compare_shapes
 from lib.stats import bootstrap_weights
 from lib.tasks import gate, load_task, task_names
-from lib.transitions import Transition, compare_shapes
+from lib.transitions import Transition
 
 CURVE_COLUMNS = ["model", "untrained", "task", "curve", "block", "estimate", "low", "high", "n"]
 SELF_DONORS = 6  # prompts a task: that nothing changes is exact, no matter of sampling

@@ -10,8 +10,9 @@ from lib.arms import Arm, ArmOutcome, Values
 from lib.models import Decoder
 from lib.phase_transition.reorganisation import Alignment
 from lib.phase_transition.switch import Outcomes
+from lib.phase_transition.widths import width_difference
 from lib.stats import Interval, percentile_interval
-from lib.transitions import Transition, width_difference
+from lib.transitions import Transition
 from lib.verdicts import Record, early_blocks, judge, last_sixth, verdict_table
 
 CLAIM = "phase-transition"
