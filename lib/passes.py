@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,9 +14,13 @@ from lib.batches import Batch
 from lib.models import Decoder
 from lib.structure import untuple
 
+Key = TypeVar("Key")
+Known = WeakKeyDictionary[Decoder, dict[str, dict[Key, bool]]]
+"""What was found exact: by model, its attention, and lengths."""
+
 SHARED_LEAST = 0.25  # of a prompt's tokens, for a pass of their own to pay
-_shared: WeakKeyDictionary[Decoder, dict[int, bool]] = WeakKeyDictionary()
-_packed: WeakKeyDictionary[Decoder, dict[int, bool]] = WeakKeyDictionary()
+_shared: Known[int] = WeakKeyDictionary()
+_packed: Known[int] = WeakKeyDictionary()
 
 
 def run_blocks(decoder: Decoder, tokens: Tensor, blocks: set[int]) -> dict[int, Tensor]:
@@ -53,30 +57,39 @@ def run_batch(
 
 
 def packing_is_exact(decoder: Decoder, batch: Batch) -> bool:
-    """Compare, once for a model and again for longer lines, the prompts of the fullest line."""
+    """Compare, once for a model and again for longer lines, the prompts of the fullest line.
+
+    The line is run twice in one pass: some attentions keep prompts apart on a single line alone.
+    """
     length = batch.tokens.shape[1]
-    known = _packed.setdefault(decoder, {})
+    known = known_of(_packed, decoder)
     if any(exact and longer >= length for longer, exact in known.items()):
         return True
     if length not in known:
         assert batch.places is not None
         line = int(batch.lines.mode().values)
-        tokens = batch.tokens[line].to(decoder.device)
-        places = batch.places[line].to(decoder.device)
-        begins = [*(places == 0).nonzero().ravel().tolist(), length]
+        tokens = batch.tokens[[line, line]].to(decoder.device)
+        places = batch.places[[line, line]].to(decoder.device)
+        begins = [*(places[0] == 0).nonzero().ravel().tolist(), length]
         last = {decoder.n_blocks - 1}
         alone = [
-            run_blocks(decoder, tokens[None, begin:end], last).popitem()[1][0]
+            run_blocks(decoder, tokens[:1, begin:end], last).popitem()[1][0]
             for begin, end in itertools.pairwise(begins)
         ]
         try:
             with _capture(decoder, last) as fast, torch.inference_mode():
-                decoder.model.base_model(tokens[None], use_cache=False, position_ids=places[None])
+                decoder.model.base_model(tokens, use_cache=False, position_ids=places)
         except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):
             known[length] = False  # no position of its own for each token (ALiBi, state-space)
             return False
-        known[length] = agree(torch.cat(alone), fast.popitem()[1][0])
+        known[length] = agree(torch.cat(alone), fast.popitem()[1])
     return known[length]
+
+
+def known_of(known: Known[Key], decoder: Decoder) -> dict[Key, bool]:
+    """Return what is known of a model with the attention that it has now."""
+    attention = str(getattr(decoder.model.config, "_attn_implementation", ""))
+    return known.setdefault(decoder, {}).setdefault(attention, {})
 
 
 def agree(slow: Tensor, fast: Tensor) -> bool:
@@ -117,7 +130,7 @@ def _run_shared(
 def _sharing_is_exact(decoder: Decoder, tokens: Tensor, n_shared: int) -> bool:
     """Compare, once for a model and again for longer prompts, on the first and the last prompt."""
     length = tokens.shape[1]
-    known = _shared.setdefault(decoder, {})
+    known = known_of(_shared, decoder)
     if any(exact and longer >= length for longer, exact in known.items()):
         return True
     if length not in known:

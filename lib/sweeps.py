@@ -18,7 +18,7 @@ from lib.extraction import (
 )
 from lib.interventions import Edit
 from lib.models import Decoder
-from lib.passes import agree
+from lib.passes import Known, agree, known_of
 from lib.progress import track
 from lib.replay import (
     MAX_ROW_TOKENS,
@@ -36,7 +36,7 @@ UNEMBEDDING_ROWS = 512
 KEPT_BYTES = 2**29
 """Most memory for prefixes that wait for their turn, where they give the donors' states too."""
 
-_compared: WeakKeyDictionary[Decoder, dict[tuple[int, int], bool]] = WeakKeyDictionary()
+_compared: Known[tuple[int, int]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ def _replay_is_exact(
     """Say whether replay may be used, comparing once for a model and again for longer prompts."""
     length = len(prompts[int(group.recipients[0])])
     row_length = length - int(where[group.recipients].min())
-    known = _compared.setdefault(decoder, {})
+    known = known_of(_compared, decoder)
     if any(
         exact and tokens >= length and row_tokens >= row_length
         for (tokens, row_tokens), exact in known.items()

@@ -116,22 +116,39 @@ def test_prompts_that_fill_a_batch_of_their_length_run_as_they_are(
     assert sorted(passes) == [sum(map(len, RAGGED)), 113 * 9]
 
 
+@pytest.mark.parametrize("lines_told_apart", [0, 1])
 def test_where_packing_is_not_exact_each_length_runs_by_itself(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, lines_told_apart: int
 ) -> None:
     decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
     forward = decoder.model.base_model.forward
 
     def blind(tokens: torch.Tensor, **options: object) -> object:
-        options.pop("position_ids", None)  # every token sees all before it on its line
+        if len(tokens) > lines_told_apart:
+            options.pop("position_ids", None)  # every token sees all before it on its line
         return forward(tokens, **options)
 
     monkeypatch.setattr(decoder.model.base_model, "forward", blind)
-    found = extract_residuals(decoder, RAGGED).states
+    found = extract_residuals(decoder, RAGGED * 6).states  # several lines
     monkeypatch.undo()
-    for row, prompt in enumerate(RAGGED):
+    for row, prompt in enumerate(RAGGED * 6):
         expected = oracle.block_states(decoder.model, decoder.blocks, prompt)[:, -1]
         assert torch.allclose(found[:, row], expected, atol=1e-5)
+
+
+def test_with_another_attention_everything_is_compared_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
+    passes = count_tokens(decoder, monkeypatch)
+    counts = []
+    for attention in ("sdpa", "eager", "sdpa"):
+        decoder.model.set_attn_implementation(attention)
+        before = len(passes)
+        extract_residuals(decoder, RAGGED)
+        extract_residuals(decoder, BEGIN_ALIKE)
+        counts.append(len(passes) - before)
+    assert counts[0] == counts[1] > counts[2] == 3
 
 
 def test_ten_thousand_prompts_need_little_memory_beyond_their_states() -> None:
