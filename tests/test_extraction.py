@@ -106,6 +106,22 @@ def test_prompts_of_few_lengths_run_side_by_side(
     assert passes == [sum(map(len, RAGGED))]
 
 
+def test_prompts_that_begin_alike_still_share_among_prompts_of_other_lengths(
+    llama: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract_residuals(llama, [*BEGIN_ALIKE, *RAGGED])
+    passes = count_tokens(llama, monkeypatch)
+    extract_residuals(llama, [*BEGIN_ALIKE, *RAGGED])
+    assert sorted(passes) == [5, 4 * 2, sum(map(len, RAGGED))]
+
+
+def test_logits_are_those_of_the_last_token_whatever_the_positions(llama: Decoder) -> None:
+    whole = extract_residuals(llama, RAGGED, logits=True).logits
+    early = extract_residuals(llama, RAGGED, positions=[0, 1, 2, 0, 3], logits=True).logits
+    assert whole is not None and early is not None
+    assert torch.allclose(whole, early, atol=1e-5)
+
+
 def test_prompts_that_fill_a_batch_of_their_length_run_as_they_are(
     llama: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

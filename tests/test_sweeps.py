@@ -10,6 +10,7 @@ from torch import Tensor
 from lib.extraction import extract_residuals
 from lib.interventions import add, exchange, exchange_direction, exchange_norm, keep
 from lib.models import Decoder, load_decoder
+from lib.replay import Prefix
 from lib.sweeps import Sweep, sweep_blocks
 
 PROMPTS = [
@@ -31,18 +32,22 @@ EDITS = {
 
 
 def by_full_recompute(
-    decoder: Decoder, positions: list[list[int]], edits: dict = EDITS, pairs: np.ndarray = PAIRS
+    decoder: Decoder,
+    positions: list[list[int]],
+    edits: dict = EDITS,
+    pairs: np.ndarray = PAIRS,
+    prompts: list[list[int]] = PROMPTS,
 ) -> Tensor:
     """Return `[n_edits, n_blocks, n_pairs, d_vocab]` from one pass per edit, block and pair."""
     states = [
         oracle.block_states(decoder.model, decoder.blocks, prompt)[:, where]
-        for prompt, where in zip(PROMPTS, positions, strict=True)
+        for prompt, where in zip(prompts, positions, strict=True)
     ]
     results = []
     for edit in edits.values():
         for index, block in enumerate(decoder.blocks):
             new = [edit(states[r][index], states[d][index]) for r, d in pairs.tolist()]
-            chosen = [PROMPTS[r] for r in pairs[:, 0]]
+            chosen = [prompts[r] for r in pairs[:, 0]]
             where = [positions[r] for r in pairs[:, 0]]
             logits = torch.empty(len(pairs), decoder.d_vocab)
             for length in {len(prompt) for prompt in chosen}:  # so that nothing is padded
@@ -163,6 +168,31 @@ def test_donors_need_not_be_recipients(llama: Decoder) -> None:
     sweep = sweep_blocks(llama, PROMPTS, pairs, EDITS, positions=[3, 2, 3, 2, 1], read_ids=read)
     expected = by_full_recompute(llama, [[3], [2], [3], [2], [1]], pairs=pairs)
     assert np.abs(sweep.logits - expected.numpy()).max() < 1e-4
+
+
+def test_donors_that_receive_nothing_give_the_states_of_all_positions(llama: Decoder) -> None:
+    prompts = PROMPTS[::-1]  # the shorter ones first
+    pairs = np.array([[1, 0], [1, 4], [2, 3], [2, 0]])
+    where = [[1, 3], [2, 4], [3, 6], [1, 2], [4, 5]]
+    read = list(range(llama.d_vocab))
+    sweep = sweep_blocks(llama, prompts, pairs, EDITS, positions=np.array(where), read_ids=read)
+    expected = by_full_recompute(llama, where, pairs=pairs, prompts=prompts)
+    assert np.abs(sweep.logits - expected.numpy()).max() < 1e-4
+
+
+def test_a_replay_that_loses_the_edit_is_noticed_and_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
+
+    def unedited(_decoder: Decoder, prefix: Prefix, blocks: list[int], _rows: Tensor) -> Tensor:
+        return prefix.states[-1][:, None, -1].expand(-1, len(blocks), -1)
+
+    monkeypatch.setattr("lib.sweeps.replay_rows", unedited)
+    sweep, logits = full(decoder, "last")
+    assert sweep.path == "full recompute"
+    expected = by_full_recompute(decoder, [[len(prompt) - 1] for prompt in PROMPTS])
+    assert np.abs(logits - expected.numpy()).max() < 1e-4
 
 
 def test_prefixes_beyond_the_memory_kept_for_them_are_run_again(
