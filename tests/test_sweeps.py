@@ -172,7 +172,7 @@ def test_donors_need_not_be_recipients(llama: Decoder) -> None:
 
 def test_donors_that_receive_nothing_give_the_states_of_all_positions(llama: Decoder) -> None:
     prompts = PROMPTS[::-1]  # the shorter ones first
-    pairs = np.array([[1, 0], [1, 4], [2, 3], [2, 0]])
+    pairs = np.array([[1, 0], [4, 3], [2, 3], [2, 0]])
     where = [[1, 3], [2, 4], [3, 6], [1, 2], [4, 5]]
     read = list(range(llama.d_vocab))
     sweep = sweep_blocks(llama, prompts, pairs, EDITS, positions=np.array(where), read_ids=read)
