@@ -50,7 +50,7 @@ def jeffreys_of_logits(logits: ArrayLike) -> FloatArray:
     cross = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     totals = torch.zeros(len(rows), 1, dtype=torch.float64)
     for part in rows.split(_COLUMNS_AT_ONCE, dim=1):
-        values = part.double()
+        values = part.to(torch.float64, copy=True)  # what was given stays as it is
         weights = (values - peaks).exp_()
         totals += weights.sum(dim=1, keepdim=True)
         values -= values.mean(dim=0)

@@ -115,7 +115,15 @@ def test_jeffreys_of_close_predictions_keeps_its_digits_between_any_two_rows() -
     for i, j in itertools.combinations(range(3), 2):
         shift = shifts[i] - shifts[j]
         variance = (p * shift**2).sum() - (p * shift).sum() ** 2
-        assert found[i, j] == found[j, i] == pytest.approx(variance, rel=1e-3)
+        assert found[i, j] == found[j, i] == pytest.approx(variance, rel=1e-3, abs=0)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_jeffreys_of_logits_leaves_what_it_is_given_as_it_was(kind: type) -> None:
+    logits = np.random.default_rng(2).normal(size=(4, 50)).astype(kind)
+    before = logits.copy()
+    jeffreys_of_logits(logits)
+    assert np.array_equal(logits, before)
 
 
 def test_jeffreys_of_logits_needs_no_second_look_where_rows_share_most(

@@ -577,6 +577,30 @@ def test_matrices_that_cannot_be_correlated_are_named():
         correlations.weighted_correlations([good], np.ones((1, 5)))
 
 
+@pytest.mark.parametrize("method", ["spearman", "pearson"])
+@pytest.mark.parametrize("alternative", ["two-sided", "greater", "less"])
+def test_mantel_s_result_says_how_it_was_made_and_one_permutation_will_do(method, alternative):
+    rng = np.random.default_rng(30)
+    pair = [squareform(pdist(rng.normal(size=(7, 2)))) for _ in range(2)]
+    result = mantel.mantel_test(
+        *pair, n_permutations=1, rng=rng, method=method, alternative=alternative
+    )
+    assert (result.n_permutations, result.n_items) == (1, 7)
+    assert (result.method, result.alternative) == (method, alternative)
+
+
+@pytest.mark.parametrize("alternative", ["two-sided", "greater", "less"])
+def test_a_permutation_that_ties_up_to_rounding_counts_against_the_observed_value(alternative):
+    null = np.array([0.25 + 1e-15, 0.25 - 1e-15, 0.25])
+    assert mantel.permutation_p_value(0.25, null, alternative) == 1.0
+
+
+def test_three_items_are_enough_to_be_ranked():
+    matrix = np.array([[0, 1, 3], [1, 0, 2], [3, 2, 0]], dtype=float)
+    ranked = correlations.rank_matrix(matrix)
+    assert np.array_equal(np.argsort(ranked[np.triu_indices(3, 1)]), [0, 2, 1])
+
+
 def test_unknown_options_of_mantel_list_the_valid_ones():
     good = cloud_matrix(np.random.default_rng(34), 6)
     rng = np.random.default_rng(0)

@@ -413,6 +413,86 @@ def test_model_and_twin_are_told_apart():
     assert whole(rows, "angular-code", untrained=True).verdict == "not supported"
 
 
+def test_a_claim_s_verdict_says_whose_it_is_and_what_it_rests_on():
+    rows = records_of("causal-control", lambda c, t: "supported", untrained=True)
+    found = claim_verdict(rows, "causal-control", "m", True)
+    assert (found.claim, found.model, found.untrained) == ("causal-control", "m", True)
+    n = len(HELD_OUT)
+    expected = [
+        f"{part}: supported"
+        + (
+            ""
+            if judged_once("causal-control", part)
+            else f" ({n} of {n} tasks, held out {n} of {n})"
+        )
+        for part in found.parts
+    ]
+    assert found.reason == "; ".join(expected)
+
+
+def judged_once(claim, part):
+    return all(c.scope == "model" for c in criteria() if (c.claim, c.part) == (claim, part))
+
+
+def test_a_part_without_testable_or_held_out_tasks_says_so():
+    none = whole(records_of("causal-control", lambda c, t: "not testable"), "causal-control")
+    assert none.verdict == "not testable" and "(no task)" in none.reason
+    seen = ("months-sequence", "capitals")
+    only_seen = records_of("causal-control", lambda c, t: "supported", seen)
+    assert "(no held-out task)" in whole(only_seen, "causal-control").reason
+
+
+def test_the_tasks_that_were_seen_count_unless_they_are_left_out():
+    tasks = (*HELD_OUT, "months-sequence", "capitals")
+    rows = records_of("causal-control", lambda c, t: "supported", tasks)
+    parts = claim_verdict(rows, "causal-control", "m", False).reason
+    assert f"({len(tasks)} of {len(tasks)} tasks" in parts
+
+
+@pytest.mark.parametrize(
+    ("task", "statistic", "words"),
+    [
+        ("capitals", "model", "is judged once a model: give no task."),
+        (None, "task", "needs a task."),
+    ],
+)
+def test_a_task_where_none_belongs_is_named_with_the_statistic(task, statistic, words):
+    criterion = next(c for c in criteria() if c.scope == statistic)
+    given = {} if task is None else {"task": task}
+    with pytest.raises(ValueError, match=f"^{criterion.claim}, {criterion.statistic}, ") as error:
+        judge(
+            criterion.claim, criterion.statistic, model="m", untrained=False, estimate=None, n=9,
+            reason="made up", **given,
+        )  # fmt: skip
+    assert str(error.value).endswith(f"this statistic {words}")
+
+
+def test_half_an_interval_without_an_estimate_is_refused():
+    criterion = next(c for c in criteria() if c.scope == "model")
+    for half in ({"low": 0.1}, {"high": 0.1}):
+        with pytest.raises(ValueError, match="an interval without an estimate"):
+            judge(
+                criterion.claim, criterion.statistic, model="m", untrained=False, estimate=None,
+                n=9, reason="made up", **half,
+            )  # fmt: skip
+
+
+def test_a_record_without_remark_has_an_empty_reason_and_half_an_interval_has_no_width():
+    criterion = next(c for c in criteria() if c.scope == "model")
+    row = judge(
+        criterion.claim, criterion.statistic, model="m", untrained=False, estimate=0.5, low=0.4,
+        high=0.6, n=9,
+    )  # fmt: skip
+    assert row["reason"] == ""
+    plain = verdicts.tolerance(None, None)
+    assert verdicts.tolerance(0.1, None) == verdicts.tolerance(None, 0.9) == plain
+
+
+def test_a_transition_at_the_first_block_leaves_all_later_blocks():
+    assert list(verdicts.late_blocks(6, 0)) == [0, 1, 2, 3, 4]
+    assert list(verdicts.late_blocks(6, 0.5)) == [1, 2, 3, 4]
+
+
 def test_the_sentence_names_model_and_twin_and_every_part():
     rows = records_of("angular-code", lambda c, t: "supported")
     rows += records_of("angular-code", lambda c, t: "not supported", untrained=True)
