@@ -118,6 +118,17 @@ def test_jeffreys_of_close_predictions_keeps_its_digits_between_any_two_rows() -
         assert found[i, j] == found[j, i] == pytest.approx(variance, rel=1e-3, abs=0)
 
 
+@pytest.mark.parametrize("other", [1, 2, 3])
+def test_jeffreys_of_two_close_predictions_among_others_keeps_its_digits(other: int) -> None:
+    rng = np.random.default_rng(21)
+    logits = rng.normal(size=(4, 300)) * 3
+    logits[other] = logits[0] + 1e-9 * rng.normal(size=300)
+    log_p = metrics.log_probabilities(logits)
+    expected = ((np.exp(log_p[0]) - np.exp(log_p[other])) * (log_p[0] - log_p[other])).sum()
+    found = jeffreys_of_logits(logits)
+    assert found[0, other] == found[other, 0] == pytest.approx(expected, rel=1e-6, abs=0)
+
+
 @pytest.mark.parametrize("kind", [np.float32, np.float64])
 def test_jeffreys_of_logits_leaves_what_it_is_given_as_it_was(kind: type) -> None:
     logits = np.random.default_rng(2).normal(size=(4, 50)).astype(kind)

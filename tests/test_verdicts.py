@@ -413,19 +413,19 @@ def test_model_and_twin_are_told_apart():
     assert whole(rows, "angular-code", untrained=True).verdict == "not supported"
 
 
-def test_a_claim_s_verdict_says_whose_it_is_and_what_it_rests_on():
-    rows = records_of("causal-control", lambda c, t: "supported", untrained=True)
-    found = claim_verdict(rows, "causal-control", "m", True)
-    assert (found.claim, found.model, found.untrained) == ("causal-control", "m", True)
-    n = len(HELD_OUT)
+@pytest.mark.parametrize("claim", sorted({c.claim for c in criteria()}))
+@pytest.mark.parametrize(
+    ("verdict", "rests_on"),
+    [("supported", " ({n} of {n} tasks, held out {n} of {n})"), ("not testable", " (no task)")],
+)
+def test_a_claim_s_verdict_says_whose_it_is_and_what_it_rests_on(claim, verdict, rests_on):
+    rows = records_of(claim, lambda c, t: verdict, untrained=True)
+    found = claim_verdict(rows, claim, "m", True)
+    assert (found.claim, found.model, found.untrained) == (claim, "m", True)
+    assert found.verdict == verdict
+    by_task = rests_on.format(n=len(HELD_OUT))
     expected = [
-        f"{part}: supported"
-        + (
-            ""
-            if judged_once("causal-control", part)
-            else f" ({n} of {n} tasks, held out {n} of {n})"
-        )
-        for part in found.parts
+        f"{part}: {verdict}" + ("" if judged_once(claim, part) else by_task) for part in found.parts
     ]
     assert found.reason == "; ".join(expected)
 
@@ -434,12 +434,13 @@ def judged_once(claim, part):
     return all(c.scope == "model" for c in criteria() if (c.claim, c.part) == (claim, part))
 
 
-def test_a_part_without_testable_or_held_out_tasks_says_so():
-    none = whole(records_of("causal-control", lambda c, t: "not testable"), "causal-control")
-    assert none.verdict == "not testable" and "(no task)" in none.reason
+def test_a_part_that_rests_on_no_held_out_task_says_so():
     seen = ("months-sequence", "capitals")
-    only_seen = records_of("causal-control", lambda c, t: "supported", seen)
-    assert "(no held-out task)" in whole(only_seen, "causal-control").reason
+    found = whole(records_of("causal-control", lambda c, t: "supported", seen), "causal-control")
+    by_task = [part for part in found.parts if not judged_once("causal-control", part)]
+    assert by_task
+    for part in by_task:
+        assert f"{part}: not testable (no held-out task)" in found.reason.split("; ")
 
 
 def test_the_tasks_that_were_seen_count_unless_they_are_left_out():
