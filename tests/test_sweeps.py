@@ -209,6 +209,31 @@ def test_prefixes_beyond_the_memory_kept_for_them_are_run_again(
     assert np.array_equal(before, after)
 
 
+def test_a_sweep_is_as_near_to_float64_as_a_full_recompute(embedded: Decoder) -> None:
+    rng = np.random.default_rng(3)
+    prompts = rng.integers(20, embedded.d_vocab, size=(4, 8)).tolist()
+    pairs, block = np.array([[0, 1], [1, 2], [2, 3], [3, 0]]), 4
+    read = list(range(embedded.d_vocab))
+    sweep = sweep_blocks(
+        embedded, prompts, pairs, {"exchange": exchange}, positions=[3] * 4, blocks=[block],
+        read_ids=read,
+    )  # fmt: skip
+    assert sweep.path == "prefix replay"
+
+    def recomputed(decoder: Decoder) -> np.ndarray:
+        part = decoder.blocks[block]
+        states = [oracle.block_states(decoder.model, [part], prompt)[0, 3] for prompt in prompts]
+        chosen, donors = pairs.T
+        new = [states[donor] for donor in donors]
+        rows = [prompts[recipient] for recipient in chosen]
+        return oracle.patched_logits(decoder.model, part, rows, [3] * 4, new).double().numpy()
+
+    truth = recomputed(load_decoder(dtype="float64"))
+    ours, theirs = sweep.logits[0, 0] - truth, recomputed(embedded) - truth
+    assert 0 < np.abs(ours).max() < 1e-3
+    assert np.sqrt(np.square(ours).mean()) < 1.5 * np.sqrt(np.square(theirs).mean())
+
+
 def test_two_runs_are_bit_identical(llama: Decoder) -> None:
     assert np.array_equal(full(llama, "last")[1], full(llama, "last")[1])
 
