@@ -1,21 +1,25 @@
 """Models: parts found by structure, wrong models refused in one line."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import oracle
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
+from torch import Tensor
 from transformers import (
     AutoModel,
     BertConfig,
     BertLMHeadModel,
+    LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from lib.models import Decoder, load_decoder
 from lib.passes import run_blocks
+from lib.structure import untuple
 
 
 def test_final_norm_and_unembedding_of_the_last_block_give_the_models_logits(
@@ -129,3 +133,69 @@ def test_model_without_unembedding_is_refused(llama: Decoder) -> None:
 def test_model_in_hand_needs_its_tokenizer(llama: Decoder) -> None:
     with pytest.raises(ValueError, match="tokenizer"):
         load_decoder(llama.model)
+
+
+def refusal(model: LlamaForCausalLM) -> str:
+    with pytest.raises(ValueError) as problem:
+        load_decoder(model, tokenizer=tiny_tokenizer())
+    return one_line(problem)
+
+
+def intercept(model: LlamaForCausalLM, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Let block 1 read `change(what comes in, what block 0 put out before any edit)`."""
+    first, second = model.model.layers[:2]
+    given: list = []
+
+    def note(_module: object, inputs: tuple, options: dict) -> None:
+        given[:] = [inputs, options]
+
+    def replace(_module: object, inputs: tuple, options: dict) -> tuple:
+        clean = untuple(first.forward(*given[0], **given[1]))
+        return (change(inputs[0], clean), *inputs[1:]), options
+
+    first.register_forward_pre_hook(note, with_kwargs=True)
+    second.register_forward_pre_hook(replace, with_kwargs=True)
+
+
+def test_a_model_without_its_stack_of_blocks_is_refused() -> None:
+    model = tiny_model("llama")
+    model.config.num_hidden_layers = 7
+    assert "no stack of num_hidden_layers = 7 blocks" in refusal(model)
+
+
+def test_a_model_whose_blocks_run_more_than_once_is_refused() -> None:
+    model = tiny_model("llama")
+    first, last = model.model.layers[0], model.model.layers[-1]
+
+    def again(_module: object, inputs: tuple, options: dict) -> None:
+        first(*inputs, **options)
+
+    last.register_forward_pre_hook(again, with_kwargs=True)
+    assert "to run once" in refusal(model)
+
+
+def test_logits_that_are_not_finite_are_refused() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("inf")
+    assert "logits are not finite in float32" in refusal(model)
+
+
+def test_a_model_whose_logits_are_not_its_unembedding_s_is_refused() -> None:
+    model = tiny_model("llama")
+    model.register_forward_hook(
+        lambda _module, _inputs, output: setattr(output, "logits", 2 * output.logits)
+    )
+    assert "its logit lens would be wrong" in refusal(model)
+
+
+def test_a_model_in_which_an_edit_spreads_to_earlier_tokens_is_refused() -> None:
+    model = tiny_model("llama")
+    intercept(model, lambda seen, clean: seen + (seen - clean).sum(dim=1, keepdim=True))
+    assert "does not act on the edited token alone" in refusal(model)
+
+
+def test_a_model_in_which_an_edit_is_lost_is_refused() -> None:
+    model = tiny_model("llama")
+    intercept(model, lambda _seen, clean: clean)
+    assert "does not reach the logits" in refusal(model)
