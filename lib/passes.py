@@ -1,7 +1,6 @@
 """Forward passes over batches of prompts, and what may be run once or side by side in them."""
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -57,28 +56,24 @@ def run_batch(
 
 
 def packing_is_exact(decoder: Decoder, batch: Batch) -> bool:
-    """Compare, once for a model and again for longer lines, the prompts of the fullest line.
+    """Compare, once for a model and again for longer lines, two halves of a line with each alone.
 
     The line is run twice in one pass: some attentions keep prompts apart on a single line alone.
     """
     length = batch.tokens.shape[1]
     known = known_of(_packed, decoder)
-    if any(exact and longer >= length for longer, exact in known.items()):
+    if length < 2 or any(exact and longer >= length for longer, exact in known.items()):
         return True
     if length not in known:
-        assert batch.places is not None
-        line = int(batch.lines.mode().values)
-        tokens = batch.tokens[[line, line]].to(decoder.device)
-        places = batch.places[[line, line]].to(decoder.device)
-        begins = [*(places[0] == 0).nonzero().ravel().tolist(), length]
-        last = {decoder.n_blocks - 1}
-        alone = [
-            run_blocks(decoder, tokens[:1, begin:end], last).popitem()[1][0]
-            for begin, end in itertools.pairwise(begins)
-        ]
+        tokens, last = batch.tokens[[0, 0]].to(decoder.device), {decoder.n_blocks - 1}
+        halves = tokens[:1].tensor_split(2, dim=1)
+        alone = [run_blocks(decoder, half, last).popitem()[1][0] for half in halves]
+        places = torch.cat([torch.arange(half.shape[1]) for half in halves]).expand(2, -1)
         try:
             with _capture(decoder, last) as fast, torch.inference_mode():
-                decoder.model.base_model(tokens, use_cache=False, position_ids=places)
+                decoder.model.base_model(
+                    tokens, use_cache=False, position_ids=places.to(decoder.device)
+                )
         except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):
             known[length] = False  # no position of its own for each token (ALiBi, state-space)
             return False

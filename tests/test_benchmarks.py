@@ -362,10 +362,6 @@ def test_page_says_where_the_numbers_come_from_and_who_was_left_out() -> None:
     assert "x (sdpa) on “w”: differs" in tables.left_out({**results(), "refused": refused})
 
 
-@pytest.mark.skipif(
-    tables.read_results() is None,
-    reason="benchmarks/results.json comes with the first full `make bench`",
-)
 def test_recorded_results_are_whole_and_name_no_machine() -> None:
     recorded = tables.read_results()
     assert recorded is not None and not recorded["quick"]

@@ -152,6 +152,25 @@ def test_where_packing_is_not_exact_each_length_runs_by_itself(
         assert torch.allclose(found[:, row], expected, atol=1e-5)
 
 
+def test_a_first_line_that_holds_one_prompt_does_not_vouch_for_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
+    forward = decoder.model.base_model.forward
+
+    def blind(tokens: torch.Tensor, **options: object) -> object:
+        options.pop("position_ids", None)
+        return forward(tokens, **options)
+
+    monkeypatch.setattr(decoder.model.base_model, "forward", blind)
+    prompts = [list(range(1, 33)) * 2, *RAGGED]
+    found = extract_residuals(decoder, prompts, batch_tokens=64).states
+    monkeypatch.undo()
+    for row, prompt in enumerate(prompts):
+        expected = oracle.block_states(decoder.model, decoder.blocks, prompt)[:, -1]
+        assert torch.allclose(found[:, row], expected, atol=1e-5)
+
+
 def test_with_another_attention_everything_is_compared_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
