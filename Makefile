@@ -60,7 +60,7 @@ picture: book  ## take the README's picture from the built book
 	@$(BIN)/python book/_ext/picture.py
 
 verify: $(BOOK_READY)  ## compare the results with the recorded ones; UPDATE=1 records them anew
-	@$(BIN)/python -m lib.verify $(if $(filter-out 0,$(UPDATE)),--update)
+	@$(BIN)/python -m lib.evidence.verify $(if $(filter-out 0,$(UPDATE)),--update)
 
 lint: $(TESTS_READY)  ## check style and types
 	@$(BIN)/ruff check
@@ -80,7 +80,7 @@ mutate: $(MUTATE_VENV)/ready.stamp  ## change lib line by line and see whether t
 
 model: $(BOOK_READY)  ## fetch the embedded model, once
 ifeq ($(MODEL),embedded)
-	@$(BIN)/python -m lib.embedded
+	@$(BIN)/python -m lib.engine.embedded
 endif
 
 notebooks: $(BOOK_READY)  ## write the notebooks for Colab, without outputs, from the chapters

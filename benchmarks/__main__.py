@@ -24,7 +24,7 @@ from benchmarks.bound import Shape, minimum_macs
 from benchmarks.contenders import EAGER_ONLY, HALF, MODULES
 from benchmarks.tables import OURS, RECOMPUTE, RESULTS, comparison, summary
 from benchmarks.workloads import LOADS, shrink
-from lib.files import write_atomically
+from lib.engine.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-3

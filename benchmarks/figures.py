@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lib.figures import WIDTH, use_theme
+from lib.reading.figures import WIDTH, use_theme
 
 MARKS = {"full recompute": "o", "TransformerLens": "s", "nnsight": "^", "pyvene": "D"}
 

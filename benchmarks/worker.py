@@ -26,9 +26,9 @@ from benchmarks import contenders
 from benchmarks.bound import Shape
 from benchmarks.contenders.base import Contender, WholePrompts
 from benchmarks.workloads import LOADS, ExtractLoad, Load, SweepLoad, shrink
-from lib.extraction import logit_lens
-from lib.loading import quiet
-from lib.models import load_decoder
+from lib.engine.extraction import logit_lens
+from lib.engine.loading import quiet
+from lib.engine.models import load_decoder
 
 N_LENS_PROMPTS = 64
 RATE_SIZE = 2048

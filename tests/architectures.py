@@ -11,7 +11,7 @@ import numpy as np
 from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer
 from test_sweeps import PROMPTS, by_full_recompute, full
 
-from lib.models import load_decoder
+from lib.engine.models import load_decoder
 
 EARLIER = [3, 2, 3, 2, 1]
 

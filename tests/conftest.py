@@ -8,8 +8,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lib import store
-from lib.models import Decoder, load_decoder
+from lib.engine import store
+from lib.engine.models import Decoder, load_decoder
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,

@@ -10,8 +10,8 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from scipy.special import softmax
 
-from lib import arms
-from lib.arms import (
+from lib.evidence import arms
+from lib.evidence.arms import (
     ArmOutcome,
     Trial,
     has_counterparts,
@@ -19,10 +19,10 @@ from lib.arms import (
     steering_vectors,
     sweep_site,
 )
-from lib.models import Decoder, load_decoder
+from lib.engine.models import Decoder, load_decoder
 from lib.phase_transition.switch import measure_control, measure_routing
-from lib.stats import bootstrap_weights
-from lib.tasks import build_task, gate
+from lib.science.stats import bootstrap_weights
+from lib.evidence.tasks import build_task, gate
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_stored_transitions_serve_their_own_model_only(
     trial: Trial, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(arms, "TRANSITIONS", tmp_path / "transitions.json")
-    monkeypatch.setattr("lib.runs.RUNS", tmp_path / "runs")
+    monkeypatch.setattr("lib.evidence.runs.RUNS", tmp_path / "runs")
     found = arms.Transition(
         found=True, reason="", n_blocks=4, n_prompts=12, block=2.5, low=2.0, high=3.0,
         width=1.0, width_low=0.5, width_high=1.5,

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.batches import LINE_TOKENS, equal_length_rows, pack_prompts, stack_prompts
+from lib.engine.batches import LINE_TOKENS, equal_length_rows, pack_prompts, stack_prompts
 
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=60)
 

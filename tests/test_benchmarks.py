@@ -15,7 +15,7 @@ from benchmarks import figures, tables, worker
 from benchmarks.bound import Shape, minimum_macs
 from benchmarks.contenders import HALF, MODULES, base, engine, recompute
 from benchmarks.workloads import EDITS, LOADS, ExtractLoad, SweepLoad, ordered, ring, shrink
-from lib.models import Decoder
+from lib.engine.models import Decoder
 
 TINY = Shape(n_blocks=2, d_model=3, d_query=4, d_key=2, d_mlp=5, d_vocab=7)
 PROMPT_LENGTH = 6

@@ -18,7 +18,7 @@ import notebooks
 import picture
 import setup_cells
 from executable_book.progress import Display, Follower, describe
-from lib.results import pages
+from lib.evidence.results import pages
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = setup_cells.chapters()
@@ -477,7 +477,7 @@ mystnb:
 ---
 import matplotlib.pyplot as plt
 import pandas as pd
-from lib.progress import track
+from lib.engine.progress import track
 
 with open("runs-{claim}", "a") as runs:
     runs.write("x")

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lib.results import pages
-from lib.verdicts import criteria
+from lib.evidence.results import pages
+from lib.evidence.verdicts import criteria
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = ROOT / "build" / "colab-venv" / "bin" / "python"

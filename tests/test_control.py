@@ -8,17 +8,17 @@ import pytest
 import torch
 from oracle import block_states, forward, patched_logits
 
-from lib.arms import Trial, prepare_trial
+from lib.evidence.arms import Trial, prepare_trial
 from lib.causal_control import control, control_figures, control_tables, control_words, doses
 from lib.causal_control.continuations import loss_table, spread_texts, steered_losses
 from lib.causal_control.control_tables import Matched, first_crossing
 from lib.causal_control.selectivity import rest_measure
-from lib.extraction import extract_residuals
-from lib.models import Decoder
-from lib.readouts import distribution_measure
-from lib.stats import bootstrap_weights
-from lib.tasks import build_task, gate
-from lib.verdicts import claim_verdict, verdict_table
+from lib.engine.extraction import extract_residuals
+from lib.engine.models import Decoder
+from lib.engine.readouts import distribution_measure
+from lib.science.stats import bootstrap_weights
+from lib.evidence.tasks import build_task, gate
+from lib.evidence.verdicts import claim_verdict, verdict_table
 
 ITEMS = pd.DataFrame(
     {
@@ -228,7 +228,7 @@ def test_continuation_losses_equal_a_plain_forward_pass(
 ) -> None:
     if path == "full recompute":
         import lib.causal_control.continuations as module
-        from lib.replay import ReplayUnsupportedError
+        from lib.engine.replay import ReplayUnsupportedError
 
         def refuse(*_: object) -> None:
             raise ReplayUnsupportedError("on purpose")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lib.norm_code.decoding import Decoding, decode_attribute, pool_decodings, thirds
-from lib.stats import bootstrap_weights
+from lib.science.stats import bootstrap_weights
 
 N = 120
 RNG = np.random.default_rng

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lib import embedded
-from lib.embedded import GGUF_NAME, MANIFEST, MODEL_NAME, fetch_embedded_model, sha256_of
+from lib.engine import embedded
+from lib.engine.embedded import GGUF_NAME, MANIFEST, MODEL_NAME, fetch_embedded_model, sha256_of
 
 
 @pytest.fixture

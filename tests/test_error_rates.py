@@ -16,23 +16,23 @@ from scipy.special import expit
 
 from lib.causal_control.control import effect_shares
 from lib.causal_control.control_tables import interval_of
-from lib.correlations import bootstrap_correlations, partial_correlation
-from lib.metrics import distances
+from lib.science.correlations import bootstrap_correlations, partial_correlation
+from lib.science.metrics import distances
 from lib.norm_code.decoding import Decoding
 from lib.norm_code.norm_edits import mean_outcome, ratio_interval
 from lib.norm_code.norm_verdicts import late_excess
 from lib.phase_transition.switch_verdicts import _spread
 from lib.phase_transition.widths import curve_width, width_difference
-from lib.results import ROOT, read_rows
-from lib.stats import (
+from lib.evidence.results import ROOT, read_rows
+from lib.science.stats import (
     bootstrap_weights,
     equivalence_test,
     pair_share_bootstrap,
     percentile_interval,
 )
-from lib.transitions import Transition, find_transition
-from lib.verdicts import ALL_TASKS, criteria, judge
-from lib.verify import RECORDED
+from lib.science.transitions import Transition, find_transition
+from lib.evidence.verdicts import ALL_TASKS, criteria, judge
+from lib.evidence.verify import RECORDED
 
 N_RUNS = 200
 

@@ -15,14 +15,14 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from scipy.stats import spearmanr
 
-from lib import store
+from lib.engine import store
 from lib.angular_code.maps import SIZE, depth_positions
-from lib.arms import Trial, prepare_trial, sweep_site
-from lib.explorer import N_TOP, TWIN, Exploration, explore_tasks, explore_trial, top_predictions
-from lib.explorer_page import explorer_html
-from lib.models import Decoder, load_decoder
+from lib.evidence.arms import Trial, prepare_trial, sweep_site
+from lib.reading.explorer import N_TOP, TWIN, Exploration, explore_tasks, explore_trial, top_predictions
+from lib.reading.explorer_page import explorer_html
+from lib.engine.models import Decoder, load_decoder
 from lib.phase_transition.switch import measure_arms
-from lib.tasks import build_task, gate
+from lib.evidence.tasks import build_task, gate
 
 N_BLOCKS = 4
 
@@ -298,7 +298,7 @@ def test_model_without_a_testable_task_gets_a_page_that_says_so(
 def test_blanks_in_tokens_are_visible(trial: Trial) -> None:
     tokens, probabilities = top_predictions(trial.decoder, torch.randn(2, 3, 32), n_top=2)
     assert tokens.shape == probabilities.shape == (2, 3, 2)
-    from lib.explorer import _word
+    from lib.reading.explorer import _word
 
     class Tokenizer:
         def decode(self, ids: list[int]) -> str:

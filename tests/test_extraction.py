@@ -12,8 +12,8 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 
 from lib import passes as forward_passes
-from lib.extraction import extract_residuals, logit_lens, tokenize
-from lib.models import Decoder, load_decoder
+from lib.engine.extraction import extract_residuals, logit_lens, tokenize
+from lib.engine.models import Decoder, load_decoder
 
 RAGGED = [[5, 9, 4, 33], [8, 3, 17], [6, 6, 12, 40, 2, 9], [11, 30, 22], [7, 21, 9, 50, 50, 1]]
 
@@ -196,8 +196,8 @@ from pathlib import Path
 
 import numpy as np
 from conftest import tiny_model, tiny_tokenizer
-from lib.extraction import extract_residuals
-from lib.models import load_decoder
+from lib.engine.extraction import extract_residuals
+from lib.engine.models import load_decoder
 
 decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
 prompts = np.random.default_rng(0).integers(3, 64, size=(10_000, 60)).tolist()

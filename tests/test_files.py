@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.files import write_atomically
+from lib.engine.files import write_atomically
 
 
 @pytest.mark.parametrize("step", ["fsync", "chmod", "replace"])

@@ -8,10 +8,10 @@ import torch
 from oracle import block_states
 from torch import Tensor
 
-from lib.extraction import extract_residuals
-from lib.generation import generate, steer
-from lib.models import Decoder
-from lib.steering import rotate, rotation, stretching
+from lib.engine.extraction import extract_residuals
+from lib.engine.generation import generate, steer
+from lib.engine.models import Decoder
+from lib.engine.steering import rotate, rotation, stretching
 
 PROMPTS = [[5, 9, 12, 33], [7, 21], [40, 8, 3, 17, 25, 30, 11]]
 BLOCK, N_NEW = 1, 6

@@ -12,16 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import rankdata, spearmanr
 
-from lib import divergences, metrics
+from lib.science import divergences
+from lib.science import metrics
 from lib.angular_code import angular, angular_views, depth, geometry
 from lib.angular_code.geometry import Geometry, Items, items_of_texts, measure_geometry, task_items
-from lib.divergences import jeffreys_of_logits, lens_divergences
-from lib.extraction import extract_residuals
-from lib.mantel import mantel_test
-from lib.models import Decoder
-from lib.stats import bootstrap_weights
-from lib.tasks import PROMPT_COLUMNS, Task, load_contexts
-from lib.verdicts import claim_verdict
+from lib.science.divergences import jeffreys_of_logits, lens_divergences
+from lib.engine.extraction import extract_residuals
+from lib.science.mantel import mantel_test
+from lib.engine.models import Decoder
+from lib.science.stats import bootstrap_weights
+from lib.evidence.tasks import PROMPT_COLUMNS, Task, load_contexts
+from lib.evidence.verdicts import claim_verdict
 
 N_BLOCKS = 6
 UPPER = np.triu_indices

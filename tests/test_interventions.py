@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lib.extraction import logit_lens
-from lib.interventions import (
+from lib.engine.extraction import logit_lens
+from lib.engine.interventions import (
     add,
     exchange,
     exchange_direction,
@@ -15,7 +15,7 @@ from lib.interventions import (
     rotate_by_displacement,
     scale,
 )
-from lib.models import Decoder
+from lib.engine.models import Decoder
 
 STATE = torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(1)) * 3
 DONOR = torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(2)) * 7

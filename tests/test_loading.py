@@ -12,15 +12,16 @@ import torch
 from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, BitsAndBytesConfig
 
-from lib import loading, memory
-from lib.extraction import extract_residuals, logit_lens
-from lib.interventions import exchange
-from lib.loading import preset
-from lib.memory import count_parameters, weight_bytes
-from lib.models import Decoder, load_decoder
-from lib.steering import unembedding_direction
-from lib.store import fingerprint
-from lib.sweeps import Sweep, sweep_blocks
+from lib.engine import loading
+from lib.engine import memory
+from lib.engine.extraction import extract_residuals, logit_lens
+from lib.engine.interventions import exchange
+from lib.engine.loading import preset
+from lib.engine.memory import count_parameters, weight_bytes
+from lib.engine.models import Decoder, load_decoder
+from lib.engine.steering import unembedding_direction
+from lib.engine.store import fingerprint
+from lib.engine.sweeps import Sweep, sweep_blocks
 
 PROMPTS = [[5, 9, 4, 33, 12, 8], [8, 3, 17, 20, 6, 44], [11, 30, 22, 7]]
 PAIRS = np.array([[0, 1], [1, 2], [2, 0]])

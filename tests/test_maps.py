@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from lib import metrics
+from lib.science import metrics
 from lib.angular_code.maps import DepthMap, Panel, depth_map_html, depth_positions
 
 

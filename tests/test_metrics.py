@@ -13,7 +13,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import cosine_distances
 from sklearn.neighbors import NearestNeighbors
 
-from lib import metrics
+from lib.science import metrics
 
 MATRICES = [metrics.angles, metrics.distances, metrics.log_norm_differences]
 STATE_FUNCTIONS = [

@@ -17,9 +17,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lib.models import Decoder, load_decoder
-from lib.passes import run_blocks
-from lib.structure import untuple
+from lib.engine.models import Decoder, load_decoder
+from lib.engine.passes import run_blocks
+from lib.engine.structure import untuple
 
 
 def test_final_norm_and_unembedding_of_the_last_block_give_the_models_logits(

@@ -9,10 +9,10 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from scipy.stats import rankdata, spearmanr
 
-from lib.correlations import rank_matrix, weighted_correlations
-from lib.divergences import jeffreys_of_logits
-from lib.metrics import angles, log_norm_differences
-from lib.models import Decoder, load_decoder
+from lib.science.correlations import rank_matrix, weighted_correlations
+from lib.science.divergences import jeffreys_of_logits
+from lib.science.metrics import angles, log_norm_differences
+from lib.engine.models import Decoder, load_decoder
 from lib.norm_code.norm_edits import (
     average_exchanges,
     dose_table,
@@ -45,9 +45,9 @@ from lib.norm_code.norm_words import (
 )
 from lib.norm_code.norms import Sample, decode_contexts, norm_growth
 from lib.norm_code.relations import RELATIONS, Relation, relate_norms, stratified_correlations
-from lib.notebook import number_text as number
-from lib.stats import bootstrap_weights
-from lib.verdicts import verdict_sentence
+from lib.reading.notebook import number_text as number
+from lib.science.stats import bootstrap_weights
+from lib.evidence.verdicts import verdict_sentence
 
 RNG = np.random.default_rng
 KINDS = ["letter", "list", "law"]
@@ -189,7 +189,7 @@ def test_random_rotation_does_not_depend_on_the_batch(
 ) -> None:
     options = {"chosen": np.arange(6), "factors": [0.5], "blocks": [1], "seed": 3}
     whole = scale_and_rotate(sample, **options)
-    monkeypatch.setattr("lib.sweeps.MAX_ROW_TOKENS", 2)
+    monkeypatch.setattr("lib.engine.sweeps.MAX_ROW_TOKENS", 2)
     parts = scale_and_rotate(sample, **options)
     assert np.allclose(whole["kl_nats"], parts["kl_nats"], atol=1e-5)
 

@@ -11,10 +11,11 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
-from lib import notebook, results
-from lib.notebook import estimate_text, glue, record, table_html
-from lib.progress import PROGRESS_CHAPTER, PROGRESS_FILE, track
-from lib.results import read_records, to_json, to_rows
+from lib.reading import notebook
+from lib.evidence import results
+from lib.reading.notebook import estimate_text, glue, record, table_html
+from lib.engine.progress import PROGRESS_CHAPTER, PROGRESS_FILE, track
+from lib.evidence.results import read_records, to_json, to_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -88,7 +89,7 @@ def test_glue_refuses_a_whole_table():
 
 
 def test_chapters_run_where_the_book_builder_is_absent():
-    code = "import sys; sys.modules['myst_nb'] = None; from lib.notebook import glue; glue('a', 1)"
+    code = "import sys; sys.modules['myst_nb'] = None; from lib.reading.notebook import glue; glue('a', 1)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import plan
-from lib.arms import prepare_trial
-from lib.interventions import exchange, keep
-from lib.models import Decoder
-from lib.tasks import build_task, gate
+from lib.engine import plan
+from lib.evidence.arms import prepare_trial
+from lib.engine.interventions import exchange, keep
+from lib.engine.models import Decoder
+from lib.evidence.tasks import build_task, gate
 
 PROMPTS = [[5, 9, 4, 33, 12], [8, 3, 17, 20, 6]]
 EDITS = {"exchange": exchange, "keep": keep}

@@ -5,11 +5,11 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 
-from lib.interventions import add, exchange
-from lib.metrics import entropy, kl_divergence, log_probabilities
-from lib.models import Decoder
-from lib.readouts import distribution_measure, fit_temperature
-from lib.sweeps import sweep_blocks
+from lib.engine.interventions import add, exchange
+from lib.science.metrics import entropy, kl_divergence, log_probabilities
+from lib.engine.models import Decoder
+from lib.engine.readouts import distribution_measure, fit_temperature
+from lib.engine.sweeps import sweep_blocks
 
 GENERATOR = torch.Generator().manual_seed(3)
 CLEAN = torch.randn(5, 200, generator=GENERATOR) * 4
@@ -94,13 +94,13 @@ def test_rest_divergence_leaves_out_the_excluded_tokens() -> None:
 
 def test_result_does_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = read(temperature=True)
-    monkeypatch.setattr("lib.readouts.ROWS_AT_ONCE", 3)
+    monkeypatch.setattr("lib.engine.readouts.ROWS_AT_ONCE", 3)
     for name, values in read(temperature=True).items():
         assert (values - whole[name]).abs().max() < 1e-7, name
 
 
 def test_sweep_with_self_donor_reads_no_divergence(llama: Decoder) -> None:
-    from lib.extraction import extract_residuals
+    from lib.engine.extraction import extract_residuals
 
     prompts = [[5, 9, 4, 33, 12], [8, 3, 17, 20, 6], [6, 40, 2]]
     clean = extract_residuals(llama, prompts, blocks=(), logits=True).logits

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from lib.interventions import exchange, exchange_norm, rotate_by_displacement, scale
-from lib.readouts import distribution_measure
-from lib.recipes import NoRecipeError, digest_of
-from lib.steering import rotate
+from lib.engine.interventions import exchange, exchange_norm, rotate_by_displacement, scale
+from lib.engine.readouts import distribution_measure
+from lib.engine.recipes import NoRecipeError, digest_of
+from lib.engine.steering import rotate
 
 LOGITS = torch.arange(12.0).reshape(3, 4)
 
@@ -90,7 +90,7 @@ def test_what_has_no_safe_name_has_none(value: Any) -> None:
 
 
 def test_a_function_that_took_anothers_name_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lib import interventions
+    from lib.engine import interventions
 
     monkeypatch.setattr(interventions, "exchange", exchange_norm)
     with pytest.raises(NoRecipeError):

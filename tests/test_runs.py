@@ -10,9 +10,9 @@ import transformers
 from docutils import nodes
 
 from executable_book.comparison import ModelComparison
-from lib import runs
-from lib.models import Decoder
-from lib.results import RECORD_COLUMNS, read_rows
+from lib.evidence import runs
+from lib.engine.models import Decoder
+from lib.evidence.results import RECORD_COLUMNS, read_rows
 
 
 @pytest.fixture(autouse=True)

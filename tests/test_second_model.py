@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lib.embedded import fetch_embedded_model
-from lib.results import ROOT, pages
-from lib.verdicts import claim_verdict, criteria
+from lib.engine.embedded import fetch_embedded_model
+from lib.evidence.results import ROOT, pages
+from lib.evidence.verdicts import claim_verdict, criteria
 
 CLAIMS = dict.fromkeys(criterion.claim for criterion in criteria())
 SMALLER = {"N_DRAWS": 100, "N_PERMUTATIONS": 40, "N_CONTEXTS": 120}  # in the parameter cells

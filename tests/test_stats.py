@@ -8,7 +8,9 @@ from scipy.spatial.distance import pdist, squareform
 from scipy.stats import kstest, linregress, norm, rankdata, spearmanr
 from skbio.stats.distance import mantel as skbio_mantel
 
-from lib import correlations, mantel, stats
+from lib.science import correlations
+from lib.science import mantel
+from lib.science import stats
 
 
 def cloud_matrix(rng, n_items, d_model=3):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib.extraction import extract_residuals, logit_lens
-from lib.models import Decoder
-from lib.steering import (
+from lib.engine.extraction import extract_residuals, logit_lens
+from lib.engine.models import Decoder
+from lib.engine.steering import (
     across,
     angle_degrees,
     chord,

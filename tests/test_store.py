@@ -10,13 +10,13 @@ import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
 
-from lib import store
-from lib.extraction import Residuals, extract_residuals
-from lib.interventions import add, exchange, exchange_norm, keep, scale
-from lib.models import Decoder, load_decoder
-from lib.readouts import distribution_measure
-from lib.store import fingerprint, recall_residuals, recall_sweep
-from lib.sweeps import Sweep, sweep_blocks
+from lib.engine import store
+from lib.engine.extraction import Residuals, extract_residuals
+from lib.engine.interventions import add, exchange, exchange_norm, keep, scale
+from lib.engine.models import Decoder, load_decoder
+from lib.engine.readouts import distribution_measure
+from lib.engine.store import fingerprint, recall_residuals, recall_sweep
+from lib.engine.sweeps import Sweep, sweep_blocks
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7], [1, 2, 3, 4], [8, 9, 1]]
 

@@ -7,11 +7,11 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from torch import Tensor
 
-from lib.extraction import extract_residuals
-from lib.interventions import add, exchange, exchange_direction, exchange_norm, keep
-from lib.models import Decoder, load_decoder
-from lib.replay import Prefix
-from lib.sweeps import Sweep, sweep_blocks
+from lib.engine.extraction import extract_residuals
+from lib.engine.interventions import add, exchange, exchange_direction, exchange_norm, keep
+from lib.engine.models import Decoder, load_decoder
+from lib.engine.replay import Prefix
+from lib.engine.sweeps import Sweep, sweep_blocks
 
 PROMPTS = [
     [5, 9, 4, 33, 12, 8, 51],
@@ -133,7 +133,7 @@ def test_result_does_not_depend_on_the_batch(
     llama: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, large = full(llama, [3, 2, 3, 2, 1])
-    monkeypatch.setattr("lib.sweeps.MAX_ROW_TOKENS", 6)
+    monkeypatch.setattr("lib.engine.sweeps.MAX_ROW_TOKENS", 6)
     _, small = full(llama, [3, 2, 3, 2, 1], batch_tokens=1)
     assert np.abs(large - small).max() < 1e-4
 
@@ -188,7 +188,7 @@ def test_a_replay_that_loses_the_edit_is_noticed_and_not_used(
     def unedited(_decoder: Decoder, prefix: Prefix, blocks: list[int], _rows: Tensor) -> Tensor:
         return prefix.states[-1][:, None, -1].expand(-1, len(blocks), -1)
 
-    monkeypatch.setattr("lib.sweeps.replay_rows", unedited)
+    monkeypatch.setattr("lib.engine.sweeps.replay_rows", unedited)
     sweep, logits = full(decoder, "last")
     assert sweep.path == "full recompute"
     expected = by_full_recompute(decoder, [[len(prompt) - 1] for prompt in PROMPTS])
@@ -202,7 +202,7 @@ def test_prefixes_beyond_the_memory_kept_for_them_are_run_again(
     passes = count_tokens(llama, monkeypatch)
     full(llama, "last", batch_tokens=1)
     once = sum(passes)
-    monkeypatch.setattr("lib.sweeps.KEPT_BYTES", 0)
+    monkeypatch.setattr("lib.engine.sweeps.KEPT_BYTES", 0)
     passes.clear()
     _, after = full(llama, "last", batch_tokens=1)
     assert sum(passes) == 2 * once

@@ -14,8 +14,8 @@ from tokenizers.pre_tokenizers import Sequence, Split, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from lib import tasks
-from lib.tasks import build_task, gate, load_contexts, load_task, ordered_pairs, task_names
+from lib.evidence import tasks
+from lib.evidence.tasks import build_task, gate, load_contexts, load_task, ordered_pairs, task_names
 
 # fmt: off
 MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September",

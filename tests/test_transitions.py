@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from scipy.optimize import least_squares
 from scipy.special import expit
 
-from lib.logistic import NARROWEST, SCALES_10_90, fit_logistic
+from lib.science.logistic import NARROWEST, SCALES_10_90, fit_logistic
 from lib.phase_transition.shapes import compare_shapes
 from lib.phase_transition.widths import CurveWidth, curve_width, width_difference
-from lib.stats import bootstrap_weights, pair_share_bootstrap
-from lib.transitions import Transition, find_transition
+from lib.science.stats import bootstrap_weights, pair_share_bootstrap
+from lib.science.transitions import Transition, find_transition
 
 N_BLOCKS = 30
 BLOCKS = np.arange(N_BLOCKS)

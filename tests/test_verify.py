@@ -2,9 +2,9 @@
 
 import pytest
 
-from lib import verify
-from lib.results import Record, read_rows, results_file, write_rows
-from lib.verdicts import ALL_TASKS, criteria, criterion_of, judge, tolerance
+from lib.evidence import verify
+from lib.evidence.results import Record, read_rows, results_file, write_rows
+from lib.evidence.verdicts import ALL_TASKS, criteria, criterion_of, judge, tolerance
 
 
 def verdict(statistic: str = "causal_width_share", **changes: object) -> Record:

@@ -3,7 +3,7 @@
 from importlib import import_module
 
 from benchmarks.contenders.base import Contender
-from lib.models import Decoder
+from lib.engine.models import Decoder
 
 MODULES = {
     "this book": "engine",

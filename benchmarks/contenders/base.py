@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.workloads import EDITS, ExtractLoad, SweepLoad
-from lib.interventions import Edit
-from lib.models import Decoder
+from lib.engine.interventions import Edit
+from lib.engine.models import Decoder
 
 Read = Callable[[int, int, np.ndarray, Tensor], None]
 """Takes edit, block, pairs `[n]` and their full logits `[n, d_vocab]`."""

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from benchmarks.contenders.base import Contender, Read, Timing
 from benchmarks.workloads import EDITS, ExtractLoad, SweepLoad
-from lib.extraction import extract_residuals
-from lib.models import Decoder
-from lib.sweeps import sweep_blocks
+from lib.engine.extraction import extract_residuals
+from lib.engine.models import Decoder
+from lib.engine.sweeps import sweep_blocks
 
 
 class Engine(Contender):

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.contenders.base import Contender, WholePrompts, padding_inputs
-from lib.interventions import Edit
-from lib.models import Decoder
-from lib.structure import untuple
+from lib.engine.interventions import Edit
+from lib.engine.models import Decoder
+from lib.engine.structure import untuple
 
 
 class FullRecompute(WholePrompts):

@@ -6,8 +6,8 @@ from nnsight import TransformersModel
 from torch import Tensor
 
 from benchmarks.contenders.base import Contender, WholePrompts, padding_inputs
-from lib.interventions import Edit
-from lib.models import Decoder
+from lib.engine.interventions import Edit
+from lib.engine.models import Decoder
 
 
 class NNsight(WholePrompts):

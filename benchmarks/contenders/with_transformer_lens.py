@@ -7,8 +7,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from benchmarks.contenders.base import Contender, WholePrompts, padding_inputs
-from lib.interventions import Edit
-from lib.models import Decoder
+from lib.engine.interventions import Edit
+from lib.engine.models import Decoder
 
 HOOK = "hook_resid_post"
 OPTIONS = {"use_cache": False, "logits_to_keep": 1}

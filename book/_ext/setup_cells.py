@@ -1,6 +1,6 @@
 """Carries the repository's address from _config.yml into all files that name it.
 
-Run by `make notebooks`. The setup cell of each chapter is written anew from `lib.notebook`, and
+Run by `make notebooks`. The setup cell of each chapter is written anew from `lib.reading.notebook`, and
 the chapter's notebook from the chapter; in the other files the address they name so far is
 replaced.
 """
@@ -14,7 +14,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from lib.notebook import SETUP_CELL  # noqa: E402
+from lib.reading.notebook import SETUP_CELL  # noqa: E402
 from notebooks import notebook_text  # noqa: E402
 
 FILES_WITH_ADDRESS = ("README.md", "CITATION.cff", "book/intro.md")

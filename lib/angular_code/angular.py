@@ -17,9 +17,9 @@ from lib.angular_code.depth import (
     mantel_by_depth,
 )
 from lib.angular_code.geometry import Geometry, Items, measure_geometry
-from lib.models import Decoder
-from lib.stats import bootstrap_weights
-from lib.verdicts import early_blocks, judge, late_blocks, verdict_table
+from lib.engine.models import Decoder
+from lib.science.stats import bootstrap_weights
+from lib.evidence.verdicts import early_blocks, judge, late_blocks, verdict_table
 
 FloatArray = NDArray[np.float64]
 

@@ -16,10 +16,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from lib.angular_code.geometry import Geometry, same_last_token, variant_angles
-from lib.correlations import correlations_of_pairs, partial_correlation, rank_matrix
-from lib.mantel import permutation_p_value, permuted_correlations
-from lib.metrics import token_set_distances
-from lib.stats import Interval, bootstrap_weights, holm, percentile_interval
+from lib.science.correlations import correlations_of_pairs, partial_correlation, rank_matrix
+from lib.science.mantel import permutation_p_value, permuted_correlations
+from lib.science.metrics import token_set_distances
+from lib.science.stats import Interval, bootstrap_weights, holm, percentile_interval
 
 FloatArray = NDArray[np.float64]
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lib import metrics
-from lib.divergences import jeffreys_of_logits, lens_divergences
-from lib.extraction import tokenize
-from lib.models import Decoder
-from lib.store import recall_residuals
-from lib.tasks import Task, gate, load_contexts, load_task, task_names
+from lib.science import metrics
+from lib.science.divergences import jeffreys_of_logits, lens_divergences
+from lib.engine.extraction import tokenize
+from lib.engine.models import Decoder
+from lib.engine.store import recall_residuals
+from lib.evidence.tasks import Task, gate, load_contexts, load_task, task_names
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -91,7 +91,7 @@ def context_items(decoder: Decoder, n_contexts: int | None = None) -> Items:
         n_contexts: how many, all by default.
 
     Raises:
-        ValueError: as `lib.tasks.load_contexts`.
+        ValueError: as `lib.evidence.tasks.load_contexts`.
     """
     table = load_contexts(n_contexts)
     return items_of_texts(decoder, table["context"].tolist(), labels=table["kind"].tolist())
@@ -268,7 +268,7 @@ def variant_angles(geometry: Geometry) -> dict[str, FloatArray]:
     Angles are dominated by a few directions that all states share, and by a few large dimensions.
     ``centred``: the mean over items taken out. ``without components``: and the first principal
     components, d_model / 100 of them (Mu and Viswanath 2018, arXiv:1702.01417). ``without
-    outliers``: the outlier dimensions left out (`lib.metrics.outlier_dimensions`).
+    outliers``: the outlier dimensions left out (`lib.science.metrics.outlier_dimensions`).
 
     Raises:
         ValueError: states that are all equal, or too few items for the components.

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib.figures import (
+from lib.reading.figures import (
     TWIN,
     WIDTH,
     depth_curves,
@@ -30,7 +30,7 @@ def correlation_panels(
     columns: int = 3,
     ylim: tuple[float, float] | None = None,
 ) -> Figure:
-    """Returns `lib.figures.depth_curves` with zero, the last block and the windows marked.
+    """Returns `lib.reading.figures.depth_curves` with zero, the last block and the windows marked.
 
     Args:
         table: as for `depth_curves`; curves that stop before the last block may be among them.

@@ -17,7 +17,7 @@ from importlib.resources import files
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lib.metrics import centred
+from lib.science.metrics import centred
 
 FloatArray = NDArray[np.float64]
 

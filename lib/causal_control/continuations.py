@@ -8,16 +8,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lib.arms import Trial
+from lib.evidence.arms import Trial
 from lib.causal_control.control_tables import Matched
 from lib.causal_control.doses import METHODS, steer_states, steering_vectors
-from lib.extraction import tokenize
-from lib.generation import generate, steer
-from lib.interventions import exchange
-from lib.models import Decoder
-from lib.passes import run_blocks
-from lib.progress import track
-from lib.replay import (
+from lib.engine.extraction import tokenize
+from lib.engine.generation import generate, steer
+from lib.engine.interventions import exchange
+from lib.engine.models import Decoder
+from lib.engine.passes import run_blocks
+from lib.engine.progress import track
+from lib.engine.replay import (
     MAX_ROW_TOKENS,
     Prefix,
     ReplayUnsupportedError,
@@ -25,9 +25,9 @@ from lib.replay import (
     run_prefix,
     run_whole,
 )
-from lib.stats import bootstrap_interval, bootstrap_weights
-from lib.steering import angle_degrees, held_out_centroids, rotation, unembedding_direction
-from lib.store import recall_residuals
+from lib.science.stats import bootstrap_interval, bootstrap_weights
+from lib.engine.steering import angle_degrees, held_out_centroids, rotation, unembedding_direction
+from lib.engine.store import recall_residuals
 
 NO_GROUP = -1
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lib.causal_control.doses import METHODS, OWN_ANSWER
-from lib.figures import TWIN, WIDTH, nothing_to_show, style_of, use_theme
+from lib.reading.figures import TWIN, WIDTH, nothing_to_show, style_of, use_theme
 
 # Each method wears the colour of the quantity that it acts on.
 ACTS_ON = {

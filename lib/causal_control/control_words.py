@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from lib.arms import Trial
+from lib.evidence.arms import Trial
 from lib.causal_control.control import ExchangeOutcome, Weights
 from lib.causal_control.control_tables import RIVALS, Matched, full_angle_draws, interval_of
 from lib.causal_control.doses import DoseOutcome
-from lib.notebook import estimate_text
-from lib.stats import Interval, pair_share_bootstrap
+from lib.reading.notebook import estimate_text
+from lib.science.stats import Interval, pair_share_bootstrap
 
 NOT_TESTABLE = "No task is testable on this model."
 _RIVALS = {"additive": "additive steering", "unembedding": "the unembedding edit"}

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.arms import ARMS, Arm, Trial
+from lib.evidence.arms import ARMS, Arm, Trial
 from lib.causal_control.control import choose_pairs
 from lib.causal_control.selectivity import rest_measure
-from lib.extraction import Positions
-from lib.interventions import exchange
-from lib.steering import (
+from lib.engine.extraction import Positions
+from lib.engine.interventions import exchange
+from lib.engine.steering import (
     angle_degrees,
     held_out_centroids,
     rotate,
@@ -20,7 +20,7 @@ from lib.steering import (
     stretch,
     unembedding_direction,
 )
-from lib.store import recall_residuals, recall_sweep
+from lib.engine.store import recall_residuals, recall_sweep
 
 METHODS = ("rotation", "additive", "unembedding", "random plane", "radial")
 OWN_ANSWER = "own answer"
@@ -207,7 +207,7 @@ def steer_states(method: str, state: Tensor, vector: Tensor, degrees: float | Te
     """Return states `[..., d_model]` steered by one method at one dose.
 
     Raises:
-        ValueError: no such method; as the edits of `lib.steering`.
+        ValueError: no such method; as the edits of `lib.engine.steering`.
     """
     if method in ("rotation", "random plane", OWN_ANSWER):
         return rotate(state, vector, degrees)

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.recipes import by_recipe
-from lib.sweeps import Measure
+from lib.engine.recipes import by_recipe
+from lib.engine.sweeps import Measure
 
 ROWS_AT_ONCE = 64
 
@@ -28,7 +28,7 @@ def rest_measure(
     - `others_change`: Σ |q_a − p_a| over the other answers of the closed set, in probability.
     - `target_probability`: q_t.
 
-    Equal to `rest_kl_nats` of `lib.readouts`, with one exponential a token where that takes six.
+    Equal to `rest_kl_nats` of `lib.engine.readouts`, with one exponential a token where that takes six.
 
     Args:
         clean_logits: the prompts' unedited logits `[n_prompts, d_vocab]`.

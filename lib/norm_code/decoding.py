@@ -17,7 +17,7 @@ from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import SplineTransformer
 
-from lib.stats import Interval, percentile_interval, weighted_mean
+from lib.science.stats import Interval, percentile_interval, weighted_mean
 
 FloatArray = NDArray[np.float64]
 

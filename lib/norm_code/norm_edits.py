@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lib.interventions import exchange_direction, exchange_norm, rotate_by_displacement, scale
+from lib.engine.interventions import exchange_direction, exchange_norm, rotate_by_displacement, scale
 from lib.norm_code.norms import Sample
-from lib.readouts import distribution_measure
-from lib.stats import Interval, pair_share_bootstrap, percentile_interval
-from lib.store import recall_sweep
-from lib.sweeps import Sweep
+from lib.engine.readouts import distribution_measure
+from lib.science.stats import Interval, pair_share_bootstrap, percentile_interval
+from lib.engine.store import recall_sweep
+from lib.engine.sweeps import Sweep
 
 EXCHANGES = {"norm": exchange_norm, "direction": exchange_direction}
 LONGEST_ROTATION = 2.0
@@ -208,7 +208,7 @@ def scale_and_rotate(
     Returns:
         A row per edit (`scaling`, `rotation`), factor, block and prompt: `edit`, `factor`,
         `displacement` (in norms of h), `block`, `recipient`, `donor` (the same), and the measures
-        of `lib.readouts.distribution_measure`, the fitted temperature included.
+        of `lib.engine.readouts.distribution_measure`, the fitted temperature included.
     """
     assert sample.logits is not None
     wanted = [factor for factor in factors if factor != 1]

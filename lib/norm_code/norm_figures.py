@@ -1,4 +1,4 @@
-"""Figures of the norm chapter; theme, colours and markers are those of `lib.figures`."""
+"""Figures of the norm chapter; theme, colours and markers are those of `lib.reading.figures`."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib.figures import (
+from lib.reading.figures import (
     TWIN,
     WIDTH,
     draw_curve,

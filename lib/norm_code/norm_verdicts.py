@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from lib.models import Decoder
+from lib.engine.models import Decoder
 from lib.norm_code.decoding import Decoding
 from lib.norm_code.norm_edits import mean_outcome, ratio_interval
 from lib.norm_code.relations import Relation
-from lib.stats import bootstrap_weights, equivalence_test, percentile_interval
-from lib.verdicts import ALL_TASKS, Record, criterion_of, judge, late_blocks
+from lib.science.stats import bootstrap_weights, equivalence_test, percentile_interval
+from lib.evidence.verdicts import ALL_TASKS, Record, criterion_of, judge, late_blocks
 
 CLAIM = "norm-code"
 PARTIAL = "norm given angle"
@@ -25,7 +25,7 @@ def find_late(transitions: pd.DataFrame, n_blocks: int) -> tuple[int, ...]:
     """Return the late blocks: from ℓ*, the median over tasks, to L − 2; none without a transition.
 
     Args:
-        transitions: from `lib.arms.transition_blocks`.
+        transitions: from `lib.evidence.arms.transition_blocks`.
         n_blocks: L.
     """
     if transitions.empty:

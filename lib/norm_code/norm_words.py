@@ -7,8 +7,8 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from lib.norm_code.norm_verdicts import CLAIM, WITHIN, margin
-from lib.notebook import number_text as number
-from lib.verdicts import Record, claim_verdict
+from lib.reading.notebook import number_text as number
+from lib.evidence.verdicts import Record, claim_verdict
 
 HALF, DOUBLE = 0.5, 2.0
 NEARLY_ALL, MOST, FEW = 0.9, 0.5, 0.1

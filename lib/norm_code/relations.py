@@ -8,10 +8,10 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from lib.divergences import jeffreys_of_logits
-from lib.metrics import angles, log_norm_differences
+from lib.science.divergences import jeffreys_of_logits
+from lib.science.metrics import angles, log_norm_differences
 from lib.norm_code.norms import CONTEXTS, Sample
-from lib.progress import track
+from lib.engine.progress import track
 
 FloatArray = NDArray[np.float64]
 
@@ -140,7 +140,7 @@ def stratified_correlations(
 
     Each matrix is ranked and standardised within each stratum, so that no difference between
     strata counts; a pair (i, j) counts w_i·w_j times. With one stratum equal to
-    `lib.correlations.weighted_correlations` of `rank_matrix`. NaN in a draw without value.
+    `lib.science.correlations.weighted_correlations` of `rank_matrix`. NaN in a draw without value.
 
     Args:
         matrices: symmetric `[n_items, n_items]`.

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from lib.arms import Trial
-from lib.correlations import rank_matrix, weighted_correlations
-from lib.divergences import jeffreys_of_logits
-from lib.metrics import (
+from lib.evidence.arms import Trial
+from lib.science.correlations import rank_matrix, weighted_correlations
+from lib.science.divergences import jeffreys_of_logits
+from lib.science.metrics import (
     angles,
     angular_step,
     effective_rank,
@@ -23,10 +23,10 @@ from lib.metrics import (
     neighbourhood_overlap,
     token_set_distances,
 )
-from lib.models import Decoder
+from lib.engine.models import Decoder
 from lib.phase_transition.widths import CurveWidth, curve_width
-from lib.progress import track
-from lib.store import recall_residuals
+from lib.engine.progress import track
+from lib.engine.store import recall_residuals
 
 N_NEIGHBOURS = 10
 

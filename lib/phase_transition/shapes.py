@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lib.logistic import fit_logistic
-from lib.stats import Interval, bootstrap_difference, bootstrap_weights
+from lib.science.logistic import fit_logistic
+from lib.science.stats import Interval, bootstrap_difference, bootstrap_weights
 
 FloatArray = NDArray[np.float64]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lib.arms import (
+from lib.evidence.arms import (
     ARMS,
     Arm,
     ArmOutcome,
@@ -21,12 +21,12 @@ from lib.arms import (
     sweep_site,
     transition_of,
 )
-from lib.interventions import add, random_directions
-from lib.models import Decoder
+from lib.engine.interventions import add, random_directions
+from lib.engine.models import Decoder
 from lib.phase_transition.shapes import compare_shapes
-from lib.stats import bootstrap_weights
-from lib.tasks import gate, load_task, task_names
-from lib.transitions import Transition
+from lib.science.stats import bootstrap_weights
+from lib.evidence.tasks import gate, load_task, task_names
+from lib.science.transitions import Transition
 
 CURVE_COLUMNS = ["model", "untrained", "task", "curve", "block", "estimate", "low", "high", "n"]
 SELF_DONORS = 6  # prompts a task: that nothing changes is exact, no matter of sampling

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lib.logistic import fit_logistic
-from lib.stats import Interval, percentile_interval
-from lib.transitions import SMALLEST_CHANGE, Transition
+from lib.science.logistic import fit_logistic
+from lib.science.stats import Interval, percentile_interval
+from lib.science.transitions import SMALLEST_CHANGE, Transition
 
 FloatArray = NDArray[np.float64]
 

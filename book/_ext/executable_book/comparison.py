@@ -5,7 +5,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from executable_book.tables import table
-from lib.runs import read_runs, relative_depths
+from lib.evidence.runs import read_runs, relative_depths
 
 ONE = "There is one run so far, that of {model}; with a second one its depths will stand beside it."
 NONE = "There is no run yet."

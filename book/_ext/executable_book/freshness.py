@@ -17,7 +17,7 @@ from sphinx.environment import BuildEnvironment
 from sphinx.errors import ExtensionError
 
 from executable_book.results import failed_pages
-from lib.results import pages, records_file
+from lib.evidence.results import pages, records_file
 
 CACHE = Path("_build", ".jupyter_cache")
 KEPT_CACHES = 24

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from sphinx.application import Sphinx
 
-from lib.progress import PROGRESS_CHAPTER, PROGRESS_FILE
+from lib.engine.progress import PROGRESS_CHAPTER, PROGRESS_FILE
 
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_BETWEEN_LINES = 15.0

@@ -8,8 +8,8 @@ from myst_nb.sphinx_ import NbMetadataCollector
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
-from lib.notebook import RECORDS_KEY
-from lib.results import (
+from lib.reading.notebook import RECORDS_KEY
+from lib.evidence.results import (
     RESULTS,
     Record,
     key_of,
@@ -19,7 +19,7 @@ from lib.results import (
     run_file,
     write_rows,
 )
-from lib.runs import keep_records
+from lib.evidence.runs import keep_records
 
 
 def failed_pages(env: BuildEnvironment) -> list[str]:

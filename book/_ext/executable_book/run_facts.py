@@ -8,12 +8,12 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from executable_book.tables import table
-from lib.files import write_atomically
-from lib.results import run_facts, run_file
+from lib.engine.files import write_atomically
+from lib.evidence.results import run_facts, run_file
 
 
 class RunFacts(SphinxDirective):
-    """Shows what `lib.results.run_facts` says of this build, a row for each fact."""
+    """Shows what `lib.evidence.results.run_facts` says of this build, a row for each fact."""
 
     def run(self) -> list[nodes.Node]:
         """Returns the table."""

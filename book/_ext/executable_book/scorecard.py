@@ -9,8 +9,8 @@ from sphinx.util.docutils import SphinxDirective
 
 from executable_book.results import records_of
 from executable_book.tables import table
-from lib.results import Record, pages
-from lib.verdicts import claim_verdict
+from lib.evidence.results import Record, pages
+from lib.evidence.verdicts import claim_verdict
 
 COMING = "chapter to come"
 NO_RESULT = "no result"

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from lib.files import write_atomically
-from lib.results import RESULTS, Record, library_versions, write_rows
+from lib.engine.files import write_atomically
+from lib.evidence.results import RESULTS, Record, library_versions, write_rows
 
 if TYPE_CHECKING:  # the build reads runs without loading torch
-    from lib.models import Decoder
+    from lib.engine.models import Decoder
 
 RUNS = RESULTS.parent / "runs"
 
@@ -20,7 +20,7 @@ RUNS = RESULTS.parent / "runs"
 def model_facts(decoder: "Decoder") -> dict[str, Any]:
     """Return what a model's records depend on beside the code: weights, precision, versions.
 
-    `lib.results.run_facts` says the same of a build, which needs no model in memory.
+    `lib.evidence.results.run_facts` says the same of a build, which needs no model in memory.
     """
     devices = sorted({str(parameter.device) for parameter in decoder.model.parameters()})
     return {

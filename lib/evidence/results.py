@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from lib.files import write_atomically
+from lib.engine.files import write_atomically
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "_build" / "results"
 
 RECORD_COLUMNS = (
@@ -121,7 +121,7 @@ def run_facts(root: Path = ROOT) -> dict[str, str | int]:
     """
     import torch  # late, for it takes seconds: few who need records need the facts of a run
 
-    from lib.embedded import GGUF_SHA256
+    from lib.engine.embedded import GGUF_SHA256
 
     model = os.environ.get("MODEL") or "embedded"
     facts: dict[str, str | int] = {

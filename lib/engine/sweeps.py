@@ -9,18 +9,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lib.extraction import (
+from lib.engine.extraction import (
     check_blocks,
     check_positions,
     check_prompts,
     iterate_states,
     logit_lens,
 )
-from lib.interventions import Edit
-from lib.models import Decoder
-from lib.passes import Known, agree, known_of
-from lib.progress import track
-from lib.replay import (
+from lib.engine.interventions import Edit
+from lib.engine.models import Decoder
+from lib.engine.passes import Known, agree, known_of
+from lib.engine.progress import track
+from lib.engine.replay import (
     MAX_ROW_TOKENS,
     Prefix,
     ReplayUnsupportedError,

@@ -1,8 +1,12 @@
-"""Files that are either whole or absent."""
+"""Where files lie, and files that are either whole or absent."""
 
 import os
 import tempfile
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT / "lib" / "data"
+BUILD = ROOT / "_build"
 
 
 def write_atomically(path: Path, text: str) -> None:

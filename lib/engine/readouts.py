@@ -1,6 +1,6 @@
 """Readouts: what an edit did to the whole next-token distribution, as measures for a sweep.
 
-A measure (`lib.sweeps.Measure`) sees the edited logits of a bounded chunk of rows and returns one
+A measure (`lib.engine.sweeps.Measure`) sees the edited logits of a bounded chunk of rows and returns one
 number a row, so that no sweep has to keep logits over the full vocabulary. p is the unedited
 distribution of the row's recipient, q the edited one; everything is computed in float64, in nats.
 """
@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.recipes import by_recipe
-from lib.sweeps import Measure
+from lib.engine.recipes import by_recipe
+from lib.engine.sweeps import Measure
 
 ROWS_AT_ONCE = 32
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 100.0

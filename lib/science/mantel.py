@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lib.correlations import Method, off_diagonal, partial_correlation, rank_matrix
+from lib.science.correlations import Method, off_diagonal, partial_correlation, rank_matrix
 
 FloatArray = NDArray[np.float64]
 

@@ -10,7 +10,7 @@ along a fixed vector (`shift`), or outwards (`stretch`). Five lines steer any Hu
     >>> decoder = load_decoder("embedded")
     >>> prompts = tokenize(decoder, ["The capital of France is", "The capital of Japan is"])
     >>> target = extract_residuals(decoder, prompts, blocks=[24]).states[0, 1]
-    >>> with steer(decoder, 24, rotation(40), target, positions=[4]):  # lib.generation
+    >>> with steer(decoder, 24, rotation(40), target, positions=[4]):  # lib.engine.generation
     ...     tokens = generate(decoder, prompts[:1], n_new_tokens=5)
 """
 
@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.interventions import Edit, norm, unit
-from lib.models import Decoder
+from lib.engine.interventions import Edit, norm, unit
+from lib.engine.models import Decoder
 
 _LEAST_SINE = 1e-6
 Dose = float | Tensor

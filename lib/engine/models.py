@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lib.loading import EMBEDDED, dtype_of, fresh_model, label_of, preset, read_model
-from lib.structure import (
+from lib.engine.loading import EMBEDDED, dtype_of, fresh_model, label_of, preset, read_model
+from lib.engine.structure import (
     check_parts,
     compute_dtype,
     device_of,

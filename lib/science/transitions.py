@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lib.logistic import LogisticFit, fit_logistic
-from lib.stats import Interval, percentile_interval
+from lib.science.logistic import LogisticFit, fit_logistic
+from lib.science.stats import Interval, percentile_interval
 
 FloatArray = NDArray[np.float64]
 

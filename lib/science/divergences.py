@@ -9,22 +9,22 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from lib.extraction import logit_lens
-from lib.models import Decoder
-from lib.progress import track
+from lib.engine.extraction import logit_lens
+from lib.engine.models import Decoder
+from lib.engine.progress import track
 
 FloatArray = NDArray[np.float64]
 
 _COLUMNS_AT_ONCE = 4096
 _ITEMS_AT_ONCE = 400
-# Below this a divergence has lost too many digits to the subtraction; see lib.metrics.
+# Below this a divergence has lost too many digits to the subtraction; see lib.science.metrics.
 _CANCELLED = 1e-6
 
 
 def jeffreys_of_logits(logits: ArrayLike) -> FloatArray:
     """Return the Jeffreys divergence J between the predictions of every two rows of logits, nats.
 
-    Equal to `lib.metrics.jeffreys_divergence` of the log-softmax, at about a third of its cost:
+    Equal to `lib.science.metrics.jeffreys_divergence` of the log-softmax, at about a third of its cost:
     J(x, y) = Σ (p_x − p_y)(z_x − z_y) with p = softmax(z), since the two normalisers cancel. So one
     pass over the vocabulary in float64, a few thousand tokens at a time, and no array of the
     logits' size beside them. Each token's mean logit cancels as well and is taken out first.
@@ -73,7 +73,7 @@ def lens_divergences(
 
     Args:
         decoder: the model, of which the final norm and the unembedding are used.
-        states: tensor ``[n_blocks, n_items, d_model]``, as `lib.extraction.extract_residuals`
+        states: tensor ``[n_blocks, n_items, d_model]``, as `lib.engine.extraction.extract_residuals`
             returns it.
         description: what a progress display calls this; None shows none.
 

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from lib.models import Decoder
-from lib.passes import count_shared, run_blocks
-from lib.structure import untuple
+from lib.engine.models import Decoder
+from lib.engine.passes import count_shared, run_blocks
+from lib.engine.structure import untuple
 
 MAX_ROW_TOKENS = 64
 

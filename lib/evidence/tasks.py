@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from lib.extraction import tokenize
-from lib.models import Decoder
-from lib.store import recall_residuals
+from lib.engine.extraction import tokenize
+from lib.engine.models import Decoder
+from lib.engine.store import recall_residuals
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 GATE_THRESHOLD = 0.8
 SUBJECT, GROUP = "{subject}", "{group}"
 ITEM_COLUMNS = ("subject", "answer", "group")

@@ -1,21 +1,19 @@
 """Plans: what a sweep would cost on a model, before it is run; one that cannot fit is refused."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from lib.arms import Trial
-from lib.extraction import check_blocks
-from lib.interventions import Edit, exchange
-from lib.memory import check_memory, free_memory, in_gigabytes
-from lib.models import Decoder
-from lib.passes import run_blocks
-from lib.replay import MAX_ROW_TOKENS
-from lib.sweeps import BATCH_TOKENS, position_table
+from lib.engine.extraction import check_blocks
+from lib.engine.interventions import Edit
+from lib.engine.memory import check_memory, free_memory, in_gigabytes
+from lib.engine.models import Decoder
+from lib.engine.passes import run_blocks
+from lib.engine.replay import MAX_ROW_TOKENS
+from lib.engine.sweeps import BATCH_TOKENS, position_table
 
 COPIES = 4
 """States of one batch held at once: clean rows, edited rows, their joined form, attention."""
@@ -116,52 +114,6 @@ def plan_sweep(
         recompute_operations=recompute,
         seconds=replay / rate,
         recompute_seconds=recompute / rate,
-    )
-
-
-def plan_exchanges(
-    trials: Mapping[str, Trial],
-    *,
-    donors_per_prompt: int | None,
-    edits: Mapping[str, Edit] | None = None,
-    sites: Iterable[Literal["subject", "last"]] = ("subject", "last"),
-) -> Plan | None:
-    """Return what a chapter's exchanges would cost on all its tasks; None without a task.
-
-    A chapter's controls come on top, so its time is a small multiple of this one's.
-
-    Args:
-        trials: by task, all of one model.
-        donors_per_prompt: donors of each recipient; None for all.
-        edits: the exchange by default.
-        sites: where the edits are made.
-
-    Raises:
-        ValueError: as `plan_sweep`.
-    """
-    plans = [
-        plan_sweep(
-            trial.decoder,
-            trial.task.tokens,
-            pairs,
-            edits or {"exchange": exchange},
-            positions="last" if site == "last" else trial.task.subject_positions,
-            n_read=len(trial.task.answer_ids),
-        )
-        for trial in trials.values()
-        if len(pairs := trial.pairs(donors_per_prompt=donors_per_prompt))
-        for site in sites
-    ]
-    if not plans:
-        return None
-    return replace(
-        plans[0],
-        working_bytes=max(plan.working_bytes for plan in plans),
-        n_rows=sum(plan.n_rows for plan in plans),
-        replay_operations=sum(plan.replay_operations for plan in plans),
-        recompute_operations=sum(plan.recompute_operations for plan in plans),
-        seconds=sum(plan.seconds for plan in plans),
-        recompute_seconds=sum(plan.recompute_seconds for plan in plans),
     )
 
 

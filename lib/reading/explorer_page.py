@@ -1,4 +1,4 @@
-"""The depth explorer's page: one slider that moves all that `lib.explorer` found, together.
+"""The depth explorer's page: one slider that moves all that `lib.reading.explorer` found, together.
 
 Like `lib.angular_code.maps`, from which the map comes, one piece of HTML that needs nothing else:
 inline SVG, the browser's own controls, a short script, and all data inside.
@@ -15,9 +15,9 @@ import pandas as pd
 
 from lib.angular_code.depth import ANGLE
 from lib.angular_code.maps import SIZE, fill_page, legend_html, marks_svg, pixels
-from lib.arms import ARMS
-from lib.explorer import TWIN, Exploration
-from lib.figures import style_of
+from lib.evidence.arms import ARMS
+from lib.reading.explorer import TWIN, Exploration
+from lib.reading.figures import style_of
 
 # Size of a plot of curves and its margins: left, right, top, bottom, in the drawing's own units.
 _PLOT, _MARGINS = (360, 150), (30, 10, 10, 26)

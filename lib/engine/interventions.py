@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lib.recipes import by_recipe
+from lib.engine.recipes import by_recipe
 
 Edit = Callable[[Tensor, Tensor], Tensor]
 

@@ -16,16 +16,16 @@ import torch
 from scipy.special import softmax
 from torch import Tensor
 
-from lib.extraction import Positions, check_blocks
-from lib.files import write_atomically
-from lib.interventions import Edit, exchange
-from lib.models import Decoder
-from lib.results import RESULTS
-from lib.runs import keep_run
-from lib.stats import bootstrap_weights, pair_share_bootstrap
-from lib.store import recall_residuals, recall_sweep
-from lib.tasks import Gate, Task, gate, load_task, ordered_pairs, task_names
-from lib.transitions import Transition, find_transition
+from lib.engine.extraction import Positions, check_blocks
+from lib.engine.files import write_atomically
+from lib.engine.interventions import Edit, exchange
+from lib.engine.models import Decoder
+from lib.evidence.results import RESULTS
+from lib.evidence.runs import keep_run
+from lib.science.stats import bootstrap_weights, pair_share_bootstrap
+from lib.engine.store import recall_residuals, recall_sweep
+from lib.evidence.tasks import Gate, Task, gate, load_task, ordered_pairs, task_names
+from lib.science.transitions import Transition, find_transition
 
 Arm = Literal["context arm", "prediction arm"]
 Site = Literal["subject", "last", "subject to second last", "subject to last", "after subject"]

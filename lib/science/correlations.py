@@ -1,6 +1,6 @@
 """Rank correlation of dissimilarity matrices: bootstrap over items, partial.
 
-The matrices are ranked once; a bootstrap draw is then a vector of item weights (`lib.stats`), and
+The matrices are ranked once; a bootstrap draw is then a vector of item weights (`lib.science.stats`), and
 a pair of different items (i, j) counts w_i·w_j times in it. Every weighted sum over pairs is a
 quadratic form, so all costs are quadratic in the number of items.
 """

@@ -21,12 +21,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from lib.embedded import GGUF_SHA256, MODEL_NAME, fetch_embedded_model
-from lib.memory import check_memory, free_memory, weight_bytes
+from lib.engine.embedded import GGUF_SHA256, MODEL_NAME, fetch_embedded_model
+from lib.engine.memory import check_memory, free_memory, weight_bytes
 
 UNTRAINED_SEED = 20260204
 EMBEDDED = "embedded"
-PRESETS = Path(__file__).parent / "data" / "models.toml"
+PRESETS = Path(__file__).parents[1] / "data" / "models.toml"
 
 
 def read_model(
@@ -34,7 +34,7 @@ def read_model(
 ) -> tuple[PreTrainedModel, Any, str, str]:
     """Return a model, its tokenizer, its name in results, and its revision as exactly as known.
 
-    Arguments and errors are those of `lib.models.load_decoder`; `options` holds the ones given.
+    Arguments and errors are those of `lib.engine.models.load_decoder`; `options` holds the ones given.
     """
     source, label, origin = _locate(name)
     config = _read_config(source, name, options.get("revision"))

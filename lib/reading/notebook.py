@@ -16,7 +16,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.display import display
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-from lib.results import (
+from lib.evidence.results import (
     ROOT,
     Record,
     plain,
@@ -69,7 +69,7 @@ if root is None:
 if str(root) not in sys.path:
     sys.path.insert(0, str(root))
 
-from lib import notebook
+from lib.reading import notebook
 
 notebook.prepare()
 """
@@ -239,7 +239,7 @@ def show_plan(plan: object | None) -> None:
     """Displays what a chapter's measurements are about to cost, a line; nothing without a plan.
 
     Args:
-        plan: of `lib.plan`, or None.
+        plan: of `lib.engine.plan`, or None.
     """
     if plan is not None:
         _display({"text/plain": f"About to be measured: {plan}."})

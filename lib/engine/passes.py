@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from lib.batches import Batch
-from lib.models import Decoder
-from lib.structure import untuple
+from lib.engine.batches import Batch
+from lib.engine.models import Decoder
+from lib.engine.structure import untuple
 
 Key = TypeVar("Key")
 Known = WeakKeyDictionary[Decoder, dict[str, dict[Key, bool]]]

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.batches import Batch, equal_length_rows, pack_prompts, stack_prompts
-from lib.models import Decoder
-from lib.passes import count_shared, packing_is_exact, run_batch
-from lib.progress import track
+from lib.engine.batches import Batch, equal_length_rows, pack_prompts, stack_prompts
+from lib.engine.models import Decoder
+from lib.engine.passes import count_shared, packing_is_exact, run_batch
+from lib.engine.progress import track
 
 Positions = Literal["last"] | Sequence[int] | np.ndarray
 BATCH_TOKENS = 1024

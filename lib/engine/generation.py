@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib.extraction import check_blocks
-from lib.interventions import Edit
-from lib.models import Decoder
-from lib.structure import untuple
+from lib.engine.extraction import check_blocks
+from lib.engine.interventions import Edit
+from lib.engine.models import Decoder
+from lib.engine.structure import untuple
 
 Positions = Sequence[int | Sequence[int] | range]
 
@@ -33,7 +33,7 @@ def steer(
     Args:
         decoder: the model.
         block: after which block to edit.
-        edit: a function of states and donors `[n, d_model]`, such as `lib.steering.rotation(40)`.
+        edit: a function of states and donors `[n, d_model]`, such as `lib.engine.steering.rotation(40)`.
         donor: what the edit takes: `[d_model]` for all prompts or `[n_prompts, d_model]`.
         positions: for each prompt of the batch one position, or several, counted from its first
             token, padding left out. Positions at or after the prompt's end are those of generated

@@ -23,14 +23,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lib.extraction import Positions, Residuals, check_positions, extract_residuals, logit_lens
-from lib.interventions import Edit
-from lib.models import Decoder
-from lib.recipes import NoRecipeError, digest_of
-from lib.results import RESULTS
-from lib.sweeps import Sweep, sweep_blocks
+from lib.engine.files import BUILD
+from lib.engine.extraction import Positions, Residuals, check_positions, extract_residuals, logit_lens
+from lib.engine.interventions import Edit
+from lib.engine.models import Decoder
+from lib.engine.recipes import NoRecipeError, digest_of
+from lib.engine.sweeps import Sweep, sweep_blocks
 
-STORE = RESULTS.parent / "states"
+STORE = BUILD / "states"
 KEPT_FOLDERS = 16  # one of states and one of sweeps a model; the least recently used go
 SAMPLED = 64  # values of each weight tensor in the fingerprint, beside its sum
 _fingerprints: WeakKeyDictionary[Decoder, tuple[object, str | None]] = WeakKeyDictionary()
@@ -99,7 +99,7 @@ def recall_sweep(
 
     The result is kept on disk under a key of everything that it depends on, all of lib's code
     included, and is the same to the last bit when it is read back. Edits and measures that are
-    neither functions of lib nor made by its factories (`lib.recipes`) are computed every time.
+    neither functions of lib nor made by its factories (`lib.engine.recipes`) are computed every time.
     Where nothing can be written the result is returned all the same.
 
     Args:
@@ -162,7 +162,7 @@ def _code(n_threads: int) -> str:
 def _all_code(n_threads: int) -> str:
     """Return a digest of all of lib's modules: edits and measures may stand in any."""
     digest = hashlib.sha256(_code(n_threads).encode())
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -1,4 +1,4 @@
-"""Compares the results of the last build with the recorded ones: `python -m lib.verify`."""
+"""Compares the results of the last build with the recorded ones: `python -m lib.evidence.verify`."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from lib.results import (
+from lib.evidence.results import (
     ROOT,
     Record,
     key_of,
@@ -17,7 +17,7 @@ from lib.results import (
     results_file,
     write_rows,
 )
-from lib.verdicts import (
+from lib.evidence.verdicts import (
     SHARE_OF_TASKS,
     Criterion,
     claim_verdict,
@@ -62,7 +62,7 @@ def difference(now: Record, before: Record) -> str:
     """Returns in what a record differs from the recorded one beyond tolerance; empty if in nothing.
 
     Verdict and criterion have to be the same, estimate and interval within
-    `lib.verdicts.tolerance`, for the model and its untrained twin alike.
+    `lib.evidence.verdicts.tolerance`, for the model and its untrained twin alike.
     """
     if now["verdict"] != before["verdict"]:
         return f"{now['verdict']} now, {before['verdict']} as recorded"
@@ -213,7 +213,7 @@ def _number(value: float | None) -> str:
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """Prints the comparison and returns the exit code: 0 only when all is as recorded."""
-    parser = argparse.ArgumentParser(prog="python -m lib.verify", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lib.evidence.verify", description=__doc__)
     parser.add_argument("--update", action="store_true", help="record the present results")
     update = parser.parse_args(arguments).update
     folder = root / "_build" / "results"
