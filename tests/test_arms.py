@@ -10,6 +10,7 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from scipy.special import softmax
 
+from lib.engine.models import Decoder, load_decoder
 from lib.evidence import arms
 from lib.evidence.arms import (
     ArmOutcome,
@@ -19,10 +20,9 @@ from lib.evidence.arms import (
     steering_vectors,
     sweep_site,
 )
-from lib.engine.models import Decoder, load_decoder
+from lib.evidence.tasks import build_task, gate
 from lib.phase_transition.switch import measure_control, measure_routing
 from lib.science.stats import bootstrap_weights
-from lib.evidence.tasks import build_task, gate
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import pytest
 import torch
 from oracle import block_states, forward, patched_logits
 
-from lib.evidence.arms import Trial, prepare_trial
 from lib.causal_control import control, control_figures, control_tables, control_words, doses
 from lib.causal_control.continuations import loss_table, spread_texts, steered_losses
 from lib.causal_control.control_tables import Matched, first_crossing
@@ -16,9 +15,10 @@ from lib.causal_control.selectivity import rest_measure
 from lib.engine.extraction import extract_residuals
 from lib.engine.models import Decoder
 from lib.engine.readouts import distribution_measure
-from lib.science.stats import bootstrap_weights
+from lib.evidence.arms import Trial, prepare_trial
 from lib.evidence.tasks import build_task, gate
 from lib.evidence.verdicts import claim_verdict, verdict_table
+from lib.science.stats import bootstrap_weights
 
 ITEMS = pd.DataFrame(
     {

@@ -16,14 +16,16 @@ from scipy.special import expit
 
 from lib.causal_control.control import effect_shares
 from lib.causal_control.control_tables import interval_of
-from lib.science.correlations import bootstrap_correlations, partial_correlation
-from lib.science.metrics import distances
+from lib.evidence.results import ROOT, read_rows
+from lib.evidence.verdicts import ALL_TASKS, criteria, judge
+from lib.evidence.verify import RECORDED
 from lib.norm_code.decoding import Decoding
 from lib.norm_code.norm_edits import mean_outcome, ratio_interval
 from lib.norm_code.norm_verdicts import late_excess
 from lib.phase_transition.switch_verdicts import _spread
 from lib.phase_transition.widths import curve_width, width_difference
-from lib.evidence.results import ROOT, read_rows
+from lib.science.correlations import bootstrap_correlations, partial_correlation
+from lib.science.metrics import distances
 from lib.science.stats import (
     bootstrap_weights,
     equivalence_test,
@@ -31,8 +33,6 @@ from lib.science.stats import (
     percentile_interval,
 )
 from lib.science.transitions import Transition, find_transition
-from lib.evidence.verdicts import ALL_TASKS, criteria, judge
-from lib.evidence.verify import RECORDED
 
 N_RUNS = 200
 

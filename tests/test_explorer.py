@@ -15,14 +15,21 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from scipy.stats import spearmanr
 
-from lib.engine import store
 from lib.angular_code.maps import SIZE, depth_positions
-from lib.evidence.arms import Trial, prepare_trial, sweep_site
-from lib.reading.explorer import N_TOP, TWIN, Exploration, explore_tasks, explore_trial, top_predictions
-from lib.reading.explorer_page import explorer_html
+from lib.engine import store
 from lib.engine.models import Decoder, load_decoder
-from lib.phase_transition.switch import measure_arms
+from lib.evidence.arms import Trial, prepare_trial, sweep_site
 from lib.evidence.tasks import build_task, gate
+from lib.phase_transition.switch import measure_arms
+from lib.reading.explorer import (
+    N_TOP,
+    TWIN,
+    Exploration,
+    explore_tasks,
+    explore_trial,
+    top_predictions,
+)
+from lib.reading.explorer_page import explorer_html
 
 N_BLOCKS = 4
 

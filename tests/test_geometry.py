@@ -12,17 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import rankdata, spearmanr
 
-from lib.science import divergences
-from lib.science import metrics
 from lib.angular_code import angular, angular_views, depth, geometry
 from lib.angular_code.geometry import Geometry, Items, items_of_texts, measure_geometry, task_items
-from lib.science.divergences import jeffreys_of_logits, lens_divergences
 from lib.engine.extraction import extract_residuals
-from lib.science.mantel import mantel_test
 from lib.engine.models import Decoder
-from lib.science.stats import bootstrap_weights
 from lib.evidence.tasks import PROMPT_COLUMNS, Task, load_contexts
 from lib.evidence.verdicts import claim_verdict
+from lib.science import divergences, metrics
+from lib.science.divergences import jeffreys_of_logits, lens_divergences
+from lib.science.mantel import mantel_test
+from lib.science.stats import bootstrap_weights
 
 N_BLOCKS = 6
 UPPER = np.triu_indices

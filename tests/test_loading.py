@@ -12,8 +12,7 @@ import torch
 from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, BitsAndBytesConfig
 
-from lib.engine import loading
-from lib.engine import memory
+from lib.engine import loading, memory
 from lib.engine.extraction import extract_residuals, logit_lens
 from lib.engine.interventions import exchange
 from lib.engine.loading import preset

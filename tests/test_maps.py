@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from lib.science import metrics
 from lib.angular_code.maps import DepthMap, Panel, depth_map_html, depth_positions
+from lib.science import metrics
 
 
 def make_map(n_items: int = 48, n_blocks: int = 30, name: str = "capitals") -> DepthMap:

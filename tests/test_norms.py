@@ -9,10 +9,8 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from scipy.stats import rankdata, spearmanr
 
-from lib.science.correlations import rank_matrix, weighted_correlations
-from lib.science.divergences import jeffreys_of_logits
-from lib.science.metrics import angles, log_norm_differences
 from lib.engine.models import Decoder, load_decoder
+from lib.evidence.verdicts import verdict_sentence
 from lib.norm_code.norm_edits import (
     average_exchanges,
     dose_table,
@@ -46,8 +44,10 @@ from lib.norm_code.norm_words import (
 from lib.norm_code.norms import Sample, decode_contexts, norm_growth
 from lib.norm_code.relations import RELATIONS, Relation, relate_norms, stratified_correlations
 from lib.reading.notebook import number_text as number
+from lib.science.correlations import rank_matrix, weighted_correlations
+from lib.science.divergences import jeffreys_of_logits
+from lib.science.metrics import angles, log_norm_differences
 from lib.science.stats import bootstrap_weights
-from lib.evidence.verdicts import verdict_sentence
 
 RNG = np.random.default_rng
 KINDS = ["letter", "list", "law"]

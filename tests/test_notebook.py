@@ -11,11 +11,11 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
-from lib.reading import notebook
-from lib.evidence import results
-from lib.reading.notebook import estimate_text, glue, record, table_html
 from lib.engine.progress import PROGRESS_CHAPTER, PROGRESS_FILE, track
+from lib.evidence import results
 from lib.evidence.results import read_records, to_json, to_rows
+from lib.reading import notebook
+from lib.reading.notebook import estimate_text, glue, record, table_html
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from lib.engine import plan
-from lib.evidence.arms import prepare_trial
 from lib.engine.interventions import exchange, keep
 from lib.engine.models import Decoder
+from lib.evidence.arms import prepare_trial
 from lib.evidence.tasks import build_task, gate
 
 PROMPTS = [[5, 9, 4, 33, 12], [8, 3, 17, 20, 6]]

@@ -6,10 +6,10 @@ import torch
 from scipy.optimize import minimize_scalar
 
 from lib.engine.interventions import add, exchange
-from lib.science.metrics import entropy, kl_divergence, log_probabilities
 from lib.engine.models import Decoder
 from lib.engine.readouts import distribution_measure, fit_temperature
 from lib.engine.sweeps import sweep_blocks
+from lib.science.metrics import entropy, kl_divergence, log_probabilities
 
 GENERATOR = torch.Generator().manual_seed(3)
 CLEAN = torch.randn(5, 200, generator=GENERATOR) * 4

@@ -10,8 +10,8 @@ import transformers
 from docutils import nodes
 
 from executable_book.comparison import ModelComparison
-from lib.evidence import runs
 from lib.engine.models import Decoder
+from lib.evidence import runs
 from lib.evidence.results import RECORD_COLUMNS, read_rows
 
 

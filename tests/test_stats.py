@@ -8,9 +8,7 @@ from scipy.spatial.distance import pdist, squareform
 from scipy.stats import kstest, linregress, norm, rankdata, spearmanr
 from skbio.stats.distance import mantel as skbio_mantel
 
-from lib.science import correlations
-from lib.science import mantel
-from lib.science import stats
+from lib.science import correlations, mantel, stats
 
 
 def cloud_matrix(rng, n_items, d_model=3):

@@ -7,16 +7,16 @@ import pandas as pd
 import pytest
 import torch
 
-from lib.reading import figures
-from lib.evidence.arms import ArmOutcome
 from lib.engine.extraction import Residuals
 from lib.engine.models import Decoder
+from lib.evidence.arms import ArmOutcome
+from lib.evidence.verdicts import claim_verdict
 from lib.phase_transition import reorganisation
 from lib.phase_transition.reorganisation import Alignment, align, profile_depth
 from lib.phase_transition.switch import average_curves, find_transitions, transition_table
 from lib.phase_transition.switch_verdicts import judge_switch
+from lib.reading import figures
 from lib.science.stats import bootstrap_weights
-from lib.evidence.verdicts import claim_verdict
 
 N_BLOCKS, N_PROMPTS = 24, 24
 WEIGHTS = {

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from scipy.optimize import least_squares
 from scipy.special import expit
 
-from lib.science.logistic import NARROWEST, SCALES_10_90, fit_logistic
 from lib.phase_transition.shapes import compare_shapes
 from lib.phase_transition.widths import CurveWidth, curve_width, width_difference
+from lib.science.logistic import NARROWEST, SCALES_10_90, fit_logistic
 from lib.science.stats import bootstrap_weights, pair_share_bootstrap
 from lib.science.transitions import Transition, find_transition
 

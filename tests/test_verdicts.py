@@ -10,12 +10,12 @@ from scipy.special import expit
 from scipy.stats import norm
 
 from lib.evidence import verdicts
+from lib.evidence.results import RECORD_COLUMNS, to_rows
+from lib.evidence.verdicts import ALL_TASKS, claim_verdict, criteria, judge, verdict_sentence
 from lib.science.correlations import bootstrap_correlations, partial_correlation
 from lib.science.metrics import distances
-from lib.evidence.results import RECORD_COLUMNS, to_rows
 from lib.science.stats import bootstrap_weights, pair_share_bootstrap, percentile_interval
 from lib.science.transitions import find_transition
-from lib.evidence.verdicts import ALL_TASKS, claim_verdict, criteria, judge, verdict_sentence
 
 MODEL = {"model": "m", "untrained": False}
 CLAIMS = ("phase-transition", "angular-code", "norm-code", "causal-control")

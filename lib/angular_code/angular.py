@@ -18,8 +18,8 @@ from lib.angular_code.depth import (
 )
 from lib.angular_code.geometry import Geometry, Items, measure_geometry
 from lib.engine.models import Decoder
-from lib.science.stats import bootstrap_weights
 from lib.evidence.verdicts import early_blocks, judge, late_blocks, verdict_table
+from lib.science.stats import bootstrap_weights
 
 FloatArray = NDArray[np.float64]
 

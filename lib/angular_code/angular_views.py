@@ -11,8 +11,8 @@ from lib.angular_code.angular import Windows
 from lib.angular_code.depth import ANGLE, BEYOND_LENS, DepthCorrelations
 from lib.angular_code.geometry import CONTEXTS, Geometry, n_components
 from lib.angular_code.maps import DepthMap, Panel, depth_positions
-from lib.reading.notebook import estimate_text
 from lib.evidence.verdicts import ClaimVerdict, criterion_of
+from lib.reading.notebook import estimate_text
 
 MAPPED = ("continents", "months-sequence", "capitals", "animals", "languages")
 """Tasks that are mapped where they are testable, in this order."""

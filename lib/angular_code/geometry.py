@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lib.science import metrics
-from lib.science.divergences import jeffreys_of_logits, lens_divergences
 from lib.engine.extraction import tokenize
 from lib.engine.models import Decoder
 from lib.engine.store import recall_residuals
 from lib.evidence.tasks import Task, gate, load_contexts, load_task, task_names
+from lib.science import metrics
+from lib.science.divergences import jeffreys_of_logits, lens_divergences
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]

@@ -8,7 +8,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lib.evidence.arms import Trial
 from lib.causal_control.control_tables import Matched
 from lib.causal_control.doses import METHODS, steer_states, steering_vectors
 from lib.engine.extraction import tokenize
@@ -25,9 +24,10 @@ from lib.engine.replay import (
     run_prefix,
     run_whole,
 )
-from lib.science.stats import bootstrap_interval, bootstrap_weights
 from lib.engine.steering import angle_degrees, held_out_centroids, rotation, unembedding_direction
 from lib.engine.store import recall_residuals
+from lib.evidence.arms import Trial
+from lib.science.stats import bootstrap_interval, bootstrap_weights
 
 NO_GROUP = -1
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from lib.evidence.arms import Trial, has_counterparts, prepare_trial, site_states
 from lib.engine.interventions import exchange, exchange_direction, exchange_norm
 from lib.engine.models import Decoder
-from lib.science.stats import pair_share_bootstrap
 from lib.engine.store import recall_sweep
+from lib.evidence.arms import Trial, has_counterparts, prepare_trial, site_states
 from lib.evidence.tasks import gate, load_task
 from lib.evidence.verdicts import late_blocks
+from lib.science.stats import pair_share_bootstrap
 
 EXCHANGES = {"both": exchange, "direction": exchange_direction, "norm": exchange_norm}
 CURVE_COLUMNS = ["model", "untrained", "task", "curve", "block", "estimate", "low", "high", "n"]

@@ -9,8 +9,8 @@ import pandas as pd
 from lib.causal_control.control import ExchangeOutcome, Weights, effect_shares
 from lib.causal_control.doses import METHODS, OWN_ANSWER, DoseOutcome
 from lib.engine.models import Decoder
-from lib.science.stats import Interval, pair_share_bootstrap, percentile_interval
 from lib.evidence.verdicts import Record, judge
+from lib.science.stats import Interval, pair_share_bootstrap, percentile_interval
 
 CLAIM = "causal-control"
 MATCHED_RATE = 0.5

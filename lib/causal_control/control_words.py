@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from lib.evidence.arms import Trial
 from lib.causal_control.control import ExchangeOutcome, Weights
 from lib.causal_control.control_tables import RIVALS, Matched, full_angle_draws, interval_of
 from lib.causal_control.doses import DoseOutcome
+from lib.evidence.arms import Trial
 from lib.reading.notebook import estimate_text
 from lib.science.stats import Interval, pair_share_bootstrap
 

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.evidence.arms import ARMS, Arm, Trial
 from lib.causal_control.control import choose_pairs
 from lib.causal_control.selectivity import rest_measure
 from lib.engine.extraction import Positions
@@ -21,6 +20,7 @@ from lib.engine.steering import (
     unembedding_direction,
 )
 from lib.engine.store import recall_residuals, recall_sweep
+from lib.evidence.arms import ARMS, Arm, Trial
 
 METHODS = ("rotation", "additive", "unembedding", "random plane", "radial")
 OWN_ANSWER = "own answer"

@@ -23,8 +23,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lib.engine.extraction import (
+    Positions,
+    Residuals,
+    check_positions,
+    extract_residuals,
+    logit_lens,
+)
 from lib.engine.files import BUILD
-from lib.engine.extraction import Positions, Residuals, check_positions, extract_residuals, logit_lens
 from lib.engine.interventions import Edit
 from lib.engine.models import Decoder
 from lib.engine.recipes import NoRecipeError, digest_of

@@ -20,11 +20,11 @@ from lib.engine.extraction import Positions, check_blocks
 from lib.engine.files import write_atomically
 from lib.engine.interventions import Edit, exchange
 from lib.engine.models import Decoder
+from lib.engine.store import recall_residuals, recall_sweep
 from lib.evidence.results import RESULTS
 from lib.evidence.runs import keep_run
-from lib.science.stats import bootstrap_weights, pair_share_bootstrap
-from lib.engine.store import recall_residuals, recall_sweep
 from lib.evidence.tasks import Gate, Task, gate, load_task, ordered_pairs, task_names
+from lib.science.stats import bootstrap_weights, pair_share_bootstrap
 from lib.science.transitions import Transition, find_transition
 
 Arm = Literal["context arm", "prediction arm"]

@@ -6,12 +6,17 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lib.engine.interventions import exchange_direction, exchange_norm, rotate_by_displacement, scale
-from lib.norm_code.norms import Sample
+from lib.engine.interventions import (
+    exchange_direction,
+    exchange_norm,
+    rotate_by_displacement,
+    scale,
+)
 from lib.engine.readouts import distribution_measure
-from lib.science.stats import Interval, pair_share_bootstrap, percentile_interval
 from lib.engine.store import recall_sweep
 from lib.engine.sweeps import Sweep
+from lib.norm_code.norms import Sample
+from lib.science.stats import Interval, pair_share_bootstrap, percentile_interval
 
 EXCHANGES = {"norm": exchange_norm, "direction": exchange_direction}
 LONGEST_ROTATION = 2.0

@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 
 from lib.engine.models import Decoder
+from lib.evidence.verdicts import ALL_TASKS, Record, criterion_of, judge, late_blocks
 from lib.norm_code.decoding import Decoding
 from lib.norm_code.norm_edits import mean_outcome, ratio_interval
 from lib.norm_code.relations import Relation
 from lib.science.stats import bootstrap_weights, equivalence_test, percentile_interval
-from lib.evidence.verdicts import ALL_TASKS, Record, criterion_of, judge, late_blocks
 
 CLAIM = "norm-code"
 PARTIAL = "norm given angle"

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
+from lib.evidence.verdicts import Record, claim_verdict
 from lib.norm_code.norm_verdicts import CLAIM, WITHIN, margin
 from lib.reading.notebook import number_text as number
-from lib.evidence.verdicts import Record, claim_verdict
 
 HALF, DOUBLE = 0.5, 2.0
 NEARLY_ALL, MOST, FEW = 0.9, 0.5, 0.1

@@ -9,14 +9,14 @@ import pandas as pd
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lib.evidence.arms import Trial
 from lib.engine.extraction import tokenize
 from lib.engine.models import Decoder
-from lib.norm_code.decoding import Decoding, decode_attribute, pool_decodings, thirds
 from lib.engine.progress import track
-from lib.science.stats import weighted_mean
 from lib.engine.store import recall_residuals
+from lib.evidence.arms import Trial
 from lib.evidence.tasks import Task, gate, load_contexts, load_task, task_names
+from lib.norm_code.decoding import Decoding, decode_attribute, pool_decodings, thirds
+from lib.science.stats import weighted_mean
 
 FloatArray = NDArray[np.float64]
 

@@ -8,10 +8,10 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from lib.engine.progress import track
+from lib.norm_code.norms import CONTEXTS, Sample
 from lib.science.divergences import jeffreys_of_logits
 from lib.science.metrics import angles, log_norm_differences
-from lib.norm_code.norms import CONTEXTS, Sample
-from lib.engine.progress import track
 
 FloatArray = NDArray[np.float64]
 

@@ -11,7 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from lib.engine.models import Decoder
+from lib.engine.progress import track
+from lib.engine.store import recall_residuals
 from lib.evidence.arms import Trial
+from lib.phase_transition.widths import CurveWidth, curve_width
 from lib.science.correlations import rank_matrix, weighted_correlations
 from lib.science.divergences import jeffreys_of_logits
 from lib.science.metrics import (
@@ -23,10 +27,6 @@ from lib.science.metrics import (
     neighbourhood_overlap,
     token_set_distances,
 )
-from lib.engine.models import Decoder
-from lib.phase_transition.widths import CurveWidth, curve_width
-from lib.engine.progress import track
-from lib.engine.store import recall_residuals
 
 N_NEIGHBOURS = 10
 

@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from lib.engine.interventions import add, random_directions
+from lib.engine.models import Decoder
 from lib.evidence.arms import (
     ARMS,
     Arm,
@@ -21,11 +23,9 @@ from lib.evidence.arms import (
     sweep_site,
     transition_of,
 )
-from lib.engine.interventions import add, random_directions
-from lib.engine.models import Decoder
+from lib.evidence.tasks import gate, load_task, task_names
 from lib.phase_transition.shapes import compare_shapes
 from lib.science.stats import bootstrap_weights
-from lib.evidence.tasks import gate, load_task, task_names
 from lib.science.transitions import Transition
 
 CURVE_COLUMNS = ["model", "untrained", "task", "curve", "block", "estimate", "low", "high", "n"]

@@ -6,14 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from lib.evidence.arms import Arm, ArmOutcome, Values
 from lib.engine.models import Decoder
+from lib.evidence.arms import Arm, ArmOutcome, Values
+from lib.evidence.verdicts import Record, early_blocks, judge, last_sixth, verdict_table
 from lib.phase_transition.reorganisation import Alignment
 from lib.phase_transition.switch import Outcomes
 from lib.phase_transition.widths import width_difference
 from lib.science.stats import Interval, percentile_interval
 from lib.science.transitions import Transition
-from lib.evidence.verdicts import Record, early_blocks, judge, last_sixth, verdict_table
 
 CLAIM = "phase-transition"
 TOO_FEW = "too few pairs of prompts for an interval"

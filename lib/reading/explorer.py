@@ -16,9 +16,9 @@ from lib.angular_code.angular_views import MAPPED
 from lib.angular_code.depth import ANGLE
 from lib.angular_code.geometry import task_items
 from lib.angular_code.maps import DepthMap, Panel, depth_positions
-from lib.evidence.arms import ARMS, Trial
 from lib.engine.extraction import logit_lens
 from lib.engine.models import Decoder
+from lib.evidence.arms import ARMS, Trial
 from lib.phase_transition.switch import find_transitions, measure_arms, prepare_trials
 from lib.science.stats import bootstrap_weights
 

@@ -8,7 +8,6 @@ from myst_nb.sphinx_ import NbMetadataCollector
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
-from lib.reading.notebook import RECORDS_KEY
 from lib.evidence.results import (
     RESULTS,
     Record,
@@ -20,6 +19,7 @@ from lib.evidence.results import (
     write_rows,
 )
 from lib.evidence.runs import keep_records
+from lib.reading.notebook import RECORDS_KEY
 
 
 def failed_pages(env: BuildEnvironment) -> list[str]:
