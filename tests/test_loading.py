@@ -14,11 +14,11 @@ from transformers import AutoConfig, BitsAndBytesConfig
 
 from lib.engine import loading, memory
 from lib.engine.extraction import extract_residuals, logit_lens
-from lib.engine.interventions import exchange
+from lib.engine.edits import exchange
 from lib.engine.loading import preset
 from lib.engine.memory import count_parameters, weight_bytes
 from lib.engine.models import Decoder, load_decoder
-from lib.engine.steering import unembedding_direction
+from lib.engine.vectors import unembedding_direction
 from lib.engine.store import fingerprint
 from lib.engine.sweeps import Sweep, sweep_blocks
 
