@@ -180,7 +180,7 @@ def test_an_edit_that_breaks_its_word_is_named_with_block_and_prompt(llama: Deco
     ):
         generate(llama, prompts, 1)
     with (
-        pytest.raises(ValueError, match="returned dtype torch.float64 for prompt 0"),
+        pytest.raises(ValueError, match=r"returned dtype torch\.float64 for prompt 0"),
         steer(llama, BLOCK, lambda state, donor: state.double(), target, [1, 2]),
     ):
         generate(llama, prompts, 1)

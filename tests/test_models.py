@@ -65,6 +65,25 @@ def test_untrained_twin_is_the_same_each_time_and_keeps_the_random_state(tmp_pat
     assert not torch.equal(first.unembedding.weight, trained.unembedding.weight)
 
 
+def test_each_seed_has_a_twin_of_its_own() -> None:
+    trained = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
+
+    def twin(seed: int) -> Decoder:
+        return load_decoder(trained.model, tokenizer=trained.tokenizer, untrained=True, seed=seed)
+
+    weights = [twin(seed).unembedding.weight for seed in (0, 1, 2, 1)]
+    assert torch.equal(weights[1], weights[3])
+    assert not any(torch.equal(weights[i], weights[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    labels = {trained.label, *(twin(seed).label for seed in range(3))}
+    assert len(labels) == 4 and twin(2).label.endswith("untrained, seed 2")
+
+
+def test_a_trained_model_has_no_seed(llama: Decoder) -> None:
+    for options in ({"seed": 1}, {"untrained": True, "seed": -1}):
+        with pytest.raises(ValueError, match="untrained twins have seeds 0, 1, …"):
+            load_decoder(llama.model, tokenizer=llama.tokenizer, **options)
+
+
 def test_label_never_names_a_folder_above_the_model(tmp_path: Path) -> None:
     folder = tmp_path / "my-model"
     tiny_model("llama").save_pretrained(folder)
