@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from lib.engine.files import DATA
-from lib.science.estimate import Estimate, Measured, Untested, pool
+from lib.science.estimate import Measured, Untested, pool
 
 Relation = Literal[">=", ">", "<=", "<", "within"]
 Verdict = Literal["supported", "refuted", "undecided", "not testable"]

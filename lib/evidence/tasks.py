@@ -255,15 +255,14 @@ def exchange_pairs(
     prompts = task.prompts
     kept = sorted(set(prompts["group"]) if groups is None else set(groups) & set(prompts["group"]))
     cells = [(t, g) for t in sorted(set(prompts["template"])) for g in kept]
-    place = {(r.template, r.group, r.unit): i for i, r in enumerate(prompts.itertuples())}
-    answer_of = {(r.group, r.unit): r.answer_index for r in prompts.itertuples()}
+    keys = list(zip(prompts["template"], prompts["group"], task.unit.tolist(), strict=True))
+    place = {key: row for row, key in enumerate(keys)}
+    answer_of = {key[1:]: int(task.answer_index[row]) for key, row in place.items()}
+    order = rng.permutation(task.n_units)
     pairs: list[tuple[int, int]] = []
     for group in kept:
         own = [(t, g) for t, g in cells if g == group]
-        circle = sorted(
-            (unit for g, unit in answer_of if g == group),
-            key=dict(zip(range(task.n_units), rng.permutation(task.n_units), strict=True)).get,  # type: ignore[arg-type]
-        )
+        circle = [unit for unit in order.tolist() if (group, unit) in answer_of]
         circle.sort(key=lambda unit: answer_of[group, unit])
         for donor_number in range(n_donors):
             for index, unit in enumerate(circle):
@@ -321,7 +320,7 @@ def _thin(pairs: list[tuple[int, int]], unit: np.ndarray, n_donors: int) -> list
 def load_texts(file: str = "texts.csv") -> pd.DataFrame:
     """Return texts: columns `kind`, `context` (what the model reads) and `continuation`.
 
-    `texts.csv` holds the 400 that verdicts rest on, `contexts.csv` those that readers are fitted on.
+    `texts.csv` holds the 400 that verdicts rest on; `contexts.csv` those that readers learn from.
     """
     return read_csv(DATA / file, ("kind", "context", "continuation"))
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.engine.extraction import check_blocks, logit_lens
+from lib.engine.extraction import Positions, check_blocks, logit_lens
 from lib.engine.interventions import Edit, exchange
 from lib.engine.models import Decoder
 from lib.engine.store import recall_residuals, recall_sweep
@@ -84,7 +84,7 @@ class Trial:
 
     def states(self, site: Literal["subject", "last"]) -> Tensor:
         """Return the residual streams at one site `[n_blocks, n_prompts, d_model]`."""
-        where = self.task.subject_positions if site == "subject" else "last"
+        where: Positions = self.task.subject_positions if site == "subject" else "last"
         return recall_residuals(self.decoder, self.task.tokens, positions=where).states
 
 

@@ -101,13 +101,17 @@ class Estimate:
         if isinstance(other, Untested):
             return other
         if isinstance(other, Estimate):
-            if (other.units, other.n_units) != (self.units, self.n_units):
-                raise ValueError(
-                    f"Estimates over {self.n_units} {self.units} and over {other.n_units} "
-                    f"{other.units} are not paired; use `independent_difference`."
-                )
-            return replace(self, draws=operation(self.draws, other.draws), share=False)
+            other_draws = self._paired(other).draws
+            return replace(self, draws=operation(self.draws, other_draws), share=False)
         return replace(self, draws=operation(self.draws, other), share=False)
+
+    def _paired(self, other: Estimate) -> Estimate:
+        if (other.units, other.n_units) != (self.units, self.n_units):
+            raise ValueError(
+                f"Estimates over {self.n_units} {self.units} and over {other.n_units} "
+                f"{other.units} are not paired; use `independent_difference`."
+            )
+        return other
 
     def at(self, index: Any) -> Estimate:
         """Return the entries of a block or of other leading places of the value."""
@@ -190,6 +194,17 @@ class Untested:
 
 
 Measured = Estimate | Untested
+
+
+def stack(*parts: Measured) -> Measured:
+    """Return several paired numbers as one, a new first axis of the value."""
+    for part in parts:
+        if isinstance(part, Untested):
+            return part
+    first = parts[0]
+    assert isinstance(first, Estimate)
+    found = [first._paired(part) for part in parts if isinstance(part, Estimate)]
+    return replace(first, draws=np.stack([part.draws for part in found], axis=1), share=False)
 
 
 def generator(*names: str) -> np.random.Generator:
