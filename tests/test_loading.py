@@ -12,10 +12,10 @@ import torch
 from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, BitsAndBytesConfig
 
-from lib.engine import loading, memory
+from lib.engine import catalogue, loading, memory
+from lib.engine.catalogue import preset
 from lib.engine.extraction import extract_residuals, logit_lens
 from lib.engine.interventions import exchange
-from lib.engine.loading import preset
 from lib.engine.memory import count_parameters, weight_bytes
 from lib.engine.models import Decoder, load_decoder
 from lib.engine.steering import unembedding_direction
@@ -100,8 +100,8 @@ def test_what_a_call_says_goes_before_what_the_file_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, file = saved(tmp_path / "model"), tmp_path / "models.toml"
-    file.write_text(f'["{folder}"]\ndtype = "bfloat16"\n')
-    monkeypatch.setattr(loading, "PRESETS", file)
+    file.write_text(f'[options."{folder}"]\ndtype = "bfloat16"\n')
+    monkeypatch.setattr(catalogue, "CATALOGUE", file)
     assert load_decoder(folder).dtype == torch.bfloat16
     assert load_decoder(folder, dtype="float32").dtype == torch.float32
 
