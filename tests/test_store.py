@@ -344,7 +344,7 @@ def test_what_computes_neither_makes_nothing_stale(copied: Path) -> None:
 
 def weights_modules(copied: Path) -> set[Path]:
     """Return the modules that find and read weights, beside `loading`."""
-    return {copied / "engine" / f"{name}.py" for name in ("embedded", "weights", "files")}
+    return {copied / "engine" / f"{name}.py" for name in ("weights", "catalogue", "files")}
 
 
 def test_the_code_of_an_edit_or_measure_is_part_of_a_sweeps_key(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lib.engine.loading import EMBEDDED, dtype_of, fresh_model, label_of, preset, read_model
+from lib.engine.catalogue import DEFAULT, preset
+from lib.engine.loading import dtype_of, fresh_model, label_of, read_model
 from lib.engine.structure import (
     check_parts,
     compute_dtype,
@@ -120,7 +121,7 @@ class Decoder:
 
 
 def load_decoder(
-    name: str | Path | PreTrainedModel = EMBEDDED,
+    name: str | Path | PreTrainedModel = DEFAULT,
     *,
     untrained: bool = False,
     seed: int = 0,
@@ -133,12 +134,13 @@ def load_decoder(
 ) -> Decoder:
     """Return a decoder that is ready for extraction and sweeps.
 
-    What is not given is taken from `lib/data/models.toml` if it lists the model, which it does for
-    those of the paper; else the weights are float32 on the CPU.
+    What is not given is taken from the options in `lib/data/models.toml` if it lists the model,
+    which it does for those of the paper; else the weights are float32 on the CPU.
 
     Args:
-        name: `"embedded"`, a name on the model hub, a local folder, or a model in hand (then
-            `tokenizer` must be given too).
+        name: a name of the catalogue (`"smollm2-135m"`, `"gemma-3-270m"`, `"qwen2.5-coder-0.5b"`,
+            `"qwen2.5-coder-1.5b"`), fetched on first use; owner/model on the model hub; a local
+            folder; or a model in hand (then `tokenizer` must be given too).
         untrained: keep the architecture and draw fresh weights: the untrained twin, the null model
             of every chapter. It lies on one device and is not quantised.
         seed: which twin, 0, 1, …; the same weights each time.
@@ -155,6 +157,7 @@ def load_decoder(
         ValueError: no such model, a folder without one, no access, too little memory, a package
             that is missing, not a decoder-only model, or parts that do not behave as a decoder's
             should; the message says which and what to do.
+        RuntimeError: a model of the catalogue cannot be fetched; see `fetch_weights`.
     """
     if seed < 0 or (seed and not untrained):
         raise ValueError(f"Seed {seed}: untrained twins have seeds 0, 1, …; trained models none.")

@@ -271,12 +271,13 @@ def _read(
             logits[edit, block, pair] = logit_lens(decoder, flat, read_ids).numpy()
         return
     for part in torch.arange(len(flat)).split(UNEMBEDDING_ROWS):
-        at = (edit[part], block[part], pair[part])
+        chosen = part.numpy()  # a tensor of one element would index an array as a number does
+        at = (edit[chosen], block[chosen], pair[chosen])
         with torch.inference_mode():
             full = decoder.unembed(decoder.final_norm(flat[part.to(flat.device)])).float()
             if len(read_ids):
                 logits[at] = full[:, torch.as_tensor(read_ids, device=full.device)].cpu().numpy()
-            measured = measure(full, torch.as_tensor(pair[part], device=full.device))
+            measured = measure(full, torch.as_tensor(pair[chosen], device=full.device))
         for name, values in measured.items():
             if name not in measures:
                 measures[name] = np.full(logits.shape[:3], np.nan)
