@@ -1,6 +1,5 @@
 """Plans: counted by hand on a small model, and refused where there is too little memory."""
 
-
 import numpy as np
 import pytest
 
