@@ -8,8 +8,8 @@ from conftest import tiny_model, tiny_tokenizer
 from oracle import block_states, forward, patched_logits
 from scipy.special import log_softmax, softmax
 
+from lib.engine.edits import exchange_direction
 from lib.engine.extraction import extract_residuals
-from lib.engine.interventions import exchange_direction
 from lib.engine.models import Decoder, load_decoder
 from lib.evidence.tasks import Pairs, Task, build_task, exchange_pairs
 from lib.evidence.transfer import DivergenceFromDonor, Trial, measure_transfer, read_tasks
