@@ -255,7 +255,11 @@ def _write_sweep(path: Path, sweep: Sweep) -> None:
         "path": sweep.path,
         "name": path.name,
     }
-    _write(path, {name: torch.from_numpy(array) for name, array in tensors.items()}, about)
+    _write(
+        path,
+        {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in tensors.items()},
+        about,
+    )
 
 
 def _read_sweep(path: Path) -> Sweep | None:

@@ -211,7 +211,7 @@ def measure_transfer(
         ValueError: as `lib.engine.sweeps.sweep_blocks`.
     """
     wanted = check_blocks(trial.decoder, blocks)
-    pairs, classes = _classes(trial.task, pairs, site, mirror=edit is exchange and donors is None)
+    pairs, classes = _classes(trial.task, pairs, site, mirror=edit == exchange and donors is None)
     logits = trial.logits
     before = divergence(logits, pairs.prompts[:, 1], pairs.prompts[:, 0])
     after = np.empty((len(wanted), len(pairs)))
