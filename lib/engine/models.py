@@ -217,7 +217,7 @@ def _describe(
         last_state, stages, logits = watch(model, blocks, unembedding, tokens)
         if tuple(last_state.shape) != (*tokens.shape, config.hidden_size):
             raise ValueError(
-                f"{kind}: its blocks return {list(last_state.shape)} for {n_tokens} tokens, not the "
+                f"{kind}: for {n_tokens} tokens its blocks return {list(last_state.shape)}, not a "
                 f"residual stream [1, {n_tokens}, {config.hidden_size}]. This architecture is not "
                 "supported."
             )

@@ -97,8 +97,8 @@ def one_line(what: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, TypeError, AttributeError, LookupError, AssertionError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{what}: {reason} This architecture is not supported.") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(f"{what}: {reason}. This architecture is not supported.") from error
 
 
 def find_blocks(model: PreTrainedModel, n_blocks: int) -> tuple[nn.Module, ...]:
