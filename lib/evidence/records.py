@@ -31,6 +31,14 @@ RESULTS = BUILD / "results"
 RUNS = BUILD / "runs"
 SHOWN = "shown"
 """The verdict of a record that no criterion judges."""
+SIGNS = {
+    "supported": "●",
+    "refuted": "○",
+    "undecided": "◐",
+    "not testable": "–",
+    "shown": "·",
+}
+"""A verdict's shape, in tables and figures: no verdict rests on colour."""
 KEY = ("claim", "statistic", "place", "model", "untrained")
 """What tells records apart."""
 FIELDS = (

@@ -47,14 +47,6 @@ STYLES: Mapping[str, Mapping[str, Any]] = {
 }
 """Colour and marker of everything that appears in more than one figure."""
 
-SIGNS = {
-    "supported": "●",
-    "refuted": "○",
-    "undecided": "◐",
-    "not testable": "–",
-    "shown": "·",
-}
-"""A verdict's shape, in tables and figures: no verdict rests on colour."""
 _FILLS = {"supported": "full", "refuted": "none", "undecided": "left", "shown": "full"}
 
 WIDTH = 7.2

@@ -28,8 +28,8 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from lib.engine.files import ROOT
 from lib.evidence.criteria import Criterion, Record, claim_verdict, criteria, judged
-from lib.evidence.records import check, claim_file, keep_run, to_json, write_records
-from lib.reading.figures import SIGNS, forest
+from lib.evidence.records import SIGNS, check, claim_file, keep_run, to_json, write_records
+from lib.reading.figures import forest
 from lib.science.estimate import Measured, Untested
 
 if TYPE_CHECKING:
