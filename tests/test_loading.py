@@ -14,13 +14,13 @@ from transformers import AutoConfig, BitsAndBytesConfig
 
 from lib.engine import catalogue, loading, memory
 from lib.engine.catalogue import preset
+from lib.engine.edits import exchange
 from lib.engine.extraction import extract_residuals, logit_lens
-from lib.engine.interventions import exchange
 from lib.engine.memory import count_parameters, weight_bytes
 from lib.engine.models import Decoder, load_decoder
-from lib.engine.steering import unembedding_direction
 from lib.engine.store import fingerprint
 from lib.engine.sweeps import Sweep, sweep_blocks
+from lib.engine.vectors import unembedding_direction
 
 PROMPTS = [[5, 9, 4, 33, 12, 8], [8, 3, 17, 20, 6, 44], [11, 30, 22, 7]]
 PAIRS = np.array([[0, 1], [1, 2], [2, 0]])

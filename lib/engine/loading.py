@@ -28,7 +28,7 @@ UNTRAINED_SEED = 20260204
 
 
 def read_model(
-    name: str | Path, options: Mapping[str, Any], *, untrained: bool = False
+    name: str | Path, options: Mapping[str, Any], *, untrained: bool = False, seed: int = 0
 ) -> tuple[PreTrainedModel, Any, str, str]:
     """Return a model, its tokenizer, its name in results, and its revision as exactly as known.
 
@@ -48,7 +48,7 @@ def read_model(
         check_memory(f"{label} in {str(dtype)[6:]}", needed, where, free_memory())
     with _in_one_line(name):
         if untrained:
-            model = fresh_model(config, dtype).to(options.get("device", "cpu"))
+            model = fresh_model(config, dtype, seed).to(options.get("device", "cpu"))
         else:
             model = _read_weights(source, options, dtype, placement)
     if origin == "hub":
@@ -202,8 +202,11 @@ def _read_weights(
     return model if placement else model.to(options.get("device", "cpu"))
 
 
-def fresh_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a freshly initialised model from a fixed seed; the caller's random state is kept."""
+def fresh_model(config: Any, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    """Return a freshly initialised model, of each seed 0, 1, … always the same.
+
+    The caller's random state is kept.
+    """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(UNTRAINED_SEED)
+        torch.manual_seed(UNTRAINED_SEED + seed)
         return AutoModelForCausalLM.from_config(config, dtype=dtype)

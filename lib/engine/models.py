@@ -34,6 +34,7 @@ class Decoder:
         final_stages: the modules between the last block and the unembedding, in order of execution.
         unembedding: the linear map from the final-normed residual stream to the vocabulary.
         untrained: whether the weights are freshly initialised.
+        seed: from which seed they are, where they are.
         revision: where the weights come from, as exactly as known.
         logit_scale: what the unembedding's output is multiplied by.
         logit_softcap: the bound c of the soft cap c·tanh(logit / c), or None.
@@ -46,9 +47,15 @@ class Decoder:
     final_stages: tuple[nn.Module, ...]
     unembedding: nn.Linear
     untrained: bool = False
+    seed: int = 0
     revision: str = "unknown"
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+
+    @property
+    def label(self) -> str:
+        """The name, and whether and from which seed the weights are fresh."""
+        return f"{self.name}, untrained, seed {self.seed}" if self.untrained else self.name
 
     @property
     def n_blocks(self) -> int:
@@ -117,6 +124,7 @@ def load_decoder(
     name: str | Path | PreTrainedModel = DEFAULT,
     *,
     untrained: bool = False,
+    seed: int = 0,
     revision: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
@@ -133,8 +141,9 @@ def load_decoder(
         name: a name of the catalogue (`"smollm2-135m"`, `"gemma-3-270m"`, `"qwen2.5-coder-0.5b"`,
             `"qwen2.5-coder-1.5b"`), fetched on first use; owner/model on the model hub; a local
             folder; or a model in hand (then `tokenizer` must be given too).
-        untrained: keep the architecture and draw fresh weights from a fixed seed: the untrained
-            twin, the null model of every chapter. It lies on one device and is not quantised.
+        untrained: keep the architecture and draw fresh weights: the untrained twin, the null model
+            of every chapter. It lies on one device and is not quantised.
+        seed: which twin, 0, 1, …; the same weights each time.
         revision: a commit, branch or tag on the hub.
         dtype: a torch dtype's name, such as `"float32"` or `"bfloat16"`.
         device: where the weights go.
@@ -150,6 +159,8 @@ def load_decoder(
             should; the message says which and what to do.
         RuntimeError: a model of the catalogue cannot be fetched; see `fetch_weights`.
     """
+    if seed < 0 or (seed and not untrained):
+        raise ValueError(f"Seed {seed}: untrained twins have seeds 0, 1, …; trained models none.")
     if isinstance(name, PreTrainedModel):
         if tokenizer is None:
             raise ValueError(
@@ -158,20 +169,20 @@ def load_decoder(
         model = name
         if untrained:
             kind = compute_dtype(name) if dtype is None else dtype_of(dtype)
-            model = fresh_model(name.config, kind).to(device or "cpu")  # type: ignore[arg-type]
+            model = fresh_model(name.config, kind, seed).to(device or "cpu")  # type: ignore[arg-type]
         label = label_of(name.config.name_or_path or type(name).__name__)
-        return _describe(model, tokenizer, label, untrained, "in hand")
+        return _describe(model, tokenizer, label, untrained, seed, "in hand")
     given: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device}
     given |= {"device_map": device_map, "quantization": quantization}
     options = preset(str(name)) | {key: value for key, value in given.items() if value is not None}
     if device is not None and device_map is None:
         options.pop("device_map", None)
-    model, tokenizer, label, revision = read_model(name, options, untrained=untrained)
-    return _describe(model, tokenizer, label, untrained, revision)
+    model, tokenizer, label, revision = read_model(name, options, untrained=untrained, seed=seed)
+    return _describe(model, tokenizer, label, untrained, seed, revision)
 
 
 def _describe(
-    model: PreTrainedModel, tokenizer: Any, name: str, untrained: bool, revision: str
+    model: PreTrainedModel, tokenizer: Any, name: str, untrained: bool, seed: int, revision: str
 ) -> Decoder:
     """Find blocks, final stages and unembedding; check that they behave as a decoder's."""
     model.eval().requires_grad_(False)
@@ -194,6 +205,7 @@ def _describe(
         final_stages=stages,
         unembedding=unembedding,
         untrained=untrained,
+        seed=seed,
         revision=revision,
         logit_scale=_logit_scale(config),
         logit_softcap=getattr(config, "final_logit_softcapping", None),

@@ -1,0 +1,206 @@
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import tiny_model, tiny_tokenizer
+
+from lib.engine.files import DATA
+from lib.engine.models import Decoder, load_decoder
+from lib.evidence.tasks import (
+    ITEM_COLUMNS,
+    TEMPLATE_COLUMNS,
+    Task,
+    build_task,
+    exchange_pairs,
+    load_tasks,
+    load_texts,
+    read_csv,
+)
+from lib.science.estimate import Untested
+
+TEMPLATES = ["of {subject} comes", "the word {subject} has then"]
+
+
+def items(n: int = 14, n_answers: int = 3, **changed) -> pd.DataFrame:
+    table = pd.DataFrame(
+        {
+            "subject": [f"w{10 + k}" for k in range(n)],
+            "answer": [f"w{40 + k % n_answers}" for k in range(n)],
+            "group": "",
+        }
+    )
+    return table.assign(**changed)
+
+
+@pytest.fixture(scope="module")
+def reader() -> Decoder:
+    words = [
+        "?",
+        *(f"w{k}" for k in range(1, 55)),
+        "of",
+        "comes",
+        "the",
+        "word",
+        "has",
+        "then",
+        "add",
+    ]
+    words += ["one", "two"]
+    return load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer(words[:64]))
+
+
+@pytest.fixture(scope="module")
+def task(reader: Decoder) -> Task:
+    found = build_task("toy", items(), TEMPLATES, reader)
+    assert isinstance(found, Task)
+    return found
+
+
+def test_every_subject_stands_in_every_template_at_the_place_that_is_named(task: Task):
+    assert (task.n_units, task.n_prompts, len(task.answers)) == (14, 28, 3)
+    for row in task.prompts.itertuples():
+        assert row.text == TEMPLATES[row.template].replace("{subject}", row.subject)
+        assert row.tokens[row.subject_position] == 10 + task.subjects.index(row.subject)
+        assert task.subjects[row.unit] == row.subject
+        assert task.answers[row.answer_index] == row.answer
+    assert [f"w{i}" for i in task.answer_ids] == list(task.answers)
+
+
+def test_a_subject_of_several_tokens_is_named_from_first_to_last(reader: Decoder):
+    table = items()
+    table.loc[0, "subject"] = "w1 w2 w3"
+    found = build_task("toy", table, TEMPLATES, reader)
+    row = found.prompts[found.prompts["subject"] == "w1 w2 w3"].iloc[0]
+    assert (row["subject_start"], row["subject_position"]) == (1, 3)
+    assert row["tokens"][1:4] == [1, 2, 3]
+
+
+def test_pairs_share_template_and_differ_in_answer_and_every_subject_gives_as_it_takes(task: Task):
+    pairs = exchange_pairs(task)
+    recipient, donor = (task.prompts.iloc[pairs.prompts[:, k]] for k in (0, 1))
+    assert (recipient["template"].to_numpy() == donor["template"].to_numpy()).all()
+    assert (recipient["answer"].to_numpy() != donor["answer"].to_numpy()).all()
+    assert np.array_equal(pairs.unit, recipient["unit"].to_numpy())
+    assert (np.bincount(pairs.unit) == 3).all()
+    assert (np.bincount(donor["unit"]) == 3).all()
+    assert len({tuple(pair) for pair in pairs.prompts.tolist()}) == len(pairs)
+
+
+def test_pairs_of_one_answer_agree_in_it_and_differ_in_subject(task: Task):
+    pairs = exchange_pairs(task, n_donors=1, same_answer=True)
+    assert len(pairs) == 14
+    recipient, donor = pairs.prompts.T
+    assert (task.answer_index[recipient] == task.answer_index[donor]).all()
+    assert (task.unit[recipient] != task.unit[donor]).all()
+
+
+def test_pairs_follow_from_the_tasks_name_alone(reader: Decoder, task: Task):
+    again = build_task("toy", items(), TEMPLATES, reader)
+    other = build_task("other", items(), TEMPLATES, reader)
+    assert np.array_equal(exchange_pairs(task).prompts, exchange_pairs(again).prompts)
+    assert not np.array_equal(exchange_pairs(task).prompts, exchange_pairs(other).prompts)
+
+
+def test_donors_of_one_number_are_the_first_of_more_subjects_spread_over_templates(task: Task):
+    template = task.prompts["template"].to_numpy()[exchange_pairs(task).prompts[:, 0]]
+    assert abs(int((template == 0).sum()) - int((template == 1).sum())) <= 2
+
+
+def test_groups_are_kept_apart_and_can_be_chosen(reader: Decoder):
+    table = pd.concat([items(12, 12, group="one"), items(12, 12, group="two")], ignore_index=True)
+    table.loc[12:, "answer"] = np.roll(table["answer"][12:], 1)
+    task = build_task(
+        "sum", table, ["add {group} of {subject} comes", "of {subject} add {group}"], reader
+    )
+    pairs = exchange_pairs(task)
+    group = task.prompts["group"].to_numpy()
+    assert (group[pairs.prompts[:, 0]] == group[pairs.prompts[:, 1]]).all()
+    assert set(group[pairs.prompts[:, 0]]) == {"one", "two"}
+    assert np.bincount(pairs.unit).max() == 3
+    chosen = exchange_pairs(task, groups=["two"])
+    assert set(group[chosen.prompts.ravel()]) == {"two"}
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [
+        (items(9), "9 usable subjects, 10 are needed"),
+        (items(14, 1), "every subject has the answer 'w40'"),
+        (
+            items(answer=["w40 w41", "w40 w42"] * 7),
+            "'w40 w41' and 'w40 w42' share their first token",
+        ),
+    ],
+)
+def test_a_task_that_cannot_be_judged_says_why(reader: Decoder, table: pd.DataFrame, reason: str):
+    found = build_task("toy", table, TEMPLATES, reader)
+    assert isinstance(found, Untested)
+    assert reason in found.reason
+
+
+def test_subjects_whose_tokens_cannot_be_found_are_left_out_and_counted(embedded: Decoder):
+    table = pd.DataFrame(
+        {"subject": [f"{chr(97 + k)}" for k in range(12)], "answer": ["x", "y"] * 6, "group": ""}
+    )
+    found = build_task("glued", table, ["say {subject}ing now"], embedded)
+    assert isinstance(found, Task | Untested)
+    lone = build_task("short", table.iloc[:4], ["say {subject} now"], embedded)
+    assert "4 usable subjects" in lone.reason
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("of comes", "needs {subject} once"),
+        ("{subject} comes", "after a space"),
+        ("of {subject}", "nor end with {subject}"),
+        ("of {subject} comes ", "neither start or end with a space"),
+        ("of {subject} {group} comes", "exactly when every item has a group"),
+    ],
+)
+def test_a_bad_template_is_refused_in_one_line(reader: Decoder, template: str, message: str):
+    with pytest.raises(ValueError, match=message) as error:
+        build_task("toy", items(), [template], reader)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_task_and_missing_columns_are_refused_with_what_there_is(
+    reader: Decoder, tmp_path: Path
+):
+    with pytest.raises(ValueError, match=r"choose among .*capitals"):
+        load_tasks(reader, ["capitols"])
+    (tmp_path / "mine.csv").write_text("subject\nx\n")
+    with pytest.raises(ValueError, match="lacks the columns task, answer, group"):
+        read_csv(tmp_path / "mine.csv", ITEM_COLUMNS)
+    with pytest.raises(ValueError, match=r"no file other\.csv"):
+        read_csv(tmp_path / "other.csv", ITEM_COLUMNS)
+
+
+def test_the_material_is_as_registered():
+    tasks = read_csv(DATA / "tasks.csv", ITEM_COLUMNS)
+    templates = read_csv(DATA / "templates.csv", TEMPLATE_COLUMNS)
+    assert not tasks.duplicated(["task", "subject", "group"]).any()
+    sizes = (
+        tasks.groupby("task")["subject"]
+        .nunique()
+        .drop(["months-sequence", "months-arithmetic", "weekdays-sequence"])
+    )
+    assert len(sizes) >= 10
+    assert sizes.between(40, 90).all()
+    assert templates.groupby("task").size().between(2, 3).all()
+    answers = tasks.groupby("task")["answer"].nunique().loc[sizes.index]
+    assert (answers < sizes).sum() * 2 >= len(sizes)
+
+
+def test_the_texts_for_verdicts_are_new_of_twelve_kinds_and_end_in_varied_tokens(embedded: Decoder):
+    new, old = load_texts(), load_texts("contexts.csv")
+    assert len(new) == 400
+    assert new["kind"].nunique() == 12
+    assert not set(new["context"]) & set(old["context"])
+    last = [tokens[-1] for tokens in embedded.tokenizer(new["context"].tolist())["input_ids"]]
+    assert np.unique(last, return_counts=True)[1].max() <= 20
+    n_reader = sum(
+        len(tokens) - 1 for tokens in embedded.tokenizer(old["context"].tolist())["input_ids"]
+    )
+    assert n_reader >= 3000
