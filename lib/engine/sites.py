@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -28,12 +29,17 @@ from lib.engine.extraction import check_blocks, check_prompts
 from lib.engine.interventions import exchange
 from lib.engine.models import Decoder
 from lib.engine.passes import agree
+from lib.engine.replay import FrozenCache, ReplayUnsupportedError, run_prefix
 from lib.engine.structure import untuple
 from lib.engine.sweeps import BATCH_TOKENS, Measure, Sweep, position_table, sweep_blocks
 
 ROWS_AT_ONCE = 512
 N_TOKENS = 5  # of the prompt on which a block's parts are looked for
 Inputs = dict[str, Any]
+Places = tuple[Sequence[int], Sequence[int], int]
+"""Of a prompt: tokens that attend, tokens hidden from them, its length."""
+Head = tuple[int, int]
+"""A block and the number of one of its heads."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,9 @@ def sweep_sites(
         positions: `"last"`, one position per prompt, or several `[n_prompts, k]`.
         hidden: for each prompt the positions that are hidden, as many as there are to hide.
         blocks: the blocks, all by default.
-        read_ids, measure, description: those of `sweep_blocks`.
+        read_ids: tokens whose logits to return.
+        measure: as in `sweep_blocks`; it sees the indices of `pairs`.
+        description: what a progress display calls this sweep; None shows none.
 
     Raises:
         ValueError: a site, head, block, pair or position that does not exist, a model without such
@@ -180,6 +188,183 @@ def sweep_sites(
 
 def _of_pairs(measure: Measure, n_pairs: int) -> Measure:
     return lambda logits, copy: measure(logits, copy % n_pairs)
+
+
+def patch_heads(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    pairs: np.ndarray,
+    groups: Mapping[str, Sequence[Head]],
+    *,
+    hidden: Sequence[Sequence[int]] | None = None,
+    measure: Measure,
+) -> dict[str, np.ndarray]:
+    """Return the effect of exchanging chosen heads of any blocks together, at the last token.
+
+    Every head of a group puts out what it puts out on the donor's unedited prompt, while all else
+    follows from the edits of the blocks before it.
+
+    With `hidden` the heads instead lose sight of those tokens, as in `sweep_sites`; each pair then
+    names one prompt twice.
+
+    Args:
+        decoder: the model.
+        prompts: token ids; lengths may differ.
+        pairs: `[n_pairs, 2]`: index of the recipient among `prompts`, and of the donor.
+        groups: named groups of heads, each a block and a head's number; an empty one edits nothing.
+        hidden: for each prompt the positions that are hidden.
+        measure: as in `sweep_blocks`.
+
+    Returns:
+        What `measure` returned, by name `[n_groups, n_pairs]`.
+
+    Raises:
+        ValueError: a head, pair or position that does not exist, a model without such parts, or
+            tokens that cannot be hidden; the message says which.
+    """
+    where = position_table(prompts, "last")
+    check_prompts(decoder, prompts)
+    pairs = np.asarray(pairs)
+    _check_pairs(pairs, len(prompts))
+    wanted = tuple(sorted({block for group in groups.values() for block, _ in group}))
+    parts = dict(zip(wanted, find_parts(decoder, wanted), strict=True))
+    for name, group in groups.items():
+        for block, head in group:
+            _check_sites(decoder, {name: Site("attention", (head,))}, [parts[block]])
+    sites = dict.fromkeys(groups, ATTENTION)
+    hide = None if hidden is None else _check_hidden(prompts, pairs, sites, where, hidden)
+    outputs = dict(
+        zip(
+            wanted,
+            _read_outputs(
+                decoder, prompts, where, np.unique(pairs[:, 1]), wanted, tuple(parts.values()), None
+            ),
+            strict=True,
+        )
+    )
+    results: dict[str, np.ndarray] = {}
+    for recipients, table in _columns(prompts, pairs):
+        tokens = torch.tensor([list(prompts[r]) for r in recipients], device=decoder.device)
+        last = _LastToken(decoder, tokens)
+        for (number, group), column in product(enumerate(groups.values()), table.T):
+            donors = pairs[column, 1]
+            chosen = {
+                block: slice_of(
+                    parts[block],
+                    outputs[block].heads.shape[-1],
+                    [h for b, h in group if b == block],
+                )
+                for block in sorted({block for block, _ in group})
+            }
+            if hide is None:
+                new = {block: outputs[block].heads[donors, 0] for block in chosen}
+                edit = _put_heads(parts, chosen, new)
+            else:
+                places = [([len(prompts[r]) - 1], hide[r], len(prompts[r])) for r in recipients]
+                edit = _hide_from_heads(decoder, parts, chosen, places)
+            with edit, torch.inference_mode():
+                logits = decoder.unembed(decoder.final_norm(last())).float()
+                read = measure(logits, torch.as_tensor(column, device=logits.device))
+            for name, values in read.items():
+                if name not in results:
+                    results[name] = np.full((len(groups), len(pairs)), np.nan)
+                results[name][number, column] = values.double().cpu().numpy()
+    return results
+
+
+def _columns(
+    prompts: Sequence[Sequence[int]], pairs: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield recipients `[n]` of equal length and their pairs `[n, n_donors]`, some repeated."""
+    unique = np.unique(pairs[:, 0])
+    for rows in equal_length_rows([prompts[r] for r in unique], BATCH_TOKENS):
+        recipients = unique[rows]
+        own = [np.flatnonzero(pairs[:, 0] == r) for r in recipients]
+        yield recipients, np.stack([np.resize(part, max(map(len, own))) for part in own])
+
+
+class _LastToken:
+    """Runs prompts `[n, length]` again and again, only their last tokens where that is exact."""
+
+    def __init__(self, decoder: Decoder, tokens: Tensor) -> None:
+        self.decoder, self.tokens = decoder, tokens
+        self.inputs: Inputs = {"use_cache": False}
+        try:
+            prefix = run_prefix(decoder, tokens, tokens.shape[1] - 1)
+            exact = agree(self(), prefix.states[-1][:, -1])
+        except (ReplayUnsupportedError, RuntimeError, TypeError, ValueError, AttributeError):
+            exact = False  # the whole prompts are always right
+        if exact:
+            self.tokens = tokens[:, -1:]
+            self.inputs = {"past_key_values": prefix.cache, "use_cache": True}
+
+    def __call__(self) -> Tensor:
+        """Return the last token's residual stream after the last block `[n, d_model]`."""
+        states: list[Tensor] = []
+
+        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+            states.append(untuple(output)[:, -1])
+
+        handle = self.decoder.blocks[-1].register_forward_hook(keep)
+        try:
+            with torch.inference_mode():
+                self.decoder.model.base_model(self.tokens, **self.inputs)
+        finally:
+            handle.remove()
+        return states[-1]
+
+
+@contextmanager
+def _put_heads(
+    parts: Mapping[int, Parts], chosen: Mapping[int, Tensor], new: Mapping[int, Tensor]
+) -> Iterator[None]:
+    """Put `new` `[n, d]` in the place of the last token's heads, where `chosen` says, by block."""
+
+    def put(block: int) -> Callable[..., Any]:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            heads = args[0].reshape(len(new[block]), -1, args[0].shape[-1]).clone()
+            heads[:, -1, chosen[block]] = new[block].to(heads)[:, chosen[block]]
+            return (heads.view(args[0].shape), *args[1:])
+
+        return hook
+
+    with ExitStack() as stack:
+        for block in chosen:
+            hook = parts[block].projection.register_forward_pre_hook(put(block))
+            stack.callback(hook.remove)
+        yield
+
+
+@contextmanager
+def _hide_from_heads(
+    decoder: Decoder,
+    parts: Mapping[int, Parts],
+    chosen: Mapping[int, Tensor],
+    places: Sequence[Places],
+) -> Iterator[None]:
+    """Put in the place of the last token's heads what they put out with tokens hidden."""
+    blind: dict[int, Tensor] = {}
+
+    def look(block: int) -> Callable[..., None]:
+        def see(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            blind[block] = args[0].reshape(len(places), -1, args[0].shape[-1])[:, -1].clone()
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            call = _as_call(module, args, kwargs)
+            handle = parts[block].projection.register_forward_pre_hook(see, prepend=True)
+            try:
+                module.forward(call["hidden"], **_hide(call, block, places))
+            finally:
+                handle.remove()
+
+        return hook
+
+    with ExitStack() as stack:
+        for block in chosen:
+            hook = decoder.blocks[block].register_forward_pre_hook(look(block), with_kwargs=True)
+            stack.callback(hook.remove)
+        stack.enter_context(_put_heads(parts, chosen, blind))
+        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,10 +468,7 @@ def _watching(
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> None:
-            names = list(inspect.signature(module.forward).parameters)
-            others = {**dict(zip(names, args, strict=False)), **kwargs}
-            hidden = others.pop(names[0])
-            note(index, {"hidden": hidden, "others": others, "output": untuple(output)})
+            note(index, {**_as_call(module, args, kwargs), "output": untuple(output)})
 
         return hook
 
@@ -295,6 +477,13 @@ def _watching(
             block = decoder.blocks[index]
             stack.callback(block.register_forward_hook(keep(index), with_kwargs=True).remove)
         yield
+
+
+def _as_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    """Return a block's inputs by name: the residual stream as `hidden`, the `others` apart."""
+    names = list(inspect.signature(module.forward).parameters)
+    others = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {"hidden": others.pop(names[0]), "others": others}
 
 
 def _read_outputs(
@@ -328,9 +517,9 @@ def _read_outputs(
         seen["entering", block] = call["hidden"]
         seen["other_heads", block] = seen["heads", block]
         if hide is not None:
-            keys = [hide[members[row]] for row in rows]
+            places = [(where[m].tolist(), hide[m], len(prompts[m])) for m in members[rows]]
             own_mlp, slot = seen["mlp", block], "other_heads"
-            inputs = _hide(call, where[members[rows]], keys)
+            inputs = _hide(call, block, places)
             decoder.blocks[block].forward(call["hidden"], **inputs)
             seen["mlp", block], slot = own_mlp, "heads"
 
@@ -354,22 +543,28 @@ def _read_outputs(
     return [_Outputs(*(kept[name, block] for name in names)) for block in wanted]
 
 
-def _hide(call: Inputs, where: np.ndarray, keys: Sequence[Sequence[int]]) -> Inputs:
-    """Return a block's inputs under a mask that hides `keys` from each prompt's tokens `where`."""
-    n, length = call["hidden"].shape[:2]
-    mask = _whole_mask(call).expand(n, -1, -1, -1).clone()
-    for row, (queries, hidden) in enumerate(zip(where.tolist(), keys, strict=True)):
+def _hide(call: Inputs, block: int, places: Sequence[Places]) -> Inputs:
+    """Return a block's inputs under a mask that hides tokens, row by row, from others."""
+    mask = _whole_mask(call, block).expand(len(places), -1, -1, -1).clone()
+    n_queries, n_keys = mask.shape[-2:]
+    for row, (queries, hidden, length) in enumerate(places):
         for query in queries:
-            mask[row, :, query, list(hidden)] = _nothing(mask)
+            for key in hidden:
+                at = (query - length + n_queries, key - length + n_keys)  # counted from the end
+                if min(at) >= 0:  # a sliding window has left the others behind
+                    mask[row, :, *at] = _nothing(mask)
     return {**call["others"], "attention_mask": mask}
 
 
-def _whole_mask(call: Inputs) -> Tensor:
-    """Return the mask `[·, 1, length, length]` that a block received, made if it received none."""
+def _whole_mask(call: Inputs, block: int) -> Tensor:
+    """Return the mask `[·, 1, queries, keys]` that a block received, made if it received none."""
     length, mask = call["hidden"].shape[1], call["others"].get("attention_mask")
     if mask is None:  # transformers leaves out a mask that hides nothing but the future
-        seen = torch.ones(length, length, dtype=torch.bool, device=call["hidden"].device)
-        mask = seen.tril()[None, None]
+        held = [value for value in call["others"].values() if isinstance(value, FrozenCache)]
+        layers: Any = held[0].layers if held else []
+        before = layers[block].keys.shape[-2] if held else 0
+        seen = torch.ones(length, before + length, dtype=torch.bool, device=call["hidden"].device)
+        mask = seen.tril(before)[None, None]
     return mask
 
 
@@ -409,7 +604,7 @@ def _look(decoder: Decoder) -> dict[int, Parts | str]:
     for index, call in calls.items():
         try:
             found[index] = _find(decoder, index, call, ran[index], alone)
-        except _NotParts as reason:
+        except _NotPartsError as reason:
             kinds = dict.fromkeys(
                 type(child).__name__ for child in decoder.blocks[index].children()
             )
@@ -419,7 +614,7 @@ def _look(decoder: Decoder) -> dict[int, Parts | str]:
     return found
 
 
-class _NotParts(Exception):
+class _NotPartsError(Exception):
     """The modules of a block do not behave as attention, heads and MLP."""
 
 
@@ -433,12 +628,14 @@ def _find(
     """Return the parts of a block from what its modules received and put out, and test them."""
     n_heads = getattr(decoder.model.config.get_text_config(), "num_attention_heads", None)
     if not isinstance(n_heads, int):
-        raise _NotParts("its configuration names no number of attention heads")
+        raise _NotPartsError("its configuration names no number of attention heads")
     before, multiplier, after = _summands(call, ran)
     attention, mlp = ran[before][0], ran[after][0]
     linear = [entry for entry in ran[: before + 1] if _is_linear(entry[0])]
     if not linear or linear[-1][1].shape[-1] % n_heads:
-        raise _NotParts(f"no output projection of {n_heads} heads was found before the addition")
+        raise _NotPartsError(
+            f"no output projection of {n_heads} heads was found before the addition"
+        )
     projection, heads, _ = linear[-1]
     parts = Parts(attention, mlp, projection, n_heads, multiplier)
     heads = heads.reshape(*call["output"].shape[:2], -1)
@@ -446,15 +643,15 @@ def _find(
     try:
         again = alone(index, parts, call["hidden"], heads, None)
     except refusals as error:
-        raise _NotParts("it cannot be run on one token alone") from error
+        raise _NotPartsError("it cannot be run on one token alone") from error
     if not agree(call["output"].float().cpu()[:, 1:], again[:, 1:]):  # without the sink
-        raise _NotParts("other tokens reach its output by another way than the heads")
+        raise _NotPartsError("other tokens reach its output by another way than the heads")
     try:
         changed = _heads_changed_by_masks(decoder.blocks[index], call, parts)
     except refusals as error:
-        raise _NotParts("it takes no mask that hides tokens head by head") from error
+        raise _NotPartsError("it takes no mask that hides tokens head by head") from error
     if not torch.equal(changed, torch.eye(n_heads, dtype=torch.bool)):
-        raise _NotParts("a mask for one head does not change that head's output alone")
+        raise _NotPartsError("a mask for one head does not change that head's output alone")
     return parts
 
 
@@ -480,7 +677,7 @@ def _summands(
             missed = (step.to(total.device) - factor * total).abs().max()
             if second > first and bool(missed <= room):
                 return first, float(factor), second
-    raise _NotParts("no two of its modules' outputs add up to what it adds")
+    raise _NotPartsError("no two of its modules' outputs add up to what it adds")
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -500,7 +697,7 @@ def _heads_changed_by_masks(block: nn.Module, call: Inputs, parts: Parts) -> Ten
     def see(_module: nn.Module, args: tuple[Any, ...]) -> None:
         seen.append(args[0].reshape(*call["hidden"].shape[:2], parts.n_heads, -1)[0, -1])
 
-    whole = _whole_mask(call).expand(-1, parts.n_heads, -1, -1)
+    whole = _whole_mask(call, 0).expand(-1, parts.n_heads, -1, -1)
     masks = [whole]
     for head in range(parts.n_heads):
         masks.append(whole.clone())
