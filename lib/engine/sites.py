@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from lib.engine.batches import equal_length_rows
+from lib.engine.edits import exchange
 from lib.engine.extraction import check_blocks, check_prompts
-from lib.engine.interventions import exchange
 from lib.engine.models import Decoder
 from lib.engine.passes import agree
 from lib.engine.replay import FrozenCache, ReplayUnsupportedError, run_prefix
