@@ -205,28 +205,38 @@ def by_block(group: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
     return {block: [head for own, head in group if own == block] for block, _ in group}
 
 
-def test_heads_of_several_blocks_together_equal_full_recompute(parted: Decoder) -> None:
-    read = patch_heads(parted, PROMPTS, PAIRS, GROUPS, measure=logits_of_tokens)
+def check_groups(decoder: Decoder, groups: dict[str, list[tuple[int, int]]]) -> None:
+    """Compare `patch_heads` with one plain pass a group and pair."""
+    read = patch_heads(decoder, PROMPTS, PAIRS, groups, measure=logits_of_tokens)
     logits = np.stack([read[str(token)] for token in ALL], axis=-1)
     where = [len(prompt) - 1 for prompt in PROMPTS]
-    for number, group in enumerate(GROUPS.values()):
+    for number, group in enumerate(groups.values()):
         for row, pair in enumerate(PAIRS.tolist()):
             hooks = [
-                exchange_hook(parted, Site("attention", tuple(heads)), block, pair, where)
+                exchange_hook(decoder, Site("attention", tuple(heads)), block, pair, where)
                 for block, heads in by_block(group).items()
             ]
-            expected = run_hooked(parted, PROMPTS[pair[0]], hooks).numpy()
+            expected = run_hooked(decoder, PROMPTS[pair[0]], hooks).numpy()
             assert np.abs(logits[number, row] - expected).max() < 1e-4
+
+
+def check_blinded_groups(decoder: Decoder, groups: dict[str, list[tuple[int, int]]]) -> None:
+    """Compare `patch_heads` of hidden tokens with one plain pass under masks a group and pair."""
+    same = np.array([[0, 0], [1, 1], [3, 3]])
+    read = patch_heads(decoder, PROMPTS, same, groups, hidden=HIDDEN, measure=logits_of_tokens)
+    logits = np.stack([read[str(token)] for token in ALL], axis=-1)
+    for number, group in enumerate(groups.values()):
+        for row, prompt in enumerate(same[:, 0]):
+            expected = with_tokens_hidden(decoder, by_block(group), prompt).numpy()
+            assert np.abs(logits[number, row] - expected).max() < 1e-4
+
+
+def test_heads_of_several_blocks_together_equal_full_recompute(parted: Decoder) -> None:
+    check_groups(parted, GROUPS)
 
 
 def test_hiding_tokens_from_heads_of_several_blocks_equals_a_mask(parted: Decoder) -> None:
-    same = np.array([[0, 0], [1, 1], [3, 3]])
-    read = patch_heads(parted, PROMPTS, same, GROUPS, hidden=HIDDEN, measure=logits_of_tokens)
-    logits = np.stack([read[str(token)] for token in ALL], axis=-1)
-    for number, group in enumerate(GROUPS.values()):
-        for row, prompt in enumerate(same[:, 0]):
-            expected = with_tokens_hidden(parted, by_block(group), prompt).numpy()
-            assert np.abs(logits[number, row] - expected).max() < 1e-4
+    check_blinded_groups(parted, GROUPS)
 
 
 def test_attention_and_mlp_add_up_to_the_step_and_heads_to_the_attention(parted: Decoder) -> None:
@@ -274,6 +284,9 @@ def test_a_hybrid_is_swept_in_its_blocks_that_attend() -> None:
         for index, block in enumerate([3, 1]):
             expected = with_exchange(decoder, site, block, [0, 3], where).numpy()
             assert np.abs(sweep.logits[number, index, 1] - expected).max() < 1e-4
+    group = {"across blocks": [(1, 2), (3, 0), (3, 3)]}
+    check_groups(decoder, group)  # from whole prompts: a state-space cache is not shared
+    check_blinded_groups(decoder, group)
 
 
 def test_an_exchange_with_oneself_changes_nothing(llama: Decoder) -> None:
