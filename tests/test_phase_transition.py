@@ -14,7 +14,7 @@ from lib.claims import phase_transition as claim
 from lib.claims.phase_transition import Arms
 from lib.engine.models import load_decoder
 from lib.evidence.criteria import claim_verdict, judge
-from lib.evidence.tasks import Pairs, build_task, load_tasks
+from lib.evidence.tasks import Pairs, build_task, exchange_pairs, load_tasks
 from lib.evidence.transfer import Transfer, read_tasks
 from lib.science.estimate import Estimate, Untested, mean_over_units
 
@@ -49,11 +49,11 @@ def trial(tiny):
 
 @pytest.fixture(scope="module")
 def pairs(trial):
-    return claim.choose_pairs(trial)
+    return claim.choose_pairs(trial, n_donors=3)
 
 
 def recompute(trial, row, position, block, state):
-    """Log-probabilities after a prompt with the state after a block overwritten, by a plain hook."""
+    """Log-probabilities after a prompt whose state after a block is overwritten, by a hook."""
     decoder = trial.decoder
 
     def overwrite(_module, _inputs, output):
@@ -217,9 +217,9 @@ def test_one_task_has_no_spread():
 # --- twins ----------------------------------------------------------------------------------------
 
 
-def smooth(seed):
+def smooth(seed, name="made"):
     climb = np.linspace(0.1, 0.6 + seed / 20, L)
-    return made_arms(0.45 * (1 - climb), climb, noise=0.05, seed=seed)
+    return made_arms(0.45 * (1 - climb), climb, noise=0.05, seed=seed, name=name)
 
 
 def test_hand_over_beyond_twins_is_a_difference_with_seeds_as_units():
@@ -251,18 +251,17 @@ def test_over_seeds_names_the_reason_of_a_lost_seed():
 
 
 def test_twins_are_measured_on_pairs_of_the_trained_model(trial, pairs):
-    kept = claim.thin_pairs(trial.task, pairs, 8)
-    short = claim.one_template(trial.task)
-    assert len(kept) == 8
-    assert len(set(pairs.unit[kept])) == 8
-    for row in pairs.prompts[kept].ravel():
-        assert short.tokens[row] == trial.task.tokens[row]
-    assert short.n_prompts == 12
-    twin = read_tasks(trial.decoder, {"tiny": short})["tiny"]  # the same network, fewer prompts
-    few = claim.measure_arms(twin, pairs.where(kept), [0, 2])
-    whole = claim.measure_arms(trial, pairs).restrict(kept, [0, 2])
+    kept = claim.thin(pairs, 8)
+    assert len(set(pairs.unit[kept])) == len(kept) == 8
+    task, few = claim.needed_prompts(trial.task, pairs.where(kept))
+    for own, whole in zip(few.prompts.ravel(), pairs.prompts[kept].ravel(), strict=True):
+        assert task.tokens[own] == trial.task.tokens[whole]
+    assert task.n_prompts == len(np.unique(pairs.prompts[kept]))
+    twin = read_tasks(trial.decoder, {"tiny": task})["tiny"]  # the same network, fewer prompts
+    found = claim.measure_arms(twin, few, [0, 2])
+    expected = claim.measure_arms(trial, pairs).restrict(kept, [0, 2])
     for arm in NAMES:
-        a, b = few.curve(arm), whole.curve(arm)
+        a, b = found.curve(arm), expected.curve(arm)
         assert a.value == pytest.approx(b.value, abs=1e-4)
         assert a.units == b.units
 
@@ -283,13 +282,16 @@ def test_disturbance_equals_a_full_recompute(trial, pairs, arm):
 
 def test_self_donor_changes_nothing(trial, embedded):
     assert claim.self_donor(trial) <= 1e-5
-    real = read_tasks(embedded, load_tasks(embedded, ["capitals"]))["capitals"]
+    task = load_tasks(embedded, ["capitals"])["capitals"]
+    few, _ = claim.needed_prompts(task, exchange_pairs(task).where(np.arange(2)))
+    real = read_tasks(embedded, {"capitals": few})["capitals"]
     assert claim.self_donor(real, 2) <= 1e-5
 
 
 def test_same_answer_ratio_is_one_of_sums_over_subjects(trial, pairs):
     found = claim.same_answer_disturbance(trial, pairs)
     alike = claim.choose_pairs(trial, same_answer=True)
+    assert len(alike) == 12
     blocks = claim.carrying_blocks(trial.decoder.n_blocks)
     for index, (arm, block) in enumerate(blocks.items()):
         sums = []
@@ -351,18 +353,11 @@ def test_controls_are_measured_where_each_arm_carries(tiny, trial, pairs, monkey
 
     monkeypatch.setattr(claim, "measure_transfer", spy)
     found = claim.measure_controls(trial, tiny["other"], pairs)
-    assert set(asked) == {("subject", (2,), 12), ("last", (2,), 12)}
+    assert set(asked) == {("subject", (2,), 36), ("last", (2,), 36)}
     for one in found.values():
         assert one.value.shape == (2,)
         assert one.n_units == 12
     assert claim.carrying_blocks(30) == {"context arm": 12, "prediction arm": 25}
-
-
-def test_one_donor_each_spreads_templates(trial, pairs):
-    few = claim.one_donor_each(pairs)
-    assert sorted(few.unit) == list(range(12))
-    templates = trial.task.prompts["template"].to_numpy()[few.prompts[:, 0]]
-    assert set(templates) == {0, 1, 2}
 
 
 # --- steering -------------------------------------------------------------------------------------
@@ -445,7 +440,7 @@ def test_a_task_with_groups_needs_one_that_passes_the_gate(trial, monkeypatch):
 
 def test_a_task_without_groups_needs_no_right_answer(trial):
     assert trial.gate is not None
-    assert len(claim.choose_pairs(trial)) == 36
+    assert len(claim.choose_pairs(trial)) == 12
 
 
 def every_statistic(arms, twins):
@@ -471,7 +466,10 @@ def every_statistic(arms, twins):
 
 def smooth_twins(names):
     return [
-        {name: smooth(seed).restrict(np.arange(40), claim.twin_blocks(L)) for name in names}
+        {
+            name: replace(smooth(seed), is_seed=True).restrict(np.arange(40), claim.twin_blocks(L))
+            for name in names
+        }
         for seed in range(5)
     ]
 
@@ -493,7 +491,7 @@ def test_a_sharp_switch_is_supported_and_its_twins_are_not():
 
 def test_a_slow_hand_over_is_refuted():
     names = ["a", "b", "c"]
-    arms = {name: replace(smooth(i), n_blocks=L) for i, name in enumerate(names)}
+    arms = {name: smooth(i, name) for i, name in enumerate(names)}
     own, theirs = every_statistic(arms, smooth_twins(names))
     records = judge(claim.CLAIM, "m", own, theirs)
     assert claim_verdict(records, claim.CLAIM, "m").verdict == "refuted"
@@ -514,10 +512,10 @@ def test_arms_that_are_exchanged_refute_the_claim():
 
 
 def test_the_default_model_hands_over_from_subject_to_last_token(embedded):
-    task = claim.one_template(load_tasks(embedded, ["capitals"])["capitals"])
+    whole = load_tasks(embedded, ["capitals"])["capitals"]
+    pairs = exchange_pairs(whole, n_donors=1)
+    task, few = claim.needed_prompts(whole, pairs.where(claim.thin(pairs, 6)))
     real = read_tasks(embedded, {"capitals": task})["capitals"]
-    pairs = claim.choose_pairs(real)
-    few = pairs.where(claim.thin_pairs(task, pairs, 6))
     arms = claim.measure_arms(real, few, [12, 26])
     assert arms.curve("context arm").value == pytest.approx([1, 0], abs=0.2)
     assert arms.curve("prediction arm").value == pytest.approx([0, 1], abs=0.2)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.engine.interventions import add, exchange, random_directions
-from lib.engine.steering import held_out_centroids
+from lib.engine.edits import Add, Exchange
 from lib.engine.store import recall_sweep
+from lib.engine.vectors import held_out_centroids, random_directions
 from lib.evidence.tasks import Pairs, Task, exchange_pairs
 from lib.evidence.transfer import (
     ARMS,
@@ -44,6 +44,8 @@ from lib.science.estimate import (
 from lib.science.geometry import angles, jeffreys_divergence
 
 CLAIM = "phase-transition"
+N_DONORS = 1
+"""Donors of a subject: with this many subjects a second one says little that is new."""
 CONTROLS = ("random_direction", "covariance_matched", "other_task")
 SEEDS = "seeds"
 MOST_LOST = 0.25
@@ -58,10 +60,13 @@ class Arms:
     Attributes:
         n_blocks: L of the model.
         transfers: what the exchange did, by arm, at the same blocks.
+        is_seed: whether they are one twin's: a seed is one number, so the draws over subjects are
+            not looked at, and only two of them are kept.
     """
 
     n_blocks: int
     transfers: Mapping[Arm, Transfer]
+    is_seed: bool = False
 
     @property
     def blocks(self) -> list[int]:
@@ -72,7 +77,10 @@ class Arms:
     def curve(self, arm: Arm) -> Measured:
         """Return T at each of `blocks`."""
         transfer = self.transfers[arm]
-        return transfer.estimate().at([transfer.blocks.index(block) for block in self.blocks])
+        found = transfer.estimate().at([transfer.blocks.index(block) for block in self.blocks])
+        if self.is_seed and isinstance(found, Estimate):
+            return replace(found, draws=found.draws[:1].repeat(3, axis=0))
+        return found
 
     def mean(self, arm: Arm, chosen: Sequence[int] | range) -> Measured:
         """Return the mean T over those of the chosen blocks that were measured."""
@@ -100,7 +108,9 @@ class Arms:
 # --- pairs ----------------------------------------------------------------------------------------
 
 
-def choose_pairs(trial: Trial, *, same_answer: bool = False) -> Pairs | Untested:
+def choose_pairs(
+    trial: Trial, *, n_donors: int = N_DONORS, same_answer: bool = False
+) -> Pairs | Untested:
     """Return the task's pairs, of all prompts, or of the groups that pass the gate.
 
     Transfer needs no right answers. But a task with groups (the offsets of month arithmetic) is
@@ -110,33 +120,23 @@ def choose_pairs(trial: Trial, *, same_answer: bool = False) -> Pairs | Untested
     if grouped and trial.gate is not None:
         return trial.gate
     groups = trial.able_groups if grouped else None
-    pairs = exchange_pairs(trial.task, same_answer=same_answer, groups=groups)
+    pairs = exchange_pairs(trial.task, n_donors=n_donors, same_answer=same_answer, groups=groups)
     if len(np.unique(pairs.unit)) < FEWEST_UNITS:
         kind = "of the same answer" if same_answer else "of another answer"
         return Untested(f"donors {kind} for {len(np.unique(pairs.unit))} subjects")
     return pairs
 
 
-def one_template(task: Task) -> Task:
-    """Return the task with its first template alone; its prompts keep their numbers."""
-    return replace(task, prompts=task.prompts[task.prompts["template"] == 0])
+def thin(pairs: Pairs, most: int) -> np.ndarray:
+    """Return which pairs are kept where `most` of them have to do, spread evenly `[n_kept]`."""
+    return np.unique(np.linspace(0, len(pairs) - 1, min(most, len(pairs))).round().astype(int))
 
 
-def thin_pairs(task: Task, pairs: Pairs, most: int) -> np.ndarray:
-    """Return which pairs twins are measured on: of the first template, one a subject, few.
-
-    Indices `[n_kept]`, at most `most`, spread evenly.
-    """
-    template = task.prompts["template"].to_numpy()[pairs.prompts[:, 0]]
-    first = np.flatnonzero(template == 0)
-    kept: np.ndarray = first[np.unique(pairs.unit[first], return_index=True)[1]]
-    return kept[np.unique(np.linspace(0, len(kept) - 1, min(most, len(kept))).round().astype(int))]
-
-
-def one_donor_each(pairs: Pairs) -> Pairs:
-    """Return one pair a subject, in turn its first, second, … so that templates are spread."""
-    rows = [np.flatnonzero(pairs.unit == unit) for unit in np.unique(pairs.unit)]
-    return pairs.where(np.array([own[n % len(own)] for n, own in enumerate(rows)]))
+def needed_prompts(task: Task, pairs: Pairs) -> tuple[Task, Pairs]:
+    """Return the task with only the prompts that the pairs need, and the pairs numbered in it."""
+    rows, place = np.unique(pairs.prompts, return_inverse=True)
+    prompts = task.prompts.iloc[rows].reset_index(drop=True)
+    return replace(task, prompts=prompts), replace(pairs, prompts=place.reshape(-1, 2))
 
 
 def twin_blocks(n_blocks: int) -> list[int]:
@@ -162,7 +162,7 @@ def measure_arms(trial: Trial, pairs: Pairs, blocks: Sequence[int] | None = None
         )
         for arm, site in ARMS.items()
     }
-    return Arms(trial.decoder.n_blocks, transfers)
+    return Arms(trial.decoder.n_blocks, transfers, is_seed=trial.decoder.untrained)
 
 
 def switch(arms: Arms) -> dict[str, Measured]:
@@ -292,13 +292,12 @@ def control_states(
 def measure_controls(trial: Trial, other: Trial, pairs: Pairs) -> dict[str, Measured]:
     """Return T towards the nominal donor of each control, [context arm, prediction arm] `[2]`.
 
-    Each arm is measured where it carries (`carrying_blocks`), one donor a subject.
+    Each arm is measured where it carries (`carrying_blocks`).
     """
-    few = one_donor_each(pairs)
     found: dict[str, list[Measured]] = {name: [] for name in CONTROLS}
     for arm, block in carrying_blocks(trial.decoder.n_blocks).items():
-        for name, states in control_states(trial, other, few, arm, [block]).items():
-            transfer = measure_transfer(trial, few, ARMS[arm], donors=states, blocks=[block])
+        for name, states in control_states(trial, other, pairs, arm, [block]).items():
+            transfer = measure_transfer(trial, pairs, ARMS[arm], donors=states, blocks=[block])
             found[name].append(transfer.estimate().at(0))
     return {name: stack(*both) for name, both in found.items()}
 
@@ -312,7 +311,7 @@ def disturbance(trial: Trial, pairs: Pairs, arm: Arm, block: int) -> np.ndarray:
         trial.decoder,
         task.tokens,
         pairs.prompts,
-        {"edit": exchange},
+        {"edit": Exchange()},
         positions=task.subject_positions if arm == "context arm" else last,
         blocks=[block],
         measure=DivergenceFromDonor(trial.logits[own], index),
@@ -380,7 +379,7 @@ def alignment(trial: Trial, transfer: Transfer) -> Measured:
         own = cell[cell["unit"].isin(units)].sort_values("unit")
         if len(own) < len(units):
             continue  # a group that lacks some of the subjects
-        rows = torch.as_tensor(own.index.to_numpy())
+        rows = torch.as_tensor(own.index.to_numpy(copy=True))
         by_block = [angles(states[block, rows]) for block in range(len(states) - 1)]
         found.append(correlate(by_block, jeffreys_divergence(logits[rows]), whole.units))
     if not found:
@@ -423,7 +422,7 @@ def measure_steering(trial: Trial, pairs: Pairs, arm: Arm, blocks: Sequence[int]
         trial,
         pairs,
         site,
-        edit=add,
+        edit=Add(),
         donors=to - away,
         blocks=blocks,
         description=f"{task.name}: steering, {arm}",
