@@ -137,9 +137,7 @@ def new_model(kind: str, seed: int, *, d_vocab: int) -> LlamaForCausalLM:
     """
     if kind not in RECIPES:
         raise ValueError(f"Unknown kind of norm {kind!r}; known are: {', '.join(RECIPES)}.")
-    config = LlamaConfig(
-        vocab_size=d_vocab, name_or_path=f"{kind}, seed {seed}", **CONFIGURATION
-    )
+    config = LlamaConfig(vocab_size=d_vocab, name_or_path=f"{kind}, seed {seed}", **CONFIGURATION)
     with torch.random.fork_rng(devices=[]):  # Llama's own initial weights are drawn, and replaced
         model = LlamaForCausalLM(config)
     generator = torch.Generator().manual_seed(seed)
@@ -150,9 +148,7 @@ def new_model(kind: str, seed: int, *, d_vocab: int) -> LlamaForCausalLM:
     for block in model.model.layers:
         block.input_layernorm = _norm(kind, block.input_layernorm)
         block.post_attention_layernorm = _norm(kind, block.post_attention_layernorm)
-    model.model.norm = (
-        nn.Identity() if kind == "no-final-norm" else _norm(kind, model.model.norm)
-    )
+    model.model.norm = nn.Identity() if kind == "no-final-norm" else _norm(kind, model.model.norm)
     return model
 
 
