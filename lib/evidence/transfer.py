@@ -1,0 +1,295 @@
+"""Transfer: how much of the donor's prediction an edit of the recipient brings through.
+
+T = 1 − Σ KL(p_y ‖ p_edited) / Σ KL(p_y ‖ p_x), sums over the pairs of the units drawn, p over the
+full vocabulary at the last token. 0: nothing happened; 1: the donor's prediction came through
+whole; below 0: further from it than before. It needs no right answer and no gate, so a model and
+its untrained twins are measured on the same pairs.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.engine.extraction import Positions, check_blocks, logit_lens
+from lib.engine.interventions import Edit, exchange
+from lib.engine.models import Decoder
+from lib.engine.store import recall_residuals, recall_sweep
+from lib.evidence.tasks import Pairs, Task
+from lib.science.estimate import Measured, Untested, mean_over_units, ratio_of_sums, sums_by_unit
+
+Site = Literal["subject", "last", "subject's tokens", "between"]
+Arm = Literal["context arm", "prediction arm"]
+ARMS: Mapping[Arm, Site] = {"context arm": "subject", "prediction arm": "last"}
+GATE = 0.8
+ROWS_AT_ONCE = 32
+LEAST_DIVERGENCE = 1e-9
+"""Nats; below it donor and recipient predict the same, and nothing can be transferred."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A task as one model reads it.
+
+    Attributes:
+        task: the task.
+        decoder: the model.
+        last_states: residual streams after the last block at the last token `[n_prompts, d_model]`.
+    """
+
+    task: Task
+    decoder: Decoder
+    last_states: Tensor
+
+    @property
+    def logits(self) -> Tensor:
+        """Next-token logits after each prompt `[n_prompts, d_vocab]`, computed at each call."""
+        return logit_lens(self.decoder, self.last_states)
+
+    @property
+    def answer_logits(self) -> np.ndarray:
+        """Logits of the closed answer set `[n_prompts, n_answers]`."""
+        found: np.ndarray = logit_lens(
+            self.decoder, self.last_states, self.task.answer_ids.tolist()
+        ).numpy()
+        return found
+
+    @property
+    def correct(self) -> np.ndarray:
+        """Whether the largest logit of the closed set is the right answer's `[n_prompts]`."""
+        right: np.ndarray = self.answer_logits.argmax(-1) == self.task.answer_index
+        return right
+
+    @property
+    def accuracy(self) -> float:
+        """The share of prompts that are answered rightly."""
+        return float(self.correct.mean())
+
+    @property
+    def able_groups(self) -> list[str]:
+        """The task's groups whose accuracy is at least 0.8; [""] or [] where there are none."""
+        share = self.task.prompts.assign(correct=self.correct).groupby("group")["correct"].mean()
+        return [str(group) for group, value in share.items() if value >= GATE]
+
+    @property
+    def gate(self) -> Untested | None:
+        """Why nothing can be said of right answers; None where the model is able to do the task."""
+        if self.able_groups:
+            return None
+        return Untested(f"accuracy {self.accuracy:.2f}, {GATE} is needed")
+
+    def states(self, site: Literal["subject", "last"]) -> Tensor:
+        """Return the residual streams at one site `[n_blocks, n_prompts, d_model]`."""
+        where: Positions = self.task.subject_positions if site == "subject" else "last"
+        return recall_residuals(self.decoder, self.task.tokens, positions=where).states
+
+
+def read_tasks(
+    decoder: Decoder, tasks: Mapping[str, Task | Untested]
+) -> dict[str, Trial | Untested]:
+    """Return each task as the model reads it; what was untested stays so."""
+    result: dict[str, Trial | Untested] = {}
+    for name, task in tasks.items():
+        if isinstance(task, Untested):
+            result[name] = task
+            continue
+        states = recall_residuals(decoder, task.tokens, description=f"{name}: read").states
+        result[name] = Trial(task, decoder, states[-1].clone())
+    return result
+
+
+@dataclass(frozen=True, eq=False)
+class DivergenceFromDonor:
+    """The measure of a sweep: KL(p_y ‖ q), and the closed set's choice.
+
+    Attributes:
+        donor_logits: next-token logits of the donors' own prompts `[n_prompts, d_vocab]`.
+        donors: index into them of each pair's donor `[n_pairs]`.
+    """
+
+    donor_logits: Tensor
+    donors: np.ndarray
+
+    def __call__(self, logits: Tensor, pair: Tensor) -> dict[str, Tensor]:
+        """Return `kl_nats` `[n_rows]`, float64, of edited logits `[n_rows, d_vocab]`."""
+        parts = [
+            self._divergence(logits[rows], self.donors[pair[rows].cpu().numpy()])
+            for rows in torch.arange(len(pair)).split(ROWS_AT_ONCE)
+        ]
+        return {"kl_nats": torch.cat(parts)}
+
+    def _divergence(self, logits: Tensor, donors: np.ndarray) -> Tensor:
+        unique, index = np.unique(donors, return_inverse=True)
+        log_p = torch.log_softmax(self.donor_logits[unique].double(), -1)
+        p = log_p.exp()
+        negative_entropy = (p * log_p).sum(-1)
+        z = logits.double().cpu()
+        place = torch.as_tensor(index)
+        mean = (z * p[place]).sum(-1)
+        return (negative_entropy[place] - mean + z.logsumexp(-1)).clamp(min=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Transfer:
+    """What an edit did to every pair, by block.
+
+    Attributes:
+        blocks: after which the edit was made.
+        after: KL(p_y ‖ p_edited) in nats `[n_blocks, n_pairs]`.
+        before: KL(p_y ‖ p_x) in nats `[n_pairs]`.
+        choice: the closed set's largest logit after the edit, an answer `[n_blocks, n_pairs]`.
+        target: the donor's right answer `[n_pairs]`.
+        unit: the recipient's subject `[n_pairs]`.
+        units: what the units are called.
+        n_units: how many there are.
+    """
+
+    blocks: tuple[int, ...]
+    after: np.ndarray
+    before: np.ndarray
+    choice: np.ndarray
+    target: np.ndarray
+    unit: np.ndarray
+    units: str
+    n_units: int
+
+    def estimate(self) -> Measured:
+        """Return T at each block, drawn over units."""
+        units, unit = np.unique(self.unit, return_inverse=True)
+        below = sums_by_unit(self.before, unit, len(units))
+        if len(units) < 3:
+            return Untested(f"pairs of {len(units)} subjects")
+        if below.sum() < LEAST_DIVERGENCE * len(self.before):
+            return Untested("the predictions are all alike")
+        above = sums_by_unit(self.after, unit, len(units))
+        both = np.broadcast_to(below[:, None], above.shape)
+        return ratio_of_sums(both - above, both, self._named(units))
+
+    def flip_rate(self) -> Measured:
+        """Return the share of pairs whose choice became the donor's answer, a mean over units."""
+        units, unit = np.unique(self.unit, return_inverse=True)
+        counts = np.bincount(unit)
+        flipped = sums_by_unit(self.choice == self.target, unit, len(units)) / counts[:, None]
+        return mean_over_units(flipped, self._named(units), share=True)
+
+    def _named(self, units: np.ndarray) -> str:
+        """Name the units; a part of them is told from the whole, and from other parts."""
+        if len(units) == self.n_units:
+            return self.units
+        return f"{self.units} ({hashlib.sha256(units.tobytes()).hexdigest()[:8]})"
+
+
+def measure_transfer(
+    trial: Trial,
+    pairs: Pairs,
+    site: Site,
+    *,
+    edit: Edit = exchange,
+    donors: Tensor | None = None,
+    blocks: Sequence[int] | None = None,
+    description: str | None = None,
+) -> Transfer:
+    """Return what an edit at `site` does to every pair, after each block.
+
+    Args:
+        trial: the task and the model.
+        pairs: recipients and donors.
+        site: `"last"`: the last token; `"subject"`: the last of the subject's tokens;
+            `"subject's tokens"`: all of them; `"between"`: from the subject to the last token but
+            one. Pairs whose tokens do not line up are left out of the last two.
+        edit: what is done there.
+        donors: what the edit takes, one a pair `[n_blocks, n_pairs, d_model]` in the order of
+            `blocks`; by default the donor prompt's own state at the site.
+        blocks: after which to edit, all by default.
+        description: what a progress display calls this.
+
+    Raises:
+        ValueError: as `lib.engine.sweeps.sweep_blocks`.
+    """
+    wanted = check_blocks(trial.decoder, blocks)
+    pairs, classes = _classes(trial.task, pairs, site, mirror=edit is exchange and donors is None)
+    logits = trial.logits
+    before = divergence(logits, pairs.prompts[:, 1], pairs.prompts[:, 0])
+    after = np.empty((len(wanted), len(pairs)))
+    choice = np.empty((len(wanted), len(pairs)), dtype=np.int64)
+    for positions, rows, mirrored in classes:
+        asked = pairs.prompts[rows]
+        measure = DivergenceFromDonor(logits[np.unique(asked[:, 1])], _ranks(asked[:, 1]))
+        swept = asked[:, ::-1] if mirrored else asked
+        own = None
+        if donors is not None:
+            swept = np.stack([asked[:, 0], np.arange(len(asked))], axis=1)
+            own = donors[:, torch.as_tensor(rows)]
+        sweep = recall_sweep(
+            trial.decoder,
+            trial.task.tokens,
+            swept,
+            {"edit": edit},
+            positions=positions,
+            donors=own,
+            blocks=wanted,
+            read_ids=trial.task.answer_ids.tolist(),
+            measure=measure,
+            description=description,
+        )
+        after[:, rows] = sweep.measures["kl_nats"][0]
+        choice[:, rows] = sweep.logits[0].argmax(-1)
+    task = trial.task
+    target = task.answer_index[pairs.prompts[:, 1]]
+    return Transfer(wanted, after, before, choice, target, pairs.unit, task.units, task.n_units)
+
+
+def divergence(logits: Tensor, of: np.ndarray, from_: np.ndarray) -> np.ndarray:
+    """Return KL(p_of ‖ p_from) of rows of logits `[n_prompts, d_vocab]` in nats `[n_pairs]`."""
+    measure = DivergenceFromDonor(logits, of)
+    rows = torch.arange(len(of)).split(ROWS_AT_ONCE)
+    parts = [measure(logits[from_[part.numpy()]], part)["kl_nats"] for part in rows]
+    found: np.ndarray = torch.cat(parts).numpy()
+    return found
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    found: np.ndarray = np.unique(values, return_inverse=True)[1]
+    return found
+
+
+def _classes(
+    task: Task, pairs: Pairs, site: Site, mirror: bool
+) -> tuple[Pairs, list[tuple[np.ndarray, np.ndarray, bool]]]:
+    """Return the pairs that line up, and classes of them: positions, rows, whether mirrored.
+
+    An exchange that ends before the last token is mirrored where donor and recipient begin alike:
+    the recipient with the donor's states up to token t *is* the donor's prompt with the recipient's
+    states from t + 1 on. That leaves fewer tokens to run.
+    """
+    tokens, end = task.tokens, task.subject_positions
+    start = task.prompts["subject_start"].to_numpy()
+    last = np.array([len(prompt) - 1 for prompt in tokens])
+    if site == "last":
+        return pairs, [(last[:, None], np.arange(len(pairs)), False)]
+    x, y = pairs.prompts.T
+    alike = [tokens[i][: start[i]] == tokens[j][: start[j]] for i, j in pairs.prompts]
+    in_line = np.array(alike) & (end[x] == end[y]) & (last[x] == last[y])
+    if site == "subject":
+        mirrored = in_line & (start[x] == end[x]) & mirror
+    elif mirror:
+        pairs = pairs.where(in_line)
+        x, mirrored = pairs.prompts[:, 0], np.ones(len(pairs), dtype=bool)
+    else:
+        raise ValueError(f"At {site!r} only an exchange of the donor's own states is measured.")
+    rest = last[x] - (last[x] - 1 if site == "between" else end[x])  # tokens left of the recipient
+    classes = [
+        (
+            np.maximum(last[:, None] - np.arange(n)[::-1], 1),
+            np.flatnonzero(mirrored & (rest == n)),
+            True,
+        )
+        for n in np.unique(rest[mirrored])
+    ]
+    if not mirrored.all():
+        classes.append((end[:, None], np.flatnonzero(~mirrored), False))
+    return pairs, classes

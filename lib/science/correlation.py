@@ -1,0 +1,285 @@
+"""Rank correlation of dissimilarity matrices: estimates over items, partial, Mantel's test.
+
+The matrices are ranked once; a draw is then a vector of item weights (`unit_weights`), and a pair
+of different items (i, j) counts w_i·w_j times in it. Every weighted sum over pairs is a quadratic
+form, so all costs are quadratic in the number of items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import rankdata
+
+from lib.science.estimate import FEWEST_UNITS, Estimate, Measured, Untested, unit_weights
+
+FloatArray = NDArray[np.float64]
+Alternative = Literal["two-sided", "greater", "less"]
+
+_PERMUTATIONS_AT_ONCE = 16
+_UNDETERMINED = 1e-9
+
+
+def correlate(
+    firsts: Sequence[ArrayLike],
+    second: ArrayLike | Sequence[ArrayLike],
+    units: str,
+    *,
+    given: Sequence[Sequence[ArrayLike]] = (),
+) -> Measured:
+    """Return Spearman's ρ of dissimilarity matrices with another, block by block, over items.
+
+    Ranks are those of the whole sample, not taken again in each draw.
+
+    Args:
+        firsts: one matrix a block, `[n_blocks, n_items, n_items]`.
+        second: the matrix to correlate with, or one a block.
+        units: what the items are called; numbers of equal units are paired.
+        given: matrices to partial out, each one a block (or one for all): the partial rank
+            correlation.
+
+    Returns:
+        ρ `[n_blocks]`; Untested for fewer than three items, a matrix that is constant, or one that
+        the given ones determine.
+
+    Raises:
+        ValueError: matrices that are not square, symmetric and finite, or of different sizes.
+    """
+    variables = [_per_block(one, len(firsts)) for one in (firsts, second, *given)]
+    n_items = len(variables[0][0])
+    if n_items < FEWEST_UNITS:
+        return Untested(f"{n_items} {units}, at least {FEWEST_UNITS} are needed")
+    weights = unit_weights(units, n_items)
+    ranked: dict[int, FloatArray | None] = {}
+    for matrix in (matrix for variable in variables for matrix in variable):
+        if id(matrix) not in ranked:
+            ranks = rank_matrix(matrix)
+            ranked[id(matrix)] = None if ranks is None else off_diagonal(ranks)
+    curve = []
+    for block in range(len(firsts)):
+        matrices = [ranked[id(variable[block])] for variable in variables]
+        if any(matrix is None for matrix in matrices):
+            return Untested(f"all {units} are equally far from each other at block {block}")
+        found = weighted_correlations([m for m in matrices if m is not None], weights)
+        partial = partial_correlation(found)
+        if not np.isfinite(partial).all():
+            return Untested(f"a correlation at block {block} is undefined in some draws of {units}")
+        curve.append(partial)
+    return Estimate(np.stack(curve, axis=1), units, n_items)
+
+
+def _per_block(matrices: ArrayLike | Sequence[ArrayLike], n_blocks: int) -> list[FloatArray]:
+    """Return one matrix a block; a single one stands for all blocks."""
+    given = [np.asarray(one, dtype=np.float64) for one in matrices]  # type: ignore[union-attr]
+    if given[0].ndim == 2:
+        return given
+    return [np.stack(given)] * n_blocks
+
+
+def rank_matrix(matrix: ArrayLike) -> FloatArray | None:
+    """Return the ranks 1 … n(n−1)/2 of the pairs as a symmetric matrix with zero diagonal.
+
+    Ties get their average rank. None for a matrix that is constant off its diagonal: its
+    correlation with anything is undefined.
+
+    Raises:
+        ValueError: not a symmetric finite matrix of at least three items.
+    """
+    square = np.asarray(matrix, dtype=np.float64)
+    if square.ndim != 2 or square.shape[0] != square.shape[1] or len(square) < 3:
+        raise ValueError(
+            f"A dissimilarity matrix is [n, n] with n of at least 3; got {square.shape}."
+        )
+    if not np.isfinite(square).all() or not np.array_equal(square, square.T):
+        raise ValueError("A dissimilarity matrix must be finite and symmetric.")
+    rows, columns = np.triu_indices(len(square), 1)
+    pairs = square[rows, columns]
+    if (pairs == pairs[0]).all():
+        return None
+    result = np.zeros_like(square)
+    result[rows, columns] = rankdata(pairs)
+    result.T[rows, columns] = result[rows, columns]
+    return result
+
+
+def weighted_correlations(matrices: Sequence[FloatArray], weights: FloatArray) -> FloatArray:
+    """Return the correlations among matrices in each draw, ``[n_draws, n_matrices, n_matrices]``.
+
+    Pearson's correlation over the pairs i ≠ j, weighted by w_i·w_j; of ranks it is Spearman's. NaN
+    where a matrix is constant in a draw.
+
+    Args:
+        matrices: standardised (`off_diagonal`), symmetric ``[n_items, n_items]``.
+        weights: ``[n_draws, n_items]``; a row of ones gives the estimate.
+
+    Raises:
+        ValueError: weights of another number of items.
+    """
+    n_items = len(matrices[0])
+    if weights.shape[1] != n_items or any(
+        matrix.shape != (n_items, n_items) for matrix in matrices
+    ):
+        raise ValueError(f"Matrices and weights must be of one number of items, here {n_items}.")
+    n_pairs = np.square(weights.sum(axis=1)) - np.square(weights).sum(axis=1)
+
+    def pair_mean(matrix: FloatArray) -> FloatArray:
+        total: FloatArray = np.einsum("di,di->d", weights @ matrix, weights)
+        return total / n_pairs
+
+    means = [pair_mean(matrix) for matrix in matrices]
+    n = len(matrices)
+    covariance = np.empty((len(weights), n, n))
+    for i in range(n):
+        for j in range(i, n):
+            found = pair_mean(matrices[i] * matrices[j]) - means[i] * means[j]
+            covariance[:, i, j] = covariance[:, j, i] = found
+    variances = covariance[:, range(n), range(n)]
+    spread = np.sqrt(np.where(variances < 1e-12, np.nan, variances))
+    result: FloatArray = np.clip(covariance / (spread[:, :, None] * spread[:, None, :]), -1, 1)
+    return result
+
+
+def off_diagonal(matrix: ArrayLike) -> FloatArray:
+    """Return the matrix standardised over its off-diagonal entries, zero on the diagonal."""
+    square = np.array(matrix, dtype=np.float64)
+    if square.ndim != 2 or square.shape[0] != square.shape[1]:
+        raise ValueError(f"matrices must be square; got shape {square.shape}.")
+    off = ~np.eye(len(square), dtype=bool)
+    square -= square[off].mean()
+    spread = square[off].std()
+    if not spread > 0:
+        raise ValueError("A matrix is constant off its diagonal or not finite.")
+    square[~off] = 0.0
+    square /= spread
+    return square
+
+
+def partial_correlation(correlations: ArrayLike) -> FloatArray:
+    """Return the correlation of variables 0 and 1 given all the others, over the leading axes.
+
+    Of two variables alone their correlation. Else from the residual covariances given the others,
+    c₀₁ / √(c₀₀·c₁₁); with one given variable (r₀₁ − r₀₂·r₁₂) / √((1 − r₀₂²)(1 − r₁₂²)).
+
+    Args:
+        correlations: ``[..., n_variables, n_variables]``, as `weighted_correlations` returns them.
+
+    Returns:
+        ``[...]``; NaN where a correlation is, and where variable 0 or 1 is determined by the given
+        ones (θ given the lens at the last block is such a case).
+    """
+    matrix = np.asarray(correlations, dtype=np.float64)
+    defined = np.isfinite(matrix).all(axis=(-2, -1))
+    result = np.full(matrix.shape[:-2], np.nan)
+    blocks = matrix[defined]
+    cross, given = blocks[:, :2, 2:], blocks[:, 2:, 2:]
+    residual = blocks[:, :2, :2]
+    if matrix.shape[-1] > 2:
+        residual = residual - cross @ np.linalg.pinv(given, hermitian=True) @ cross.swapaxes(1, 2)
+    variances = residual[:, [0, 1], [0, 1]]
+    lost = np.any(variances < _UNDETERMINED, axis=1)
+    variances = np.where(np.expand_dims(lost, 1), np.nan, variances)
+    result[defined] = np.clip(residual[:, 0, 1] / np.sqrt(variances.prod(axis=1)), -1, 1)
+    return result
+
+
+@dataclass(frozen=True)
+class MantelResult:
+    """A correlation of two dissimilarity matrices beside its permutation null."""
+
+    correlation: float
+    p_value: float
+    n_permutations: int
+    n_items: int
+    null_low: float  # 2.5 % and 97.5 % quantiles of the correlation under permutation
+    null_high: float
+
+
+def mantel_tests(
+    firsts: Sequence[ArrayLike],
+    second: ArrayLike,
+    *,
+    n_permutations: int,
+    rng: np.random.Generator,
+    alternative: Alternative = "two-sided",
+) -> list[MantelResult]:
+    """Return rank correlations with a matrix and their p-values when its items are shuffled.
+
+    Rows and columns of ``second`` are permuted together, once for all of ``firsts``;
+    p = (1 + b) / (1 + N), b the permutations at least as extreme (Mantel 1967; for the 1, Phipson
+    and Smyth 2010, doi:10.2202/1544-6115.1585).
+
+    Args:
+        firsts: Dissimilarity matrices ``[n_items, n_items]``, one a block, say.
+        second: The one whose items are permuted.
+        n_permutations: N, 1,000 or more for a p-value that is reported.
+        rng: Source of the permutations.
+        alternative: ``two-sided`` compares absolute values.
+
+    Raises:
+        ValueError: Sizes that differ, a matrix that is constant, as `rank_matrix`.
+    """
+    orders = np.stack([rng.permutation(len(np.asarray(second))) for _ in range(n_permutations)])
+    target = _unit_matrix(second)
+    fixed = [_unit_matrix(matrix) for matrix in firsts]
+    if any(matrix.shape != target.shape for matrix in fixed):
+        raise ValueError("All matrices must have one size, that of the second.")
+    upper = np.triu_indices(len(target), 1)
+    flat = np.stack([matrix[upper] for matrix in fixed])
+    null = _permuted_products(flat, target, orders)
+    observed = flat @ target[upper]
+    return [
+        MantelResult(
+            correlation=float(observed[b]),
+            p_value=permutation_p_value(observed[b], null[:, b], alternative),
+            n_permutations=n_permutations,
+            n_items=orders.shape[1],
+            null_low=float(np.quantile(null[:, b], 0.025)),
+            null_high=float(np.quantile(null[:, b], 0.975)),
+        )
+        for b in range(len(firsts))
+    ]
+
+
+def _unit_matrix(matrix: ArrayLike) -> FloatArray:
+    """Return its ranks standardised: products of two, summed over pairs, are their correlation."""
+    ranked = rank_matrix(matrix)
+    if ranked is None:
+        raise ValueError("The dissimilarity matrix is constant: it correlates with nothing.")
+    result: FloatArray = off_diagonal(ranked) / np.sqrt(len(ranked) * (len(ranked) - 1) / 2)
+    return result
+
+
+def _permuted_products(
+    fixed: FloatArray, target: FloatArray, orders: NDArray[np.int64]
+) -> FloatArray:
+    """Return the correlations with the permuted target, ``[n_permutations, n_fixed]``."""
+    n_permutations, n_items = orders.shape
+    rows, columns = np.triu_indices(n_items, 1)
+    flat = target.ravel()
+    result = np.empty((n_permutations, len(fixed)))
+    shuffled = np.empty((_PERMUTATIONS_AT_ONCE, len(rows)))
+    for start in range(0, n_permutations, _PERMUTATIONS_AT_ONCE):
+        chunk = orders[start : start + _PERMUTATIONS_AT_ONCE]
+        for k, order in enumerate(chunk):
+            # "clip" spares a copy: the default mode buffers the output, at several times the cost.
+            np.take(flat, order[rows] * n_items + order[columns], out=shuffled[k], mode="clip")
+        result[start : start + len(chunk)] = (fixed @ shuffled[: len(chunk)].T).T
+    return result
+
+
+def permutation_p_value(
+    observed: float, null: FloatArray, alternative: Alternative = "two-sided"
+) -> float:
+    """Return (1 + b) / (1 + N), b of the N values under permutation at least as extreme."""
+    tolerance = 1e-12  # The same permutation must not lose to itself by rounding.
+    if alternative == "two-sided":
+        extreme = np.abs(null) >= abs(observed) - tolerance
+    elif alternative == "greater":
+        extreme = null >= observed - tolerance
+    else:
+        extreme = null <= observed + tolerance
+    return float((1 + extreme.sum()) / (1 + len(null)))
