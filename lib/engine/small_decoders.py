@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ MOMENTS = (0, 30, 60, 120, 240, 480, 720, 960)
 
 KEPT = BUILD / "decoders"
 BATCH = 64
-CONFIGURATION = {
+CONFIGURATION: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 6,
@@ -137,7 +138,8 @@ def new_model(kind: str, seed: int, *, d_vocab: int) -> LlamaForCausalLM:
     """
     if kind not in RECIPES:
         raise ValueError(f"Unknown kind of norm {kind!r}; known are: {', '.join(RECIPES)}.")
-    config = LlamaConfig(vocab_size=d_vocab, name_or_path=f"{kind}, seed {seed}", **CONFIGURATION)
+    named: dict[str, Any] = {"vocab_size": d_vocab, "name_or_path": f"{kind}, seed {seed}"}
+    config = LlamaConfig(**CONFIGURATION, **named)
     with torch.random.fork_rng(devices=[]):  # Llama's own initial weights are drawn, and replaced
         model = LlamaForCausalLM(config)
     generator = torch.Generator().manual_seed(seed)
