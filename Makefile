@@ -78,10 +78,8 @@ audit: $(TOOLS_READY)  ## look for known weaknesses in the workflow and in pinne
 mutate: $(MUTATE_VENV)/ready.stamp  ## change lib line by line and see whether the tests notice
 	@OMP_NUM_THREADS=1 $(MUTATE_VENV)/bin/mutmut run --max-children 1 $(MUTANTS)
 
-model: $(BOOK_READY)  ## fetch the embedded model, once
-ifeq ($(MODEL),embedded)
-	@$(BIN)/python -m lib.engine.embedded
-endif
+model: $(BOOK_READY)  ## fetch the model, once; MODEL=gemma-3-270m fetches another
+	@$(BIN)/python -m lib.engine.weights "$(MODEL)"
 
 notebooks: $(BOOK_READY)  ## write the notebooks for Colab, without outputs, from the chapters
 	@$(BIN)/python book/_ext/setup_cells.py

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lib.engine.interventions import Edit, add, exchange, exchange_direction, exchange_norm
+from lib.engine.edits import Edit, add, exchange, exchange_direction, exchange_norm
 
 EDITS: Mapping[str, Edit] = {
     "exchange": exchange,

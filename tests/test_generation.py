@@ -8,10 +8,10 @@ import torch
 from oracle import block_states
 from torch import Tensor
 
+from lib.engine.edits import Rotate, Stretch
 from lib.engine.extraction import extract_residuals
 from lib.engine.generation import generate, steer
 from lib.engine.models import Decoder
-from lib.engine.steering import rotate, rotation, stretching
 
 PROMPTS = [[5, 9, 12, 33], [7, 21], [40, 8, 3, 17, 25, 30, 11]]
 BLOCK, N_NEW = 1, 6
@@ -35,7 +35,7 @@ def plain_steered(decoder: Decoder, prompt: Sequence[int], positions: Any, n_new
         hidden = (output[0] if isinstance(output, tuple) else output).clone()
         for place in positions:
             if place < hidden.shape[1]:
-                hidden[0, place] = rotate(hidden[0, place], target, 120)
+                hidden[0, place] = Rotate(120)(hidden[0, place], target)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     handle = decoder.blocks[BLOCK].register_forward_hook(change)
@@ -60,9 +60,9 @@ def test_steered_generation_equals_recomputing_without_a_cache(
         }[where]
         for p in prompts
     ]
-    with steer(decoder, BLOCK, rotation(120), target_of(decoder), positions):
+    with steer(decoder, BLOCK, Rotate(120), target_of(decoder), positions):
         batched = generate(decoder, prompts, N_NEW)
-    with steer(decoder, BLOCK, rotation(120), target_of(decoder), positions):
+    with steer(decoder, BLOCK, Rotate(120), target_of(decoder), positions):
         uncached = generate(decoder, prompts, N_NEW, use_cache=False)
     alone = [
         plain_steered(decoder, prompt, [p for p in range(64) if p in chosen], N_NEW)
@@ -85,10 +85,10 @@ def test_batched_prompts_of_different_lengths_equal_single_ones(decoder: Decoder
 def test_each_prompt_gets_its_own_donor(llama: Decoder) -> None:
     donors = torch.randn(3, llama.d_model, generator=torch.Generator().manual_seed(8))
     places = [len(prompt) - 1 for prompt in PROMPTS]
-    with steer(llama, BLOCK, rotation(120), donors, places):
+    with steer(llama, BLOCK, Rotate(120), donors, places):
         batched = generate(llama, PROMPTS, N_NEW)
     for prompt, donor, place, expected in zip(PROMPTS, donors, places, batched, strict=True):
-        with steer(llama, BLOCK, rotation(120), donor, [place]):
+        with steer(llama, BLOCK, Rotate(120), donor, [place]):
             assert generate(llama, [prompt], N_NEW) == [expected]
 
 
@@ -96,7 +96,7 @@ def test_the_edit_applies_to_the_positions_asked_for_and_to_no_other(decoder: De
     prompt = PROMPTS[2]
     clean = block_states(decoder.model, decoder.blocks, prompt)
     target = target_of(decoder)
-    with steer(decoder, BLOCK, rotation(60), target, [[2, 4]]):
+    with steer(decoder, BLOCK, Rotate(60), target, [[2, 4]]):
         edited = torch.stack(
             [
                 extract_residuals(decoder, [prompt], positions=[p], blocks=[BLOCK]).states[0, 0]
@@ -105,14 +105,14 @@ def test_the_edit_applies_to_the_positions_asked_for_and_to_no_other(decoder: De
         )
     for place in range(len(prompt)):
         state = clean[BLOCK, place]
-        expected = rotate(state, target, 60) if place in (2, 4) else state
+        expected = Rotate(60)(state, target) if place in (2, 4) else state
         torch.testing.assert_close(edited[place], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_models_own_generate_is_steered_too(llama: Decoder) -> None:
     llama.model.generation_config.eos_token_id = None
     prompt = PROMPTS[0]
-    with steer(llama, BLOCK, rotation(120), target_of(llama), [range(len(prompt), EVERY)]):
+    with steer(llama, BLOCK, Rotate(120), target_of(llama), [range(len(prompt), EVERY)]):
         theirs = llama.model.generate(
             torch.tensor([prompt]), max_new_tokens=N_NEW, do_sample=False, pad_token_id=0
         )[0, len(prompt) :].tolist()
@@ -121,12 +121,12 @@ def test_the_models_own_generate_is_steered_too(llama: Decoder) -> None:
 
 def test_leaving_the_context_restores_the_logits_bit_for_bit(decoder: Decoder) -> None:
     before = logits(decoder, PROMPTS[0])
-    with steer(decoder, BLOCK, stretching(60), target_of(decoder), [[2]]):
+    with steer(decoder, BLOCK, Stretch(60), target_of(decoder), [[2]]):
         assert not torch.equal(logits(decoder, PROMPTS[0]), before)
     assert torch.equal(logits(decoder, PROMPTS[0]), before)
     with (
         pytest.raises(RuntimeError, match="on purpose"),
-        steer(decoder, BLOCK, stretching(60), target_of(decoder), [[2]]),
+        steer(decoder, BLOCK, Stretch(60), target_of(decoder), [[2]]),
     ):
         raise RuntimeError("on purpose")
     assert torch.equal(logits(decoder, PROMPTS[0]), before)
@@ -147,7 +147,7 @@ def test_what_cannot_be_steered_is_refused_in_one_line(llama: Decoder) -> None:
     target = target_of(llama)
 
     def attempt(block: int = BLOCK, donor: Tensor = target, positions: Any = (1,)) -> None:
-        with steer(llama, block, rotation(20), donor, positions):
+        with steer(llama, block, Rotate(20), donor, positions):
             logits(llama, PROMPTS[0])
 
     for call, message in (
@@ -164,3 +164,23 @@ def test_what_cannot_be_steered_is_refused_in_one_line(llama: Decoder) -> None:
         with pytest.raises(ValueError, match=message) as raised:
             call()
         assert "\n" not in str(raised.value)
+
+
+def test_an_edit_that_breaks_its_word_is_named_with_block_and_prompt(llama: Decoder) -> None:
+    target, prompts = target_of(llama), [[5, 9, 4], [8, 3, 17]]
+
+    def broken(state: torch.Tensor, donor: torch.Tensor) -> torch.Tensor:
+        changed = state.clone()
+        changed[1] = torch.nan
+        return changed
+
+    with (
+        pytest.raises(ValueError, match=f"edit after block {BLOCK} returned NaN .* prompt 1;"),
+        steer(llama, BLOCK, broken, target, [1, 2]),
+    ):
+        generate(llama, prompts, 1)
+    with (
+        pytest.raises(ValueError, match="returned dtype torch.float64 for prompt 0"),
+        steer(llama, BLOCK, lambda state, donor: state.double(), target, [1, 2]),
+    ):
+        generate(llama, prompts, 1)

@@ -12,15 +12,15 @@ import torch
 from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, BitsAndBytesConfig
 
-from lib.engine import loading, memory
+from lib.engine import catalogue, loading, memory
+from lib.engine.catalogue import preset
+from lib.engine.edits import exchange
 from lib.engine.extraction import extract_residuals, logit_lens
-from lib.engine.interventions import exchange
-from lib.engine.loading import preset
 from lib.engine.memory import count_parameters, weight_bytes
 from lib.engine.models import Decoder, load_decoder
-from lib.engine.steering import unembedding_direction
 from lib.engine.store import fingerprint
 from lib.engine.sweeps import Sweep, sweep_blocks
+from lib.engine.vectors import unembedding_direction
 
 PROMPTS = [[5, 9, 4, 33, 12, 8], [8, 3, 17, 20, 6, 44], [11, 30, 22, 7]]
 PAIRS = np.array([[0, 1], [1, 2], [2, 0]])
@@ -100,8 +100,8 @@ def test_what_a_call_says_goes_before_what_the_file_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, file = saved(tmp_path / "model"), tmp_path / "models.toml"
-    file.write_text(f'["{folder}"]\ndtype = "bfloat16"\n')
-    monkeypatch.setattr(loading, "PRESETS", file)
+    file.write_text(f'[options."{folder}"]\ndtype = "bfloat16"\n')
+    monkeypatch.setattr(catalogue, "CATALOGUE", file)
     assert load_decoder(folder).dtype == torch.bfloat16
     assert load_decoder(folder, dtype="float32").dtype == torch.float32
 

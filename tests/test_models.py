@@ -87,7 +87,7 @@ def test_unknown_hub_name_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError) as problem:
         load_decoder("nobody/no-such-model")
-    assert "nobody/no-such-model" in one_line(problem) and "embedded" in one_line(problem)
+    assert "nobody/no-such-model" in one_line(problem) and "smollm2-135m" in one_line(problem)
 
 
 def test_folder_without_a_model_is_refused(tmp_path: Path) -> None:

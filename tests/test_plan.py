@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from lib.engine import plan
-from lib.engine.interventions import exchange, keep
+from lib.engine.edits import exchange, keep
 from lib.engine.models import Decoder
 from lib.evidence.arms import prepare_trial
 from lib.evidence.tasks import build_task, gate

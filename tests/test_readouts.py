@@ -5,9 +5,9 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 
-from lib.engine.interventions import add, exchange
+from lib.engine.edits import add, exchange
 from lib.engine.models import Decoder
-from lib.engine.readouts import distribution_measure, fit_temperature
+from lib.engine.readouts import DistributionMeasure, fit_temperature
 from lib.engine.sweeps import sweep_blocks
 from lib.science.metrics import entropy, kl_divergence, log_probabilities
 
@@ -19,7 +19,7 @@ EVERY = torch.arange(70)
 
 
 def read(**options: object) -> dict[str, torch.Tensor]:
-    measure = distribution_measure(CLEAN, RECIPIENTS, **options)  # type: ignore[arg-type]
+    measure = DistributionMeasure(CLEAN, RECIPIENTS, **options)  # type: ignore[arg-type]
     return dict(measure(EDITED, EVERY))
 
 
@@ -37,7 +37,7 @@ def test_divergence_and_entropy_equal_those_of_metrics() -> None:
 
 
 def test_unedited_logits_are_at_divergence_zero() -> None:
-    measure = distribution_measure(CLEAN, np.arange(5), temperature=True)
+    measure = DistributionMeasure(CLEAN, np.arange(5), temperature=True)
     result = measure(CLEAN + 7.0, torch.arange(5))  # a constant on all logits changes nothing
     assert result["kl_nats"].max() < 1e-6
     assert result["entropy_change_nats"].abs().max() < 1e-5
@@ -47,7 +47,7 @@ def test_unedited_logits_are_at_divergence_zero() -> None:
 
 def test_temperature_of_tempered_logits_is_found_and_leaves_nothing() -> None:
     temperatures = torch.tensor([0.1, 0.5, 1.0, 2.0, 20.0], dtype=torch.float64)
-    measure = distribution_measure(CLEAN, np.arange(5), temperature=True)
+    measure = DistributionMeasure(CLEAN, np.arange(5), temperature=True)
     result = measure(CLEAN.double() / temperatures[:, None], torch.arange(5))
     assert (result["temperature"] / temperatures - 1).abs().max() < 1e-6
     assert result["kl_left_nats"].max() < 1e-9
@@ -108,7 +108,7 @@ def test_sweep_with_self_donor_reads_no_divergence(llama: Decoder) -> None:
     pairs = np.array([[0, 0], [1, 1], [2, 2]])
     sweep = sweep_blocks(
         llama, prompts, pairs, {"exchange": exchange, "add": add}, positions="last",
-        measure=distribution_measure(clean, pairs[:, 0], temperature=True),
+        measure=DistributionMeasure(clean, pairs[:, 0], temperature=True),
     )  # fmt: skip
     assert sweep.measures["kl_nats"][0].max() < 1e-6
     assert (sweep.measures["argmax_kept"][0] == 1).all()
@@ -130,4 +130,4 @@ def test_bad_input_is_named(
     clean: torch.Tensor, recipients: list[int], options: dict, words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        distribution_measure(clean, recipients, **options)
+        DistributionMeasure(clean, recipients, **options)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lib.engine.embedded import fetch_embedded_model
+from lib.engine.weights import fetch_weights
 from lib.evidence.results import ROOT, pages
 from lib.evidence.verdicts import claim_verdict, criteria
 
@@ -27,7 +27,7 @@ def save_tiny_model(folder: Path) -> None:
     The first two blocks have no attention, so that after them prompts that end alike have equal
     states: what is not defined on such states is part of the test.
     """
-    tokenizer = AutoTokenizer.from_pretrained(fetch_embedded_model())
+    tokenizer = AutoTokenizer.from_pretrained(fetch_weights())
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,

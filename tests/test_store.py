@@ -1,6 +1,7 @@
 """The store gives back what an extraction or a sweep would compute, and nothing else."""
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
 
-from lib.engine import store
+from lib.engine import keys, sources, store
+from lib.engine.edits import Scale, add, exchange, exchange_norm, keep
 from lib.engine.extraction import Residuals, extract_residuals
-from lib.engine.interventions import add, exchange, exchange_norm, keep, scale
 from lib.engine.models import Decoder, load_decoder
-from lib.engine.readouts import distribution_measure
+from lib.engine.readouts import DistributionMeasure
 from lib.engine.store import fingerprint, recall_residuals, recall_sweep
 from lib.engine.sweeps import Sweep, sweep_blocks
 
@@ -88,8 +89,13 @@ def change_a_weight(decoder: Decoder) -> Decoder:
     return decoder
 
 
-def another_seed(decoder: Decoder) -> Decoder:
+def fresh_weights(decoder: Decoder) -> Decoder:
     return load_decoder(decoder.model, tokenizer=decoder.tokenizer, untrained=True)
+
+
+def another_seed(decoder: Decoder) -> Decoder:
+    recall_residuals(fresh_weights(decoder), PROMPTS)
+    return load_decoder(decoder.model, tokenizer=decoder.tokenizer, untrained=True, seed=1)
 
 
 def half_precision(decoder: Decoder) -> Decoder:
@@ -97,7 +103,7 @@ def half_precision(decoder: Decoder) -> Decoder:
     return decoder
 
 
-@pytest.mark.parametrize("change", [change_a_weight, another_seed, half_precision])
+@pytest.mark.parametrize("change", [change_a_weight, fresh_weights, another_seed, half_precision])
 def test_other_weights_are_not_mistaken_for_these(
     decoder: Decoder, change: Callable[[Decoder], Decoder]
 ) -> None:
@@ -113,7 +119,7 @@ def test_other_code_is_not_trusted(
     decoder: Decoder, computed: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recall_residuals(decoder, PROMPTS)
-    monkeypatch.setattr(store, "_code", lambda _threads: "edited")
+    monkeypatch.setattr(store, "_code", lambda *_: "edited")
     recall_residuals(decoder, PROMPTS)
     assert len(computed) == 2
 
@@ -166,7 +172,7 @@ def test_a_full_disk_costs_time_and_nothing_else(
 def test_few_models_are_kept(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "KEPT_FOLDERS", 2)
     for number in range(4):
-        monkeypatch.setattr(store, "_code", lambda _threads, number=number: str(number))
+        monkeypatch.setattr(store, "_code", lambda *_, number=number: str(number))
         recall_residuals(decoder, PROMPTS)
     assert len(list(store.STORE.iterdir())) == 2
     assert len(files()) == 2
@@ -202,12 +208,12 @@ def call(**changes: Any) -> dict[str, Any]:
     return {
         "prompts": PROMPTS,
         "pairs": np.array([[0, 1], [3, 2]]),
-        "edits": {"exchange": exchange, "half": scale(0.5)},
+        "edits": {"exchange": exchange, "half": Scale(0.5)},
         "positions": [1, 2, 3, 1],
         "donors": DONORS,
         "blocks": [0, 2],
         "read_ids": [5, 6, 7],
-        "measure": distribution_measure(CLEAN, [0, 3]),
+        "measure": DistributionMeasure(CLEAN, [0, 3]),
         **changes,
     }
 
@@ -246,16 +252,16 @@ def another_bit(tensor: torch.Tensor) -> torch.Tensor:
     [
         {"prompts": [*PROMPTS[:3], [8, 9, 2]]},
         {"pairs": np.array([[0, 1], [3, 1]])},
-        {"edits": {"exchange": exchange, "half": scale(0.25)}},
-        {"edits": {"exchange": exchange_norm, "half": scale(0.5)}},
-        {"edits": {"half": scale(0.5), "exchange": exchange}},
+        {"edits": {"exchange": exchange, "half": Scale(0.25)}},
+        {"edits": {"exchange": exchange_norm, "half": Scale(0.5)}},
+        {"edits": {"half": Scale(0.5), "exchange": exchange}},
         {"positions": [1, 2, 2, 2]},
         {"donors": another_bit(DONORS)},
         {"blocks": [1, 2]},
         {"read_ids": [5, 6, 8]},
-        {"measure": distribution_measure(another_bit(CLEAN), [0, 3])},
-        {"measure": distribution_measure(CLEAN, [0, 2])},
-        {"measure": distribution_measure(CLEAN, [0, 3], temperature=True)},
+        {"measure": DistributionMeasure(another_bit(CLEAN), [0, 3])},
+        {"measure": DistributionMeasure(CLEAN, [0, 2])},
+        {"measure": DistributionMeasure(CLEAN, [0, 3], temperature=True)},
         {"measure": None},
     ],
 )
@@ -267,7 +273,7 @@ def test_a_sweep_of_other_arguments_is_measured(
     assert len(swept) == 2
 
 
-@pytest.mark.parametrize("change", [change_a_weight, another_seed, half_precision])
+@pytest.mark.parametrize("change", [change_a_weight, fresh_weights, half_precision])
 def test_a_sweep_of_other_weights_is_measured(
     decoder: Decoder, swept: list[int], change: Callable[[Decoder], Decoder]
 ) -> None:
@@ -281,22 +287,70 @@ def test_a_sweep_of_other_code_is_measured(
     decoder: Decoder, swept: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recall_sweep(decoder, **call())
-    monkeypatch.setattr(store, "_all_code", lambda _threads: "edited")
+    monkeypatch.setattr(store, "_code", lambda *_: "edited")
     recall_sweep(decoder, **call())
     assert len(swept) == 2
 
 
-def test_the_code_of_every_module_of_lib_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of lib, whose files the keys then speak of."""
+    shutil.copytree(sources.ROOT / "lib", tmp_path / "lib")
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    monkeypatch.setattr(store, "__file__", str(tmp_path / "lib" / "engine" / "store.py"))
+    return tmp_path / "lib"
+
+
+def stale_after(path: Path) -> list[str]:
+    """Return which of a state's and a sweep's key a changed file changes."""
+    found = []
+    before = {module: store._code.__wrapped__(module, 1) for module in ("extraction", "sweeps")}
+    text = path.read_text()
+    path.write_text(text + "# changed\n")
+    for module, key in before.items():
+        if store._code.__wrapped__(module, 1) != key:
+            found.append(module)
+    path.write_text(text)
+    return found
+
+
+COMPUTE_STATES = [
+    "batches", "catalogue", "extraction", "loading", "memory", "models", "passes", "progress", "store",
+    "structure", "weights",
+]  # fmt: skip
+COMPUTE_SWEEPS = ["edits", "replay", "sweeps"]
+
+
+@pytest.mark.parametrize("name", COMPUTE_STATES)
+def test_a_changed_module_that_computes_states_makes_them_stale(copied: Path, name: str) -> None:
+    assert stale_after(copied / "engine" / f"{name}.py") == ["extraction", "sweeps"]
+
+
+@pytest.mark.parametrize("name", COMPUTE_SWEEPS)
+def test_a_changed_module_that_computes_sweeps_makes_them_stale(copied: Path, name: str) -> None:
+    assert stale_after(copied / "engine" / f"{name}.py") == ["sweeps"]
+
+
+def test_what_computes_neither_makes_nothing_stale(copied: Path) -> None:
+    named = {copied / "engine" / f"{name}.py" for name in COMPUTE_STATES + COMPUTE_SWEEPS}
+    (copied / "claims").mkdir(exist_ok=True)
+    (copied / "claims" / "a_claim.py").write_text('"""A claim."""\n')
+    others = set(copied.rglob("*.py")) - named
+    assert copied / "reading" / "figures.py" in others
+    assert copied / "claims" / "a_claim.py" in others
+    assert copied / "__init__.py" in others
+    assert not [path.name for path in others if stale_after(path)]
+
+
+def test_the_code_of_an_edit_or_measure_is_part_of_a_sweeps_key(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(Path(store.__file__).parent, tmp_path / "lib")
-    monkeypatch.setattr(store, "__file__", str(tmp_path / "lib" / "store.py"))
-    found = {store._all_code.__wrapped__(1)}
-    for name in ("readouts.py", "interventions.py", "causal_control/selectivity.py"):
-        with (tmp_path / "lib" / name).open("a") as file:
-            file.write("# changed\n")
-        found.add(store._all_code.__wrapped__(1))
-    assert len(found) == 4
+    for kind, name in ((Scale, "edits"), (DistributionMeasure, "readouts")):
+        path = copied / "engine" / f"{name}.py"
+        monkeypatch.setattr(sys.modules[kind.__module__], "__file__", str(path))
+        before = keys._class_key.__wrapped__(kind)
+        path.write_text(path.read_text() + "# changed\n")
+        assert keys._class_key.__wrapped__(kind) != before
 
 
 def test_how_a_sweep_is_announced_makes_no_difference(decoder: Decoder, swept: list[int]) -> None:
@@ -311,7 +365,7 @@ def test_an_edit_that_cannot_be_told_apart_is_measured_every_time(
     for factor in (2.0, 3.0):
         edits = {"mine": lambda state, _donor, factor=factor: state * factor}
         found = recall_sweep(decoder, **call(edits=edits))
-        assert same(found, sweep_blocks(decoder, **call(edits={"mine": scale(factor)})))
+        assert same(found, sweep_blocks(decoder, **call(edits={"mine": Scale(factor)})))
     assert len(swept) == 2
     assert files() == []
 

@@ -7,8 +7,8 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from torch import Tensor
 
+from lib.engine.edits import add, exchange, exchange_direction, exchange_norm, keep
 from lib.engine.extraction import extract_residuals
-from lib.engine.interventions import add, exchange, exchange_direction, exchange_norm, keep
 from lib.engine.models import Decoder, load_decoder
 from lib.engine.replay import Prefix
 from lib.engine.sweeps import Sweep, sweep_blocks

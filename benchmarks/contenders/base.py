@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.workloads import EDITS, ExtractLoad, SweepLoad
-from lib.engine.interventions import Edit
+from lib.engine.edits import Edit
 from lib.engine.models import Decoder
 
 Read = Callable[[int, int, np.ndarray, Tensor], None]

@@ -6,7 +6,7 @@ from nnsight import TransformersModel
 from torch import Tensor
 
 from benchmarks.contenders.base import Contender, WholePrompts, padding_inputs
-from lib.engine.interventions import Edit
+from lib.engine.edits import Edit
 from lib.engine.models import Decoder
 
 

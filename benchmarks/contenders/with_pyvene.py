@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.contenders.base import Contender, WholePrompts, padding_inputs
-from lib.engine.interventions import Edit, exchange
+from lib.engine.edits import Edit, exchange
 from lib.engine.models import Decoder
 
 OPTIONS: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1}

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from benchmarks.contenders.base import Contender, WholePrompts, padding_inputs
-from lib.engine.interventions import Edit
+from lib.engine.edits import Edit
 from lib.engine.models import Decoder
 
 HOOK = "hook_resid_post"

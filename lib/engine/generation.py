@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lib.engine.edits import Edit, apply_edit
 from lib.engine.extraction import check_blocks
-from lib.engine.interventions import Edit
 from lib.engine.models import Decoder
 from lib.engine.structure import untuple
 
@@ -33,7 +33,7 @@ def steer(
     Args:
         decoder: the model.
         block: after which block to edit.
-        edit: a function of states and donors `[n, d_model]`, such as `lib.engine.steering.rotation(40)`.
+        edit: a function of states and donors `[n, d_model]`, such as `Rotate(40)`.
         donor: what the edit takes: `[d_model]` for all prompts or `[n_prompts, d_model]`.
         positions: for each prompt of the batch one position, or several, counted from its first
             token, padding left out. Positions at or after the prompt's end are those of generated
@@ -88,7 +88,13 @@ def steer(
         )
         changed = states.clone()
         given = vectors.to(states)[rows]
-        changed[rows, columns] = edit(states[rows, columns], given).to(states)
+        changed[rows, columns] = apply_edit(
+            edit,
+            states[rows, columns],
+            given,
+            f"The edit after block {block}",
+            lambda item: f"prompt {hits[item][0]}",
+        )
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     # Both, since either may be what is called, and OPT's causal model passes its base model by.

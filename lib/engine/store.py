@@ -1,8 +1,9 @@
 """What was computed before, residual streams and sweeps: kept on disk, shared by the chapters.
 
-A folder is named after all that its files depend on beside the prompts: the weights, the code that
-computes, the version and threads of torch. A file holds what one call computed, and what does not
-read back whole is computed again. So an interrupted run goes on at the sweep that it had reached.
+A folder is named after what its files depend on: the weights, the code that computes with all that
+it imports, the versions of torch and transformers, the threads; a file's name says the rest. A file
+holds what one call computed, and what does not read back whole is computed again. So an interrupted
+run goes on at the sweep that it had reached.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lib.engine.edits import Edit
 from lib.engine.extraction import (
     Positions,
     Residuals,
@@ -31,9 +33,9 @@ from lib.engine.extraction import (
     logit_lens,
 )
 from lib.engine.files import BUILD
-from lib.engine.interventions import Edit
+from lib.engine.keys import NoKeyError, key_of
 from lib.engine.models import Decoder
-from lib.engine.recipes import NoRecipeError, digest_of
+from lib.engine.sources import digest_of_files, imported_files
 from lib.engine.sweeps import Sweep, sweep_blocks
 
 STORE = BUILD / "states"
@@ -69,7 +71,7 @@ def recall_residuals(
     if logits and not isinstance(positions, str):
         raise ValueError('Logits are read at the last token; ask for positions="last".')
     where = check_positions(prompts, positions)
-    folder = _folder(decoder, _code(torch.get_num_threads()))
+    folder = _folder(decoder, "extraction")
     names = [_name(prompt, at) for prompt, at in zip(prompts, where, strict=True)]
     states = torch.empty(decoder.n_blocks, len(prompts), decoder.d_model)
     missing = set(range(len(prompts)))
@@ -103,10 +105,10 @@ def recall_sweep(
 ) -> Sweep:
     """Return `sweep_blocks` of these arguments, computing it only if it was not computed before.
 
-    The result is kept on disk under a key of everything that it depends on, all of lib's code
-    included, and is the same to the last bit when it is read back. Edits and measures that are
-    neither functions of lib nor made by its factories (`lib.engine.recipes`) are computed every time.
-    Where nothing can be written the result is returned all the same.
+    The result is kept on disk under a key of everything that it depends on (`lib.engine.keys`), and
+    is the same to the last bit when it is read back. With edits or measures that are no frozen
+    dataclasses of lib it is computed every time. Where nothing can be written the result is
+    returned all the same.
 
     Args:
         decoder: the model; one whose weights cannot be told from others' is not stored.
@@ -156,25 +158,16 @@ def _fingerprint(decoder: Decoder, tensors: Mapping[str, Tensor]) -> str:
 
 
 @cache
-def _code(n_threads: int) -> str:
-    """Return a digest of the modules that compute states, and of what they compute with."""
-    digest = hashlib.sha256(f"{torch.__version__} {transformers.__version__} {n_threads}".encode())
-    for name in ("extraction.py", "loading.py", "models.py", "structure.py", "store.py"):
-        digest.update((Path(__file__).parent / name).read_bytes())
-    return digest.hexdigest()
+def _code(module: str, n_threads: int) -> str:
+    """Return a digest of the code that a module of the engine runs, and of what it runs with."""
+    here = Path(__file__)
+    code = digest_of_files({here, *imported_files(here.with_name(f"{module}.py"))})
+    told = f"{torch.__version__} {transformers.__version__} {n_threads} {code}"
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
-@cache
-def _all_code(n_threads: int) -> str:
-    """Return a digest of all of lib's modules: edits and measures may stand in any."""
-    digest = hashlib.sha256(_code(n_threads).encode())
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def _folder(decoder: Decoder, code: str) -> Path | None:
-    weights = fingerprint(decoder)
+def _folder(decoder: Decoder, module: str) -> Path | None:
+    weights, code = fingerprint(decoder), _code(module, torch.get_num_threads())
     if weights is None:
         return None
     return STORE / hashlib.sha256(f"{weights} {code}".encode()).hexdigest()[:16]
@@ -238,13 +231,13 @@ def _sweep_path(
     options: Mapping[str, Any],
 ) -> Path | None:
     """Return where a sweep is kept; None if it has no safe name."""
-    folder = _folder(decoder, _all_code(torch.get_num_threads()))
+    folder = _folder(decoder, "sweeps")
     if folder is None:
         return None
     told = {name: value for name, value in options.items() if name != "description"}
     try:
-        name = digest_of([list(prompt) for prompt in prompts], np.asarray(pairs), edits, told)
-    except NoRecipeError:
+        name = key_of([list(prompt) for prompt in prompts], np.asarray(pairs), edits, told)
+    except NoKeyError:
         return None
     return folder / f"sweep-{name[:24]}.safetensors"
 
@@ -259,7 +252,11 @@ def _write_sweep(path: Path, sweep: Sweep) -> None:
         "path": sweep.path,
         "name": path.name,
     }
-    _write(path, {name: torch.from_numpy(array) for name, array in tensors.items()}, about)
+    _write(
+        path,
+        {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in tensors.items()},
+        about,
+    )
 
 
 def _read_sweep(path: Path) -> Sweep | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -9,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from lib.engine.edits import Edit, apply_edit, exchange
 from lib.engine.extraction import (
     check_blocks,
     check_positions,
@@ -16,7 +18,6 @@ from lib.engine.extraction import (
     iterate_states,
     logit_lens,
 )
-from lib.engine.interventions import Edit
 from lib.engine.models import Decoder
 from lib.engine.passes import Known, agree, known_of
 from lib.engine.progress import track
@@ -118,7 +119,9 @@ def sweep_blocks(
         description: what a progress display calls this sweep; None shows none.
 
     Raises:
-        ValueError: pairs, positions, blocks or donors that do not fit, named in the message.
+        ValueError: pairs, positions, blocks or donors that do not fit; an edit or a measure that
+            refuses, or does not return finite numbers in the shape asked for (named with block and
+            pair).
     """
     wanted = check_blocks(decoder, blocks)
     where = position_table(prompts, positions)
@@ -127,12 +130,17 @@ def sweep_blocks(
     if donors is not None:
         donors = _check_donors(donors, (len(wanted), where.shape[1], decoder.d_model))
     shape = (len(edits), len(wanted), len(pairs), len(read_ids))
+
+    def row_name(edit: int, block: int, pair: int) -> str:
+        where = f"edit {list(edits)[edit]!r} after block {wanted[block]}"
+        return f"{where}, {_pair_name(pair, pairs)}"
+
     logits = np.empty(shape, dtype=np.float32)
     clean = np.empty((len(pairs), len(read_ids)), dtype=np.float32)
     measures: dict[str, np.ndarray] = {}
     n_rows = len(edits) * len(wanted) * int(np.bincount(pairs[:, 0]).max())
     groups = list(_recipient_groups(prompts, where, pairs[:, 0], n_rows, batch_tokens))
-    exact = [_replay_is_exact(decoder, prompts, where, group, edits, wanted) for group in groups]
+    exact = [_replay_is_exact(decoder, prompts, where, group, wanted) for group in groups]
     kept: list[Prefix] = []
     if donors is None:
         prefixes = (
@@ -150,7 +158,7 @@ def sweep_blocks(
             edited = _edit(prefix, where, group, donors, pairs, edits, wanted, rows)
             run = replay_rows if shared else recompute_rows
             last = run(decoder, prefix, [wanted[block] for block in rows.block], edited)
-            _read(decoder, last, group, rows, read_ids, measure, logits, measures)
+            _read(decoder, last, group, rows, read_ids, measure, logits, measures, row_name)
     path = "prefix replay" if all(exact) else "full recompute"
     return Sweep(tuple(edits), wanted, pairs, logits, clean, measures, path)
 
@@ -226,17 +234,20 @@ def _edit(
         given = pairs[group.pair_table[:, rows.column[chosen]], 1]
         donor = donors[block, torch.as_tensor(given)].to(clean)
         state = prefix.states[wanted[block]][members[:, None], offsets][:, None].expand_as(donor)
-        changed = named[edit](state, donor)
-        if changed.shape != donor.shape:
-            raise ValueError(
-                f"Edit {list(edits)[edit]!r} returned shape {tuple(changed.shape)} for states of "
-                f"shape {tuple(donor.shape)}; an edit keeps the shape."
-            )
+        pair = group.pair_table[:, rows.column[chosen]].repeat(donor.shape[2])
+
+        def pair_name(item: int, pair: np.ndarray = pair) -> str:
+            return _pair_name(int(pair[item]), pairs)
+
+        who = f"Edit {list(edits)[edit]!r} after block {wanted[block]}"
+        changed = apply_edit(named[edit], state, donor, who, pair_name)
         index = torch.as_tensor(chosen, device=clean.device)
-        edited[members[:, None, None], index[None, :, None], offsets[:, None, :]] = changed.to(
-            clean
-        )
+        edited[members[:, None, None], index[None, :, None], offsets[:, None, :]] = changed
     return edited
+
+
+def _pair_name(pair: int, pairs: np.ndarray) -> str:
+    return f"pair {pair} (recipient {pairs[pair, 0]}, donor {pairs[pair, 1]})"
 
 
 def _read(
@@ -248,6 +259,7 @@ def _read(
     measure: Measure | None,
     logits: np.ndarray,
     measures: dict[str, np.ndarray],
+    row_name: Callable[[int, int, int], str],
 ) -> None:
     """Write the logits and measures of one pass's last states `[n_recipients, n_rows, d_model]`."""
     pair = group.pair_table[:, rows.column]
@@ -259,17 +271,37 @@ def _read(
             logits[edit, block, pair] = logit_lens(decoder, flat, read_ids).numpy()
         return
     for part in torch.arange(len(flat)).split(UNEMBEDDING_ROWS):
-        at = (edit[part], block[part], pair[part])
+        chosen = part.numpy()  # a tensor of one element would index an array as a number does
+        at = (edit[chosen], block[chosen], pair[chosen])
         with torch.inference_mode():
             full = decoder.unembed(decoder.final_norm(flat[part.to(flat.device)])).float()
             if len(read_ids):
                 logits[at] = full[:, torch.as_tensor(read_ids, device=full.device)].cpu().numpy()
-            for name, values in measure(
-                full, torch.as_tensor(pair[part], device=full.device)
-            ).items():
-                if name not in measures:
-                    measures[name] = np.full(logits.shape[:3], np.nan)
-                measures[name][at] = values.double().cpu().numpy()
+            measured = measure(full, torch.as_tensor(pair[chosen], device=full.device))
+        for name, values in measured.items():
+            if name not in measures:
+                measures[name] = np.full(logits.shape[:3], np.nan)
+            _check_numbers(name, values, at, row_name)
+            measures[name][at] = values.double().cpu().numpy()
+
+
+def _check_numbers(
+    name: str, values: Any, at: tuple[np.ndarray, ...], row_name: Callable[[int, int, int], str]
+) -> None:
+    """Check what a measure gave under one name: finite numbers, one a row."""
+    n_rows = len(at[0])
+    shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    if shape != (n_rows,):
+        raise ValueError(
+            f"Measure {name!r} is {shape}; expected a tensor ({n_rows},), one number a row."
+        )
+    if not bool((finite := torch.isfinite(values)).all()):
+        row = int(finite.int().argmin())
+        where = row_name(*(int(axis[row]) for axis in at))
+        raise ValueError(
+            f"Measure {name!r} is {float(values[row])} for {where}; a measure returns finite "
+            "numbers."
+        )
 
 
 def _run(
@@ -288,7 +320,6 @@ def _replay_is_exact(
     prompts: Sequence[Sequence[int]],
     where: np.ndarray,
     group: _Group,
-    edits: Mapping[str, Edit],
     wanted: tuple[int, ...],
 ) -> bool:
     """Say whether replay may be used, comparing once for a model and again for longer prompts."""
@@ -301,7 +332,7 @@ def _replay_is_exact(
     ):
         return True
     if (length, row_length) not in known:
-        known[length, row_length] = _compare(decoder, prompts, where, group, edits, wanted)
+        known[length, row_length] = _compare(decoder, prompts, where, group, wanted)
     return known[length, row_length]
 
 
@@ -310,12 +341,11 @@ def _compare(
     prompts: Sequence[Sequence[int]],
     where: np.ndarray,
     group: _Group,
-    edits: Mapping[str, Edit],
     wanted: tuple[int, ...],
 ) -> bool:
     """Compare replay with full recompute on one recipient, an early and a late block.
 
-    Its donor is its own state with the coordinates in reverse: as long, in another direction.
+    It is given its own state with the coordinates in reverse: as long, in another direction.
     """
     one = _Group(group.recipients[:1], np.zeros((1, 1), dtype=np.int64))
     block = np.argsort(wanted, kind="stable")[np.unique([0, len(wanted) // 2])]
@@ -323,9 +353,17 @@ def _compare(
     try:
         prefix = _run(decoder, prompts, where, one.recipients, shared=True)
         donor = _states_at(prefix, where, one.recipients, wanted).flip(-1)
-        edited = _edit(prefix, where, one, donor, np.zeros((1, 2), dtype=int), edits, wanted, rows)
+        pairs, edits = np.zeros((1, 2), dtype=int), {"exchange": exchange}
+        edited = _edit(prefix, where, one, donor, pairs, edits, wanted, rows)
         fast = replay_rows(decoder, prefix, [wanted[b] for b in rows.block], edited)
-    except (ReplayUnsupportedError, RuntimeError, TypeError, AttributeError):
+    except (
+        ReplayUnsupportedError,
+        RuntimeError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        IndexError,
+    ):
         return False  # the block refuses rows side by side: the slower path is always right
     slow = recompute_rows(decoder, prefix, [wanted[b] for b in rows.block], edited)
     return agree(slow, fast)

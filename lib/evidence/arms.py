@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lib.engine.extraction import Positions, check_blocks
 from lib.engine.files import write_atomically
-from lib.engine.interventions import Edit, exchange
+from lib.engine.edits import Edit, exchange
 from lib.engine.models import Decoder
 from lib.engine.store import recall_residuals, recall_sweep
 from lib.evidence.results import RESULTS

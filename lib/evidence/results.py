@@ -121,13 +121,14 @@ def run_facts(root: Path = ROOT) -> dict[str, str | int]:
     """
     import torch  # late, for it takes seconds: few who need records need the facts of a run
 
-    from lib.engine.embedded import GGUF_SHA256
+    from lib.engine.catalogue import find_weights
 
     model = os.environ.get("MODEL") or "embedded"
+    weights = find_weights(model)
     facts: dict[str, str | int] = {
         "built": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "model": model,
-        "model_sha256": GGUF_SHA256 if model == "embedded" else "not recorded",
+        "model_sha256": weights.sha256 if weights else "not recorded",
         "threads": torch.get_num_threads(),
         "processors": os.cpu_count() or 1,
         "platform": platform.platform(),

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lib.engine.edits import Edit, exchange
 from lib.engine.extraction import Positions, check_blocks, logit_lens
-from lib.engine.interventions import Edit, exchange
 from lib.engine.models import Decoder
 from lib.engine.store import recall_residuals, recall_sweep
 from lib.evidence.tasks import Pairs, Task
@@ -211,7 +211,7 @@ def measure_transfer(
         ValueError: as `lib.engine.sweeps.sweep_blocks`.
     """
     wanted = check_blocks(trial.decoder, blocks)
-    pairs, classes = _classes(trial.task, pairs, site, mirror=edit is exchange and donors is None)
+    pairs, classes = _classes(trial.task, pairs, site, mirror=edit == exchange and donors is None)
     logits = trial.logits
     before = divergence(logits, pairs.prompts[:, 1], pairs.prompts[:, 0])
     after = np.empty((len(wanted), len(pairs)))

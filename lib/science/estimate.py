@@ -26,6 +26,7 @@ N_DRAWS = 1000
 FEWEST_UNITS = 3
 SMALL = 10
 """Below so many units their draws are spread beforehand: percentiles of so few cannot be."""
+ROUNDING = 1e-12
 LARGE = 10**6
 """Stands for the size of a sample whose draws are spread already."""
 
@@ -138,7 +139,7 @@ class Estimate:
     @property
     def unanimous(self) -> bool:
         """Whether a number without an exact interval has no spread at all over its draws."""
-        flat = np.ptp(self.draws, axis=0) == 0
+        flat = np.ptp(self.draws, axis=0) <= ROUNDING * np.maximum(np.abs(self.value), 1)
         exact = self.share & np.isin(self.value, (0.0, 1.0))
         return bool((flat & ~exact).any())
 

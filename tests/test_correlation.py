@@ -1,0 +1,146 @@
+import numpy as np
+import pytest
+from scipy.spatial.distance import pdist, squareform
+from scipy.stats import kstest, rankdata, spearmanr
+from skbio.stats.distance import mantel
+
+from lib.science.correlation import (
+    correlate,
+    mantel_tests,
+    off_diagonal,
+    partial_correlation,
+    permutation_p_value,
+    rank_matrix,
+    weighted_correlations,
+)
+from lib.science.estimate import Untested, unit_weights
+
+
+def cloud(seed: int, n: int = 12, d: int = 4) -> np.ndarray:
+    return squareform(pdist(np.random.default_rng(seed).normal(size=(n, d))))
+
+
+def upper(matrix: np.ndarray) -> np.ndarray:
+    return matrix[np.triu_indices(len(matrix), 1)]
+
+
+def test_the_correlation_is_scipys_over_pairs_at_each_block():
+    firsts, second = [cloud(0), cloud(1)], cloud(2)
+    found = correlate(firsts, second, "twelve")
+    expected = [spearmanr(upper(first), upper(second))[0] for first in firsts]
+    assert found.value == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_matrix_a_block_is_compared_with_its_own_block():
+    firsts, seconds = [cloud(0), cloud(1)], [cloud(3), cloud(1)]
+    assert correlate(firsts, seconds, "twelve").value[1] == pytest.approx(1.0)
+    assert correlate(firsts, seconds, "twelve").value[0] < 0.9
+
+
+def test_a_draw_counts_a_pair_as_often_as_both_its_items_are_drawn():
+    first, second = rank_matrix(cloud(4)), rank_matrix(cloud(5))
+    weights = unit_weights("twelve", 12)[9]
+    i, j = np.triu_indices(12, 1)
+    count = weights[i] * weights[j]
+    x, y = (upper(matrix) - np.average(upper(matrix), weights=count) for matrix in (first, second))
+    expected = (count * x * y).sum() / np.sqrt((count * x**2).sum() * (count * y**2).sum())
+    found = correlate([cloud(4)], cloud(5), "twelve")
+    assert found.draws[9, 0] == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_partial_correlation_is_that_of_rank_residuals():
+    first, second, given = cloud(0), cloud(1), cloud(2) + cloud(0)
+    design = np.column_stack([np.ones(66), rankdata(upper(given))])
+    residuals = []
+    for matrix in (first, second):
+        ranks = rankdata(upper(matrix))
+        residuals.append(ranks - design @ np.linalg.lstsq(design, ranks, rcond=None)[0])
+    found = correlate([first], second, "twelve", given=[given])
+    assert found.value[0] == pytest.approx(np.corrcoef(residuals)[0, 1], abs=1e-9)
+
+
+def test_given_matrices_of_each_block_are_taken_out_at_their_block():
+    firsts, second, given = [cloud(0), cloud(1)], cloud(2), [cloud(3), cloud(4)]
+    both = correlate(firsts, second, "twelve", given=[given])
+    alone = [
+        correlate([f], second, "twelve", given=[g]).value[0]
+        for f, g in zip(firsts, given, strict=True)
+    ]
+    assert both.value == pytest.approx(alone)
+
+
+def test_the_interval_over_items_covers_the_true_correlation():
+    rng = np.random.default_rng(0)
+    whole = rng.normal(size=(1500, 3))
+    noisy = whole + 0.7 * rng.normal(size=whole.shape)
+    truth = spearmanr(pdist(whole), pdist(noisy))[0]
+    hits = 0
+    for number in range(150):
+        rows = rng.choice(1500, 40, replace=False)
+        firsts, second = [squareform(pdist(whole[rows]))], squareform(pdist(noisy[rows]))
+        found = correlate(firsts, second, f"forty {number}").interval()
+        hits += bool(found.low[0] <= truth <= found.high[0])
+    assert hits / 150 >= 0.88  # binomial noise of 150 and the pairs' finite sample
+
+
+def test_what_cannot_be_correlated_is_untested_with_the_reason():
+    flat = np.ones((12, 12)) - np.eye(12)
+    assert (
+        "equally far from each other at block 1"
+        in correlate([cloud(0), flat], cloud(1), "texts").reason
+    )
+    assert correlate([cloud(0, n=2)], cloud(1, n=2), "texts") == Untested(
+        "2 texts, at least 3 are needed"
+    )
+    assert "undefined" in correlate([cloud(0)], cloud(1), "texts", given=[cloud(0)]).reason
+
+
+def test_matrices_that_are_no_dissimilarities_are_refused():
+    with pytest.raises(ValueError, match="finite and symmetric"):
+        correlate([np.triu(cloud(0))], cloud(1), "texts")
+    with pytest.raises(ValueError, match="one number of items"):
+        correlate([cloud(0)], cloud(1, n=13), "texts")
+    with pytest.raises(ValueError, match="constant"):
+        mantel_tests(
+            [np.zeros((4, 4))], cloud(0, n=4), n_permutations=3, rng=np.random.default_rng(0)
+        )
+
+
+def test_a_matrix_constant_within_a_draw_has_no_correlation_there():
+    block = np.ones((6, 6)) - np.eye(6)
+    block[5, :5] = block[:5, 5] = 2.0
+    matrices = [off_diagonal(rank_matrix(block)), off_diagonal(rank_matrix(cloud(0, n=6)))]
+    found = weighted_correlations(matrices, np.array([[2, 2, 2, 0, 0, 0], [1, 1, 1, 1, 1, 1.0]]))
+    assert np.isnan(found[0, 0, 1])
+    assert np.isfinite(found[1, 0, 1])
+
+
+def test_one_given_variable_has_the_closed_form():
+    r = np.array([[1, 0.5, 0.3], [0.5, 1, 0.2], [0.3, 0.2, 1]])
+    expected = (0.5 - 0.3 * 0.2) / np.sqrt((1 - 0.09) * (1 - 0.04))
+    assert partial_correlation(r) == pytest.approx(expected)
+
+
+def test_mantels_test_agrees_with_scikit_bio():
+    first, second = cloud(0), cloud(0) + 0.5 * cloud(1)
+    rho, p, _ = mantel(first, second, method="spearman", permutations=4999, seed=1)
+    (found,) = mantel_tests([first], second, n_permutations=4999, rng=np.random.default_rng(0))
+    assert found.correlation == pytest.approx(rho)
+    assert found.p_value == pytest.approx(p, abs=0.02)
+
+
+def test_mantels_p_is_uniform_under_the_null():
+    rng = np.random.default_rng(2)
+    p = [
+        mantel_tests([cloud(2 * k, n=9)], cloud(2 * k + 1, n=9), n_permutations=99, rng=rng)[
+            0
+        ].p_value
+        for k in range(200)
+    ]
+    assert kstest(p, "uniform").pvalue > 0.01
+
+
+def test_a_p_value_counts_the_observed_among_the_permutations():
+    assert permutation_p_value(0.5, np.array([0.1, 0.5, -0.9]), "greater") == pytest.approx(0.5)
+    assert permutation_p_value(0.5, np.array([0.1, 0.5, -0.9]), "two-sided") == pytest.approx(0.75)
+    assert permutation_p_value(0.5, np.array([0.1, 0.5, -0.9]), "less") == pytest.approx(1.0)

@@ -1,0 +1,171 @@
+import numpy as np
+import pytest
+
+from lib.evidence.criteria import (
+    MODEL,
+    POOLED,
+    TEXTS,
+    Criterion,
+    claim_verdict,
+    criteria,
+    is_held_out,
+    join,
+    judge,
+)
+from lib.science.estimate import Estimate, Untested, mean_over_units
+
+
+def number(value: float, half_width: float = 0.01, units: str = "units") -> Estimate:
+    """Return an estimate whose interval is about value ± half_width."""
+    spread = np.linspace(-half_width, half_width, 39) if half_width else np.zeros(39)
+    return Estimate(np.r_[value, value + 1.03 * spread], units, 10_000)
+
+
+def criterion(relation: str, threshold: float) -> Criterion:
+    return Criterion("c", "p", "s", relation, threshold, "model", "", "")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("relation", "low", "high", "verdict"),
+    [
+        (">=", 0.8, 0.9, "supported"),
+        (">=", 0.5, 0.79, "refuted"),
+        (">=", 0.7, 0.9, "undecided"),
+        (">", 0.8, 0.9, "undecided"),
+        ("<=", 0.1, 0.8, "supported"),
+        ("<=", 0.81, 0.9, "refuted"),
+        ("<=", 0.7, 0.9, "undecided"),
+        ("within", -0.7, 0.7, "supported"),
+        ("within", 0.81, 0.9, "refuted"),
+        ("within", -0.9, -0.81, "refuted"),
+        ("within", -0.9, 0.1, "undecided"),
+        ("within", 0.1, 0.8, "undecided"),
+    ],
+)
+def test_the_whole_interval_decides(relation, low, high, verdict):
+    assert criterion(relation, 0.8).verdict(low, high) == verdict
+
+
+def test_an_equivalence_is_judged_by_the_ninety_per_cent_interval():
+    assert criterion("within", 0.1).level == 0.9
+    assert criterion(">=", 0.1).level == 0.95
+
+
+def test_every_criterion_of_the_registration_is_complete():
+    assert {one.claim for one in criteria()} == {
+        *("phase-transition", "angular-code", "norm-code", "causal-control"),
+        *("inside-the-switch", "why-angles"),
+    }
+    assert len(criteria()) == 41
+    assert not is_held_out("capitals")
+    assert is_held_out("continents")
+    with pytest.raises(ValueError, match="choose one of phase-transition"):
+        criteria("phase")
+
+
+def angles(**changed):
+    """Return statistics that support the whole claim, but for those given."""
+    two = {
+        TEXTS: number(0.7),
+        "capitals": number(0.7, units="a"),
+        "animals": number(0.7, units="b"),
+    }
+    names = ("late_correlation", "late_minus_early", "set_in", "set_in_beyond_twins")
+    found = dict.fromkeys((*names, "angle_minus_distance"), two)
+    beyond = ("beyond_reader", "beyond_reader_beyond_twins")
+    return {**found, **{name: {TEXTS: number(0.7)} for name in beyond}, **changed}
+
+
+def test_a_claim_is_supported_when_all_its_statistics_are_everywhere():
+    records = judge("angular-code", "m", angles())
+    assert claim_verdict(records, "angular-code", "m").verdict == "supported"
+    pooled = [row for row in records if row["place"] == POOLED]
+    assert {row["n"] for row in pooled} == {20_000}
+
+
+def test_one_refuted_statistic_refutes_its_part_and_the_claim():
+    records = judge("angular-code", "m", angles(beyond_reader={TEXTS: number(0.05)}))
+    found = claim_verdict(records, "angular-code", "m")
+    assert found.parts["beyond a fair reader"] == found.verdict == "refuted"
+    assert found.parts["strength"] == "supported"
+
+
+def test_an_undecided_or_untested_statistic_leaves_its_part_undecided():
+    for one in (number(0.15, 0.1), Untested("no reader")):
+        found = claim_verdict(
+            judge("angular-code", "m", angles(beyond_reader={TEXTS: one})), "angular-code", "m"
+        )
+        assert found.parts["beyond a fair reader"] == found.verdict == "undecided"
+    assert join(["not testable", "not testable"]) == "not testable"
+
+
+def test_a_pooled_support_falls_when_more_than_a_quarter_of_the_tasks_refute_it():
+    tasks = {f"task {k}": number(0.9, units=f"task {k}") for k in range(6)}
+    one = {TEXTS: number(0.7), **tasks, "bad": number(0.1, units="bad")}
+    two = {**one, "worse": number(0.1, units="worse"), "worst": number(0.1, units="worst")}
+    for places, verdict in ((one, "supported"), (two, "undecided")):
+        records = judge("angular-code", "m", angles(late_correlation=places))
+        (row,) = [
+            r for r in records if r["statistic"] == "late_correlation" and r["place"] == POOLED
+        ]
+        assert row["verdict"] == verdict
+    assert row["reason"] == "3 of 9 tasks refute it"
+
+
+def test_a_number_per_block_has_to_hold_at_each_and_shows_its_worst():
+    curve = Estimate(
+        np.tile([0.02, -0.3, 0.05], (40, 1)) + np.linspace(-0.01, 0.01, 40)[:, None], "t", 10_000
+    )
+    statistics = {name: number(0.01) for name in ("second_attribute_gain", "within_answer_gain")}
+    statistics |= {
+        name: {TEXTS: number(0.01)} for name in ("norm_exchange_transfer", "norm_cost_ratio")
+    }
+    statistics["partial_given_angle"] = {TEXTS: curve, "capitals": number(0.0, units="a")}
+    records = judge("norm-code", "m", statistics)
+    (row,) = [r for r in records if r["statistic"] == "partial_given_angle" and r["place"] == TEXTS]
+    assert (row["verdict"], round(row["estimate"], 1), row["level"]) == ("refuted", -0.3, 0.9)
+
+
+def test_what_the_twins_meet_as_well_is_marked_as_architecture():
+    twins = {name: value for name, value in angles().items() if "beyond_twins" not in name}
+    twins["set_in"] = {TEXTS: number(0.0), "capitals": number(0.0)}
+    records = judge("angular-code", "m", angles(), twins)
+    marked = {row["statistic"] for row in records if row["architecture"] and not row["untrained"]}
+    assert "late_correlation" in marked
+    assert "set_in" not in marked
+    found = claim_verdict(records, "angular-code", "m", untrained=True)
+    assert found.parts["sets in at the switch"] == "refuted"
+    assert found.verdict != "supported"
+
+
+def test_twins_support_no_claim_that_compares_with_them():
+    twins = {name: value for name, value in angles().items() if "beyond_twins" not in name}
+    records = judge("angular-code", "m", angles(), twins)
+    assert claim_verdict(records, "angular-code", "m", untrained=True).verdict == "undecided"
+
+
+def test_gaps_and_strangers_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"missing: set_in; in no criterion: none"):
+        judge("angular-code", "m", {k: v for k, v in angles().items() if k != "set_in"})
+    with pytest.raises(ValueError, match=r"in no criterion: charm"):
+        judge("angular-code", "m", angles(charm=number(1.0)))
+    with pytest.raises(ValueError, match=r"beyond_reader: expected texts, got model"):
+        judge("angular-code", "m", angles(beyond_reader=number(1.0)))
+    records = judge("angular-code", "m", angles())
+    with pytest.raises(ValueError, match="no record of set_in"):
+        claim_verdict([r for r in records if r["statistic"] != "set_in"], "angular-code", "m")
+
+
+def test_units_that_all_agree_are_not_taken_for_certainty():
+    flat = {TEXTS: mean_over_units(np.full(20, 0.9), "texts")}
+    records = judge("angular-code", "m", angles(beyond_reader=flat))
+    (row,) = [r for r in records if r["statistic"] == "beyond_reader"]
+    assert row["verdict"] == "not testable"
+    assert "all 20 texts agree" in row["reason"]
+
+
+def test_a_model_wide_number_has_the_models_place():
+    found = judge(
+        "why-angles", "small", {one.statistic: number(0.6) for one in criteria("why-angles")}
+    )
+    assert {row["place"] for row in found} == {MODEL}

@@ -1,0 +1,108 @@
+"""Keys: values that differ have keys that differ, and what cannot be told apart has none."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lib.engine import keys
+from lib.engine.edits import Exchange, Rotate, Scale, TurnBy, exchange, exchange_norm
+from lib.engine.keys import NoKeyError, key_of
+from lib.engine.readouts import DistributionMeasure
+
+LOGITS = torch.arange(12.0).reshape(3, 4)
+
+DIFFERENT: list[Any] = [
+    None,
+    True,
+    1,
+    1.0,
+    "1",
+    "1.0",
+    [1],
+    [[1]],
+    [1, 1],
+    [[1], 1],
+    {"a": 1, "b": 2},
+    {"b": 2, "a": 1},
+    ["a", 1, "b", 2],
+    0.1 + 0.2,
+    0.3,
+    LOGITS,
+    LOGITS.T.reshape(3, 4),
+    LOGITS.reshape(4, 3),
+    LOGITS.double(),
+    LOGITS.bfloat16(),
+    LOGITS.numpy(),
+    LOGITS[:0],
+    exchange,
+    exchange_norm,
+    Scale(0.5),
+    Scale(0.25),
+    TurnBy(0.5),
+    Rotate(3.0),
+    Rotate(4.0),
+    Rotate(torch.tensor(3.0)),
+    DistributionMeasure(LOGITS, [0]),
+    DistributionMeasure(LOGITS + 1, [0]),
+    DistributionMeasure(LOGITS, [1]),
+    DistributionMeasure(LOGITS, [0], temperature=True),
+]
+
+
+def test_values_that_differ_have_keys_that_differ() -> None:
+    keys = [key_of(value) for value in DIFFERENT]
+    assert len(set(keys)) == len(DIFFERENT)
+    assert key_of("a", "b") != key_of(["a", "b"]) != key_of("ab")
+
+
+def test_equal_values_made_twice_have_one_digest() -> None:
+    assert key_of(Scale(0.5), LOGITS) == key_of(Scale(0.5), LOGITS.clone())
+    assert key_of(LOGITS.T) == key_of(LOGITS.T.contiguous())
+    assert key_of(range(3), np.int64(2), (1.5,)) == key_of([0, 1, 2], 2, [np.float64(1.5)])
+    one, other = (DistributionMeasure(LOGITS.clone(), np.array([0])) for _ in range(2))
+    assert key_of(one) == key_of(other)
+
+
+def of_a_test(state: torch.Tensor, donor: torch.Tensor) -> torch.Tensor:
+    return state + donor
+
+
+@dataclass(frozen=True)
+class OfATest:
+    """An edit whose code no key would hold."""
+
+    factor: float
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        lambda state, donor: state,
+        of_a_test,
+        OfATest(2.0),
+        Exchange,
+        partial(Scale, 2.0),
+        [exchange, of_a_test],
+        {1, 2},
+        np.array([object()]),
+        torch.add,
+        "text".upper,
+    ],
+)
+def test_what_cannot_be_told_apart_has_no_key(value: Any) -> None:
+    with pytest.raises(NoKeyError):
+        key_of(value)
+
+
+def test_a_class_that_took_anothers_name_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lib.engine import edits
+
+    taken = type("Keep", (edits.Keep,), {})
+    monkeypatch.setattr(edits, "Keep", taken)
+    assert keys._class_key.__wrapped__(Scale)
+    with pytest.raises(NoKeyError):
+        keys._class_key.__wrapped__(type(edits.keep))

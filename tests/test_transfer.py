@@ -1,0 +1,193 @@
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import tiny_model, tiny_tokenizer
+from oracle import block_states, forward, patched_logits
+from scipy.special import log_softmax, softmax
+
+from lib.engine.edits import exchange_direction
+from lib.engine.extraction import extract_residuals
+from lib.engine.models import Decoder, load_decoder
+from lib.evidence.tasks import Pairs, Task, build_task, exchange_pairs
+from lib.evidence.transfer import DivergenceFromDonor, Trial, measure_transfer, read_tasks
+from lib.science.estimate import Untested
+
+
+@pytest.fixture(scope="module")
+def reader() -> Decoder:
+    words = ["?", *(f"w{k}" for k in range(1, 57)), "of", "comes", "the", "word", "has", "then"]
+    return load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer(words))
+
+
+@pytest.fixture(scope="module")
+def trial(reader: Decoder) -> Trial:
+    """A toy task some of whose subjects are two tokens long, so that prompts differ in length."""
+    subjects = [f"w{10 + k}" for k in range(12)] + ["w30 w31", "w32 w33"]
+    answers = [f"w{40 + k % 3}" for k in range(14)]
+    items = pd.DataFrame({"subject": subjects, "answer": answers, "group": ""})
+    task = build_task("toy", items, ["of {subject} comes then", "the word {subject} has"], reader)
+    found = read_tasks(reader, {"toy": task})["toy"]
+    assert isinstance(found, Trial)
+    return found
+
+
+def kl(p_logits: np.ndarray, q_logits: np.ndarray) -> np.ndarray:
+    log_p, log_q = (
+        log_softmax(np.asarray(x, dtype=np.float64), axis=-1) for x in (p_logits, q_logits)
+    )
+    return (softmax(np.asarray(p_logits, dtype=np.float64), axis=-1) * (log_p - log_q)).sum(-1)
+
+
+def by_hand(trial: Trial, pairs: Pairs, places, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return KL(p_y ‖ p_edited) of each pair and the edited logits, one hooked pass a pair."""
+    model, blocks = trial.decoder.model, trial.decoder.blocks
+    tokens = trial.task.tokens
+    found, edited = [], []
+    for x, y in pairs.prompts:
+        states = block_states(model, blocks, tokens[y])[block]
+        here, there = places(x), places(y)
+        logits = patched_logits(model, blocks[block], [tokens[x]], [here], [states[there]])[0]
+        found.append(kl(forward(model, [tokens[y]])[0].numpy(), logits.numpy()))
+        edited.append(logits.numpy())
+    return np.array(found), np.array(edited)
+
+
+@pytest.mark.parametrize("site", ["subject", "last"])
+def test_an_exchange_equals_one_hooked_pass_a_pair_for_prompts_of_any_length(
+    trial: Trial, site: str
+):
+    pairs = exchange_pairs(trial.task)
+    found = measure_transfer(trial, pairs, site)
+    position = trial.task.subject_positions
+    places = (
+        (lambda x: [int(position[x])])
+        if site == "subject"
+        else (lambda x: [len(trial.task.tokens[x]) - 1])
+    )
+    for block in range(trial.decoder.n_blocks):
+        expected, logits = by_hand(trial, pairs, places, block)
+        assert found.after[block] == pytest.approx(expected, abs=2e-5)
+        choice = logits[:, trial.task.answer_ids].argmax(-1)
+        assert np.array_equal(found.choice[block], choice)
+
+
+@pytest.mark.parametrize("site", ["subject's tokens", "between"])
+def test_an_exchange_of_several_tokens_equals_hooked_passes_where_tokens_line_up(
+    trial: Trial, site: str
+):
+    pairs = exchange_pairs(trial.task)
+    found = measure_transfer(trial, pairs, site)
+    task = trial.task
+    start, end = (task.prompts[name].to_numpy() for name in ("subject_start", "subject_position"))
+    lengths = np.array([len(tokens) for tokens in task.tokens])
+    x, y = pairs.prompts.T
+    kept = pairs.where((end[x] - start[x] == end[y] - start[y]) & (lengths[x] == lengths[y]))
+    assert 0 < len(kept) < len(pairs)
+    assert np.array_equal(found.unit, kept.unit)
+
+    def places(prompt: int) -> list[int]:
+        return list(
+            range(start[prompt], lengths[prompt] - 1 if site == "between" else end[prompt] + 1)
+        )
+
+    expected, _ = by_hand(trial, kept, places, 1)
+    assert found.after[1] == pytest.approx(expected, abs=2e-5)
+
+
+def test_given_donors_belong_to_their_pairs_and_their_blocks(trial: Trial):
+    pairs = exchange_pairs(trial.task, n_donors=1)
+    ends = [len(tokens) - 1 for tokens in trial.task.tokens]
+    states = extract_residuals(
+        trial.decoder, trial.task.tokens, positions=ends, blocks=[2, 3]
+    ).states
+    donors = states[:, pairs.prompts[:, 1]]
+    given = measure_transfer(trial, pairs, "last", donors=donors, blocks=[2, 3])
+    own = measure_transfer(trial, pairs, "last", blocks=[2, 3])
+    assert given.after == pytest.approx(own.after, abs=1e-5)
+    turned = measure_transfer(
+        trial, pairs, "last", donors=donors, blocks=[2, 3], edit=exchange_direction
+    )
+    assert np.abs(turned.after - own.after).max() > 1e-3
+
+
+def test_the_divergence_is_scipys_and_of_the_donors_prediction(trial: Trial):
+    logits = torch.randn(5, 64)
+    edited = torch.randn(3, 64)
+    measure = DivergenceFromDonor(logits, np.array([4, 0, 4]))
+    found = measure(edited, torch.tensor([0, 1, 2]))["kl_nats"]
+    assert found.numpy() == pytest.approx(kl(logits[[4, 0, 4]].numpy(), edited.numpy()), rel=1e-9)
+
+
+def test_a_donor_that_is_the_recipient_changes_nothing_and_one_at_the_end_brings_all(trial: Trial):
+    pairs = exchange_pairs(trial.task, n_donors=1)
+    own = Pairs(np.repeat(pairs.prompts[:, :1], 2, axis=1), pairs.unit)
+    for site in ("subject", "last"):
+        assert np.abs(measure_transfer(trial, own, site).after).max() <= 1e-5
+    last = measure_transfer(trial, pairs, "last", blocks=[trial.decoder.n_blocks - 1]).estimate()
+    assert last.value[0] == pytest.approx(1.0, abs=1e-4)
+    untouched = measure_transfer(trial, pairs, "subject", blocks=[trial.decoder.n_blocks - 1])
+    assert untouched.estimate().value[0] == pytest.approx(0.0, abs=1e-4)
+    assert untouched.after[0] == pytest.approx(untouched.before, abs=1e-5)
+
+
+def test_transfer_is_one_less_the_ratio_of_sums_over_the_pairs_of_the_units_drawn(trial: Trial):
+    found = measure_transfer(trial, exchange_pairs(trial.task), "last")
+    estimate = found.estimate()
+    assert estimate.value == pytest.approx(1 - found.after.sum(1) / found.before.sum())
+    assert (estimate.units, estimate.n_units) == ("subjects of toy", 14)
+    part = measure_transfer(trial, exchange_pairs(trial.task).where(found.unit < 5), "last")
+    assert part.estimate().n_units == 5
+    assert part.estimate().units != estimate.units
+
+
+def test_pairs_of_one_unit_are_drawn_together(trial: Trial):
+    found = measure_transfer(trial, exchange_pairs(trial.task), "last", blocks=[1])
+    doubled = Pairs(
+        *(
+            np.concatenate([part, part])
+            for part in (exchange_pairs(trial.task).prompts, exchange_pairs(trial.task).unit)
+        )
+    )
+    twice = measure_transfer(trial, doubled, "last", blocks=[1])
+    one, two = (np.ptp(np.quantile(t.estimate().draws, [0.025, 0.975])) for t in (found, twice))
+    assert two == pytest.approx(one, rel=1e-6)
+
+
+def test_flips_are_the_share_of_choices_that_became_the_donors_answer(trial: Trial):
+    found = measure_transfer(trial, exchange_pairs(trial.task), "last")
+    assert found.flip_rate().value == pytest.approx((found.choice == found.target).mean(axis=1))
+
+
+def test_predictions_that_are_all_alike_leave_nothing_to_transfer(trial: Trial):
+    found = measure_transfer(trial, exchange_pairs(trial.task), "last", blocks=[0])
+    flat = replace(found, before=np.zeros_like(found.before))
+    assert flat.estimate() == Untested("the predictions are all alike")
+
+
+def test_a_task_that_the_model_cannot_do_says_so_and_a_group_that_it_can_is_named(trial: Trial):
+    assert trial.accuracy < 0.8
+    assert "0.8 is needed" in trial.gate.reason
+    assert trial.able_groups == []
+    right = trial.logits[:, trial.task.answer_ids].argmax(-1).numpy()
+    prompts = trial.task.prompts.assign(answer_index=right)
+    able = replace(trial, task=replace(trial.task, prompts=prompts))
+    assert able.gate is None
+    assert able.able_groups == [""]
+
+
+def test_edits_of_several_tokens_other_than_an_exchange_are_refused(trial: Trial):
+    with pytest.raises(ValueError, match="only an exchange of the donor's own states"):
+        measure_transfer(trial, exchange_pairs(trial.task), "between", edit=exchange_direction)
+
+
+def test_an_untested_task_stays_untested(reader: Decoder):
+    assert read_tasks(reader, {"x": Untested("none")}) == {"x": Untested("none")}
+
+
+def test_a_task_keeps_its_prompts(trial: Trial):
+    assert isinstance(trial.task, Task)
+    assert trial.states("last").shape == (4, 28, 32)
+    assert torch.equal(trial.states("last")[-1], trial.last_states)
