@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor
 
+from lib.engine.edits import Scale, exchange, exchange_direction, exchange_norm
 from lib.engine.extraction import extract_residuals, tokenize
-from lib.engine.interventions import exchange, exchange_direction, exchange_norm, scale
 from lib.engine.models import Decoder, load_decoder
-from lib.engine.readouts import distribution_measure
+from lib.engine.readouts import DistributionMeasure
 from lib.engine.small_decoders import Material, Training
 from lib.engine.sweeps import sweep_blocks
 from lib.evidence import circle
-from lib.evidence.transfer import ARMS, DivergenceFromDonor, divergence
+from lib.evidence.transfer import ARMS
 from lib.science.correlation import partial_correlation
 from lib.science.estimate import Measured, Untested, generator, mean_over_units
 from lib.science.geometry import angles, distances, jeffreys_divergence, upper_triangle
@@ -130,7 +130,7 @@ def measure_exchanges(decoder: Decoder, questions: pd.DataFrame) -> pd.DataFrame
         pairs,
         {"norm": exchange_norm, "direction": exchange_direction},
         positions="last",
-        measure=distribution_measure(_read(decoder, questions)[1], pairs[:, 0]),
+        measure=DistributionMeasure(_read(decoder, questions)[1], pairs[:, 0]),
     )
     norm, direction = sweep.measures["kl_nats"].mean(-1)
     columns = {"block": sweep.blocks, "norm_kl_nats": norm, "direction_kl_nats": direction}
@@ -151,9 +151,9 @@ def measure_doses(decoder: Decoder, questions: pd.DataFrame) -> pd.DataFrame:
         decoder,
         tokenize(decoder, circle.texts(questions)),
         pairs,
-        {str(factor): scale(factor) for factor in DOSES},
+        {str(factor): Scale(factor) for factor in DOSES},
         positions="last",
-        measure=distribution_measure(_read(decoder, questions)[1], pairs[:, 0], temperature=True),
+        measure=DistributionMeasure(_read(decoder, questions)[1], pairs[:, 0], temperature=True),
     )
     kl = sweep.measures["kl_nats"].mean(-1)
     sharpening = -np.log(sweep.measures["temperature"]).mean(-1)
@@ -180,7 +180,8 @@ def measure_arms(decoder: Decoder, questions: pd.DataFrame) -> pd.DataFrame:
     prompts, logits = tokenize(decoder, circle.texts(both)), _read(decoder, both)[1]
     n = len(questions)
     pairs = np.stack([np.arange(n), np.arange(n, 2 * n)], axis=1)
-    before = divergence(logits, pairs[:, 1], pairs[:, 0]).sum()
+    from_donor = DistributionMeasure(logits, pairs[:, 1])
+    before = float(from_donor(logits[pairs[:, 0]], torch.arange(n))["kl_nats"].sum())
     rows = []
     for arm, site in ARMS.items():
         place = circle.PLACES["hour" if site == "subject" else "last"]
@@ -190,7 +191,7 @@ def measure_arms(decoder: Decoder, questions: pd.DataFrame) -> pd.DataFrame:
             pairs,
             {"exchange": exchange},
             positions=[place] * len(prompts),
-            measure=DivergenceFromDonor(logits, pairs[:, 1]),
+            measure=from_donor,
         )
         after = sweep.measures["kl_nats"][0].sum(-1)
         rows += [

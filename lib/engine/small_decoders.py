@@ -5,15 +5,13 @@ start from the same draw of weights (scaled, see `RECIPES`) and read the same pr
 order. What was trained before is read from disk; what was interrupted goes on from its last moment.
 """
 
-import hashlib
-import json
 import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib.engine.files import BUILD
+from lib.engine.keys import key_of
 from lib.engine.progress import track
 
 MOMENTS = (0, 30, 60, 120, 240, 480, 720, 960)
@@ -279,13 +278,10 @@ def _one_thread() -> Iterator[None]:
 
 
 def _key(kind: str, seed: int, material: Material, moments: Sequence[int]) -> str:
-    """Return a name of all that a training depends on, the code included."""
-    told = [kind, seed, asdict(RECIPES[kind]), CONFIGURATION, BATCH, list(moments)]
+    """Return a name of all that a training depends on, this module's code by its `Recipe`."""
     versions = [torch.__version__, transformers.__version__]
-    digest = hashlib.sha256(json.dumps([*told, *versions]).encode())
-    digest.update(Path(__file__).read_bytes())
-    digest.update(material.tokens.numpy().tobytes() + material.truths.numpy().tobytes())
-    return digest.hexdigest()[:24]
+    told = [kind, seed, RECIPES[kind], CONFIGURATION, BATCH, list(moments), versions]
+    return key_of(*told, material.tokens, material.truths)[:24]
 
 
 def _write(
