@@ -18,7 +18,7 @@ import notebooks
 import picture
 import setup_cells
 from executable_book.progress import Display, Follower, describe
-from lib.evidence.results import pages
+from lib.evidence.records import pages
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = setup_cells.chapters()
