@@ -8,6 +8,7 @@
 - `run_facts`: what the build rested on, in `_build/results/run.json` and on a page.
 - `scorecard`: the answer at a glance on the landing page.
 - `first_registration`: the first registration's criteria and verdicts, and why they left.
+- `chapter_figure`: a chapter's figure on another page.
 - `comparison`: the models' runs side by side.
 - `mathjax`: puts MathJax into the book, so that pages need no network.
 - `plotting`: gives Matplotlib a folder that it can write, for it complains where a home is not.
@@ -23,6 +24,7 @@ from sphinx.application import Sphinx
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # lib, which the chapters import too
 
 from executable_book import (
+    chapter_figure,
     comparison,
     first_registration,
     freshness,
@@ -40,7 +42,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Connect the parts to the build. Reading runs in one process, in the order of the book."""
     for part in (
         *(mathjax, plotting, progress, results, freshness),
-        *(run_facts, scorecard, comparison, first_registration, theme),
+        *(run_facts, scorecard, comparison, first_registration, chapter_figure, theme),
     ):
         part.setup(app)
     return {"parallel_read_safe": False, "parallel_write_safe": True}
