@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -229,6 +230,26 @@ def test_package_that_is_gone_is_named_in_one_line(world: SimpleNamespace, real:
     message = refusal()
     assert "pip could not download tiny-part2==1.0 (ERROR: No matching distribution" in message
     assert "run again" in message
+
+
+def test_package_of_source_alone_is_refused_and_nothing_of_it_is_run(
+    world: SimpleNamespace, real: None, tmp_path: Path
+) -> None:
+    """Even to download a package's source, pip would run its builder."""
+    empty(world.index)
+    ran = tmp_path / "ran"
+    source = tmp_path / "tiny_part0-1.0"
+    source.mkdir()
+    (source / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: tiny-part0\nVersion: 1.0\n")
+    (source / "builder.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    (source / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "builder"\nbackend-path = ["."]\n'
+    )
+    with tarfile.open(world.index / "tiny_part0-1.0.tar.gz", "w:gz") as archive:
+        archive.add(source, source.name)
+    message = refusal()
+    assert not ran.exists()
+    assert "No matching distribution" in message
 
 
 # Cut short
