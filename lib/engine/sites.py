@@ -272,6 +272,43 @@ def patch_heads(
     return results
 
 
+def head_outputs(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], heads: Sequence[Head]
+) -> Tensor:
+    """Return what each head adds to the residual stream at the last token.
+
+    What the attention adds, less what it would add if the head put out nothing: with a plain output
+    projection the head's slice through it, with a norm behind it (Gemma) what that norm makes of
+    the difference.
+
+    Returns:
+        `[n_heads, n_prompts, d_model]`, float32, on the CPU.
+
+    Raises:
+        ValueError: a head that does not exist, or a model without such parts.
+    """
+    where = position_table(prompts, "last")
+    check_prompts(decoder, prompts)
+    wanted = tuple(sorted({block for block, _ in heads}))
+    parts = dict(zip(wanted, find_parts(decoder, wanted), strict=True))
+    for block, head in heads:
+        _check_sites(decoder, {f"{block}.{head}": Site("attention", (head,))}, [parts[block]])
+    members = np.arange(len(prompts))
+    read = _read_outputs(decoder, prompts, where, members, wanted, tuple(parts.values()), None)
+    outputs = dict(zip(wanted, read, strict=True))
+    alone = _TokensAlone(decoder)
+    written = []
+    for block, head in heads:
+        own, part = outputs[block], parts[block]
+        without = own.heads.clone()
+        without[..., slice_of(part, without.shape[-1], [head])] = 0
+        whole, rest = (
+            alone.attention(block, part, own.entering, given) for given in (own.heads, without)
+        )
+        written.append(part.multiplier * (whole - rest)[:, 0])
+    return torch.stack(written)
+
+
 def _columns(
     prompts: Sequence[Sequence[int]], pairs: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -410,16 +447,32 @@ class _TokensAlone:
         self, block: int, parts: Parts, entering: Tensor, heads: Tensor, mlp: Tensor | None
     ) -> Tensor:
         """Return the states after the block, of the shape of `entering` `[…, d_model]`."""
+        return self._in_rows(block, parts, entering, heads, mlp)[0]
+
+    def attention(self, block: int, parts: Parts, entering: Tensor, heads: Tensor) -> Tensor:
+        """Return the output of the module `parts.attention`, of the shape of `entering`."""
+        return self._in_rows(block, parts, entering, heads, None)[1]
+
+    def _in_rows(
+        self, block: int, parts: Parts, entering: Tensor, heads: Tensor, mlp: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         rows = [None if part is None else part.flatten(0, -2) for part in (entering, heads, mlp)]
         results = []
         for chosen in torch.arange(len(rows[0])).split(ROWS_AT_ONCE):  # type: ignore[arg-type]
             given = [None if part is None else part[chosen][:, None] for part in rows]
             results.append(self._run(block, parts, *given))  # type: ignore[arg-type]
-        return torch.cat(results).view(entering.shape)
+        states, written = (torch.cat(found).view(entering.shape) for found in zip(*results, strict=True))
+        return states, written
 
     def _run(
         self, block: int, parts: Parts, entering: Tensor, heads: Tensor, mlp: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """Return the states after the block and what the attention put out `[n, d_model]`."""
+        written: list[Tensor] = []
+
+        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+            written.append(untuple(output).clone())
+
         def put_heads(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (heads.to(args[0]).reshape(args[0].shape), *args[1:])
 
@@ -436,12 +489,17 @@ class _TokensAlone:
         with ExitStack() as stack, torch.inference_mode():
             for handle in (
                 parts.projection.register_forward_pre_hook(put_heads),
+                parts.attention.register_forward_hook(keep),
                 parts.mlp.register_forward_hook(put_mlp),
             ):
                 stack.callback(handle.remove)
             hidden = entering.to(inputs["hidden"].device)
             module = self.decoder.blocks[block]
-            return untuple(module(hidden, **inputs["others"])).float().cpu()[:, 0]
+            states = untuple(module(hidden, **inputs["others"]))
+        first, second = (
+            part.float().cpu().view(len(entering), -1) for part in (states, written[0])
+        )
+        return first, second
 
 
 def _inputs_of_lone_tokens(decoder: Decoder, n: int) -> list[Inputs]:
