@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lib.engine.batches import equal_length_rows
 from lib.engine.edits import exchange
-from lib.engine.extraction import check_blocks, check_prompts
+from lib.engine.extraction import Prompts, check_blocks, check_prompts
 from lib.engine.models import Decoder
 from lib.engine.passes import agree
 from lib.engine.replay import FrozenCache, ReplayUnsupportedError, run_prefix
@@ -109,7 +109,7 @@ def each_head(decoder: Decoder, blocks: Sequence[int] | None = None) -> dict[str
 
 def sweep_sites(
     decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     pairs: np.ndarray,
     sites: Mapping[str, Site],
     *,
@@ -147,8 +147,8 @@ def sweep_sites(
             parts, or tokens that cannot be hidden; the message says which.
     """
     wanted = check_blocks(decoder, blocks)
+    prompts = check_prompts(decoder, prompts)
     where = position_table(prompts, positions)
-    check_prompts(decoder, prompts)
     parts = find_parts(decoder, wanted)
     pairs = np.asarray(pairs)
     _check_sites(decoder, sites, parts)
@@ -192,7 +192,7 @@ def _of_pairs(measure: Measure, n_pairs: int) -> Measure:
 
 def patch_heads(
     decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     pairs: np.ndarray,
     groups: Mapping[str, Sequence[Head]],
     *,
@@ -222,8 +222,8 @@ def patch_heads(
         ValueError: a head, pair or position that does not exist, a model without such parts, or
             tokens that cannot be hidden; the message says which.
     """
+    prompts = check_prompts(decoder, prompts)
     where = position_table(prompts, "last")
-    check_prompts(decoder, prompts)
     pairs = np.asarray(pairs)
     _check_pairs(pairs, len(prompts))
     wanted = tuple(sorted({block for group in groups.values() for block, _ in group}))
@@ -272,9 +272,7 @@ def patch_heads(
     return results
 
 
-def head_outputs(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], heads: Sequence[Head]
-) -> Tensor:
+def head_outputs(decoder: Decoder, prompts: Prompts, heads: Sequence[Head]) -> Tensor:
     """Return what each head adds to the residual stream at the last token.
 
     What the attention adds, less what it would add if the head put out nothing: with a plain output
@@ -287,8 +285,8 @@ def head_outputs(
     Raises:
         ValueError: a head that does not exist, or a model without such parts.
     """
+    prompts = check_prompts(decoder, prompts)
     where = position_table(prompts, "last")
-    check_prompts(decoder, prompts)
     wanted = tuple(sorted({block for block, _ in heads}))
     parts = dict(zip(wanted, find_parts(decoder, wanted), strict=True))
     for block, head in heads:
@@ -461,7 +459,9 @@ class _TokensAlone:
         for chosen in torch.arange(len(rows[0])).split(ROWS_AT_ONCE):  # type: ignore[arg-type]
             given = [None if part is None else part[chosen][:, None] for part in rows]
             results.append(self._run(block, parts, *given))  # type: ignore[arg-type]
-        states, written = (torch.cat(found).view(entering.shape) for found in zip(*results, strict=True))
+        states, written = (
+            torch.cat(found).view(entering.shape) for found in zip(*results, strict=True)
+        )
         return states, written
 
     def _run(
