@@ -3,7 +3,8 @@
 PYTHON ?= python3
 # An extra package index for torch alone, such as one with wheels for CPUs only; see README.md.
 TORCH_INDEX_URL ?=
-# Model that the chapters run on: "embedded", a name on a model hub, or a folder.
+# Model that the chapters run on: a name of lib/data/models.toml ("embedded" is the default one), a
+# name on a model hub, or a folder.
 export MODEL ?= embedded
 # Idle threads spin for a moment only, then sleep: beside other work on the machine, sweeps that
 # would take ten times as long do not.

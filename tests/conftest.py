@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import build
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from lib.engine import store
 from lib.engine.models import Decoder, load_decoder
@@ -91,9 +92,8 @@ def _own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def tiny_model(architecture: str) -> Any:
     """Return a random model whose logits are of the size of a trained model's, not near zero."""
-    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture])
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = build(architecture).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:

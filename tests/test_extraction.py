@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oracle
@@ -11,9 +12,13 @@ import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
 
-from lib import passes as forward_passes
+from lib.engine import passes as forward_passes
+from lib.engine.edits import exchange
 from lib.engine.extraction import extract_residuals, logit_lens, tokenize
+from lib.engine.generation import generate
 from lib.engine.models import Decoder, load_decoder
+from lib.engine.store import recall_residuals
+from lib.engine.sweeps import sweep_blocks
 
 RAGGED = [[5, 9, 4, 33], [8, 3, 17], [6, 6, 12, 40, 2, 9], [11, 30, 22], [7, 21, 9, 50, 50, 1]]
 
@@ -242,6 +247,53 @@ def test_no_hook_stays_behind_after_an_exception(llama: Decoder) -> None:
     assert [len(block._forward_hooks) for block in llama.blocks] == before
 
 
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        torch.tensor([[5, 9, 4], [8, 3, 17]]),
+        np.array([[5, 9, 4], [8, 3, 17]], dtype=np.int32),
+        [torch.tensor([5, 9, 4]), np.array([8, 3, 17])],
+        [[np.int64(5), torch.tensor(9), 4], (8, 3, 17)],
+    ],
+)
+def test_token_ids_may_be_tensors_or_arrays(llama: Decoder, prompts: Any) -> None:
+    plain = [[5, 9, 4], [8, 3, 17]]
+    pairs, edits = np.array([[0, 1]]), {"exchange": exchange}
+
+    def measure(given: Any) -> list[Any]:
+        read = extract_residuals(llama, given, positions=[1, -1], logits=True)
+        sweep = sweep_blocks(llama, given, pairs, edits, positions="last", read_ids=[3, 4])
+        recalled = recall_residuals(llama, given)
+        assert read.logits is not None
+        return [read.states, read.logits, torch.tensor(sweep.logits), recalled.states,
+                torch.tensor(generate(llama, given, 3))]  # fmt: skip
+
+    for found, expected in zip(measure(prompts), measure(plain), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        (["w5 w9"], "turn texts into them by tokenize"),
+        ({"input_ids": [[5, 9]]}, "turn texts into them by tokenize"),
+        ([[5, 9], [5.0, 9.0]], r"Prompt 1 is no list of token ids; its first entry is 5\.0"),
+        (torch.tensor([[0.5, 1.5]]), "Prompt 0 is no list of token ids"),
+        ([[5, 9], [63, 63]], r"Prompt 1 is padding alone \(token 63\)"),
+        ([[63, 5, 9], [5, 9]], r"Prompt 0 is padded \(token 63\)"),
+        ([[5, 9], [5, 9, 63]], "Prompt 1 is padded"),
+    ],
+)
+def test_prompts_that_are_no_token_ids_are_refused(prompts: Any, words: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = "w63"
+    decoder = load_decoder(tiny_model("llama"), tokenizer=tokenizer)
+    for call in (extract_residuals, recall_residuals):
+        with pytest.raises(ValueError, match=words) as raised:
+            call(decoder, prompts)
+        assert "\n" not in str(raised.value)
+
+
 def test_tokenize_returns_plain_lists(llama: Decoder) -> None:
     assert tokenize(llama, ["w3 w4", "w5"]) == [[3, 4], [5]]
 
@@ -253,7 +305,11 @@ def test_tokenize_returns_plain_lists(llama: Decoder) -> None:
         ([[5], []], "last", None, "Prompt 1 is empty"),
         ([[5, 6]], [2], None, "position 2 does not exist"),
         ([[5, 6]], [0, 1], None, "2 positions for 1 prompts"),
+        ([[5, 6]], [1.0], None, r"Positions are whole numbers, got \[1\.0\]"),
+        ([[5, 6]], "middle", None, "Positions 'middle': give \"last\""),
         ([[5, 6]], "last", [4], "Block 4 does not exist"),
+        ([[5, 6]], "last", [1, 2, 1], "Block 1 is asked for twice"),
+        ([[5, 6]], "last", [0.5], r"Blocks are whole numbers, got \[0\.5\]"),
     ],
 )
 def test_bad_input_is_named(llama: Decoder, prompts, positions, blocks, words) -> None:  # type: ignore[no-untyped-def]

@@ -14,7 +14,8 @@ MODULES = sorted(
 
 
 def floor_of(path: Path) -> int:
-    return FLOORS.index(path.relative_to(LIB).parts[0])
+    name = path.relative_to(LIB).parts[0]
+    return FLOORS.index(name) if name in FLOORS else len(FLOORS)
 
 
 def breaches(module: Path) -> list[str]:

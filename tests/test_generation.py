@@ -166,6 +166,67 @@ def test_what_cannot_be_steered_is_refused_in_one_line(llama: Decoder) -> None:
         assert "\n" not in str(raised.value)
 
 
+SEVERAL = {
+    "sampled": {"do_sample": True, "num_return_sequences": 3},
+    "beams": {"num_beams": 3, "num_return_sequences": 2, "do_sample": False},
+    "greedy": {"do_sample": False},
+}
+
+
+@pytest.mark.parametrize("how", SEVERAL)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_all_sequences_of_a_prompt_are_edited_at_its_own_positions(
+    llama: Decoder, how: str, use_cache: bool
+) -> None:
+    """As by a hook that edits columns of the whole text, which is computed anew for each token."""
+    positions = [[2, 4], [1, 5]]
+    targets = torch.randn(2, llama.d_model, generator=torch.Generator().manual_seed(3))
+    tokens = torch.tensor([[5, 9, 12, 33], [0, 7, 21, 8]])
+    options = {
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]]),
+        "max_new_tokens": 5,
+        "min_new_tokens": 5,
+        "pad_token_id": 0,
+        **SEVERAL[how],
+    }
+    llama.model.generation_config.eos_token_id = None
+
+    def change(_module: Any, _inputs: Any, output: Any) -> Any:
+        hidden = (output[0] if isinstance(output, tuple) else output).clone()
+        n_each = len(hidden) // 2
+        for row in range(len(hidden)):
+            for place in positions[row // n_each]:
+                column = place + (row // n_each)  # the second prompt is padded by one
+                if column < hidden.shape[1]:
+                    state = hidden[row, column]
+                    hidden[row, column] = Rotate(150)(state, targets[row // n_each])
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def written(cached: bool) -> Tensor:
+        torch.manual_seed(1)
+        return llama.model.generate(tokens, use_cache=cached, **options)
+
+    handle = llama.blocks[BLOCK].register_forward_hook(change)
+    expected = written(cached=False)
+    handle.remove()
+    with steer(llama, BLOCK, Rotate(150), targets, positions):
+        found = written(cached=use_cache)
+    assert torch.equal(found, expected)
+    assert len(found) == 2 * options.get("num_return_sequences", 1)
+    assert not torch.equal(written(cached=True), expected)
+
+
+def test_rows_that_repeat_no_prompt_are_refused(llama: Decoder) -> None:
+    others = torch.tensor([[5, 9, 4], [5, 9, 5], [8, 3, 17], [8, 3, 17]])
+    for tokens in (others, others[:3]):
+        with (
+            pytest.raises(ValueError, match=r"\d rows, but positions were given for 2 prompts"),
+            torch.no_grad(),
+            steer(llama, BLOCK, Rotate(20), target_of(llama), [1, 2]),
+        ):
+            llama.model(tokens)
+
+
 def test_an_edit_that_breaks_its_word_is_named_with_block_and_prompt(llama: Decoder) -> None:
     target, prompts = target_of(llama), [[5, 9, 4], [8, 3, 17]]
 
@@ -180,7 +241,7 @@ def test_an_edit_that_breaks_its_word_is_named_with_block_and_prompt(llama: Deco
     ):
         generate(llama, prompts, 1)
     with (
-        pytest.raises(ValueError, match="returned dtype torch.float64 for prompt 0"),
+        pytest.raises(ValueError, match=r"returned dtype torch\.float64 for prompt 0"),
         steer(llama, BLOCK, lambda state, donor: state.double(), target, [1, 2]),
     ):
         generate(llama, prompts, 1)

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import oracle
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModel,
     BertConfig,
@@ -17,9 +19,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from lib.engine.edits import exchange
+from lib.engine.extraction import extract_residuals
+from lib.engine.generation import generate
 from lib.engine.models import Decoder, load_decoder
 from lib.engine.passes import run_blocks
 from lib.engine.structure import untuple
+from lib.engine.sweeps import sweep_blocks
 
 
 def test_final_norm_and_unembedding_of_the_last_block_give_the_models_logits(
@@ -65,6 +71,25 @@ def test_untrained_twin_is_the_same_each_time_and_keeps_the_random_state(tmp_pat
     assert not torch.equal(first.unembedding.weight, trained.unembedding.weight)
 
 
+def test_each_seed_has_a_twin_of_its_own() -> None:
+    trained = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
+
+    def twin(seed: int) -> Decoder:
+        return load_decoder(trained.model, tokenizer=trained.tokenizer, untrained=True, seed=seed)
+
+    weights = [twin(seed).unembedding.weight for seed in (0, 1, 2, 1)]
+    assert torch.equal(weights[1], weights[3])
+    assert not any(torch.equal(weights[i], weights[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    labels = {trained.label, *(twin(seed).label for seed in range(3))}
+    assert len(labels) == 4 and twin(2).label.endswith("untrained, seed 2")
+
+
+def test_a_trained_model_has_no_seed(llama: Decoder) -> None:
+    for options in ({"seed": 1}, {"untrained": True, "seed": -1}):
+        with pytest.raises(ValueError, match="untrained twins have seeds 0, 1, …"):
+            load_decoder(llama.model, tokenizer=llama.tokenizer, **options)
+
+
 def test_label_never_names_a_folder_above_the_model(tmp_path: Path) -> None:
     folder = tmp_path / "my-model"
     tiny_model("llama").save_pretrained(folder)
@@ -72,9 +97,123 @@ def test_label_never_names_a_folder_above_the_model(tmp_path: Path) -> None:
     assert load_decoder(folder).name == "my-model"
 
 
-def test_loading_freezes_the_weights(llama: Decoder) -> None:
-    assert not any(parameter.requires_grad for parameter in llama.model.parameters())
-    assert not llama.model.training
+def test_loading_freezes_the_weights(tmp_path: Path) -> None:
+    tiny_model("llama").train().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    for untrained in (False, True):
+        model = load_decoder(tmp_path, untrained=untrained).model
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        assert not any(module.training for module in model.modules())
+
+
+def test_a_model_in_hand_is_measured_without_dropout_and_keeps_its_mode_and_gradients() -> None:
+    model = tiny_model("gpt2").train()
+    model.transformer.h[2].eval()
+    model.transformer.wte.weight.requires_grad_(False)
+    modes = [module.training for module in model.modules()]
+    gradients = [parameter.requires_grad for parameter in model.parameters()]
+    attention = model.config._attn_implementation
+    prompts, pairs = [[5, 9, 4], [8, 3, 17]], np.array([[0, 1]])
+
+    def measure(decoder: Decoder) -> list[np.ndarray]:
+        read = extract_residuals(decoder, prompts, logits=True)
+        swept = sweep_blocks(
+            decoder, prompts, pairs, {"x": exchange}, positions="last", read_ids=range(64)
+        )
+        written = generate(decoder, prompts, 4)
+        assert read.logits is not None
+        return [read.states.numpy(), read.logits.numpy(), swept.logits, np.array(written)]
+
+    found = measure(load_decoder(model, tokenizer=tiny_tokenizer()))
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == gradients
+    assert model.config._attn_implementation == attention
+    expected = measure(load_decoder(model.eval(), tokenizer=tiny_tokenizer()))
+    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+class Adapted(nn.Module):
+    """As PEFT wraps a model: adapters lie in the layers of the model inside."""
+
+    def __init__(self, model: nn.Module, prompt_learning: bool = False) -> None:
+        super().__init__()
+        self.inner = model
+        self.active_peft_config = SimpleNamespace(is_prompt_learning=prompt_learning)
+
+    def get_base_model(self) -> nn.Module:
+        return self.inner
+
+
+class Wrapped(nn.Module):
+    """As torch's parallel modules wrap a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module = model
+
+
+class Adapter(nn.Module):
+    """As LoRA changes a layer."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = layer
+        self.down = nn.Linear(layer.in_features, 2, bias=False)
+        self.up = nn.Linear(2, layer.out_features, bias=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.base_layer(states) + self.up(self.down(states))
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, Adapted, Wrapped, lambda m: Wrapped(Adapted(m))])
+def test_a_wrapped_model_is_measured_with_its_adapters(wrap: Callable[..., nn.Module]) -> None:
+    prompt = [5, 9, 4, 33]
+    model = tiny_model("llama")
+    plain = oracle.forward(model, [prompt])
+    attention = model.model.layers[1].self_attn
+    attention.v_proj = Adapter(attention.v_proj)
+    adapted = oracle.forward(model, [prompt])
+    assert not torch.allclose(adapted, plain, atol=1e-2)
+    decoder = load_decoder(wrap(model), tokenizer=tiny_tokenizer())
+    found = extract_residuals(decoder, [prompt], blocks=(), logits=True).logits
+    assert found is not None and torch.allclose(found, adapted, atol=1e-4)
+    pairs = np.array([[0, 1]])
+    edits = {"exchange": exchange}
+    sweep = sweep_blocks(
+        decoder, [prompt, [8, 3, 17, 9]], pairs, edits, positions="last", read_ids=range(64)
+    )
+    state = oracle.block_states(model, [decoder.blocks[0]], [8, 3, 17, 9])[0, [-1]]
+    expected = oracle.patched_logits(model, decoder.blocks[0], [prompt], [[-1]], [state])
+    assert np.abs(sweep.logits[0, 0] - expected.numpy()).max() < 1e-4
+
+
+def test_what_cannot_be_measured_inside_its_wrapper_is_refused() -> None:
+    compiled = tiny_model("llama")
+    compiled.model.layers[0].compile()
+    for model, words in (
+        (Adapted(tiny_model("llama"), prompt_learning=True), "learned tokens before each prompt"),
+        (nn.Linear(3, 3), "Linear is no model of transformers and holds none"),
+        (compiled, "compiled in place"),
+    ):
+        with pytest.raises(ValueError, match=words) as problem:
+            load_decoder(model, tokenizer=tiny_tokenizer())
+        one_line(problem)
+
+
+def test_what_goes_wrong_in_a_models_own_code_is_told_in_one_line() -> None:
+    model = tiny_model("llama")
+
+    def broken(*_args: object, **_options: object) -> None:
+        raise KeyError("pixel_values\nand more")
+
+    model.model.forward = broken
+    assert "cannot be run on a few tokens alone" in refusal(model)
+
+
+def test_a_model_that_names_no_number_of_blocks_is_refused() -> None:
+    model = tiny_model("llama")
+    model.config.num_hidden_layers = 0
+    assert "names no number of blocks" in refusal(model)
 
 
 def one_line(problem: pytest.ExceptionInfo[ValueError]) -> str:

@@ -16,7 +16,8 @@ ENGINE = ROOT / "lib" / "engine"
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small lib: `top` imports `middle`, which imports `deep` inside a function."""
     files = {
-        "lib/__init__.py": "from lib.engine.deep import answer\nfrom lib.other import aside as by\n",
+        "lib/__init__.py": "from lib.engine.deep import answer\n"
+        "from lib.other import aside as by\n",
         "lib/engine/deep.py": "import json\nanswer = 42\n",
         "lib/engine/middle.py": "def late():\n    from lib.engine import deep\n    return deep\n",
         "lib/top.py": "from .engine import middle\n",

@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from torch import Tensor
 
-from lib.engine.edits import add, exchange, exchange_direction, exchange_norm, keep
+from lib.engine.edits import Edit, TurnBy, add, exchange, exchange_direction, exchange_norm, keep
 from lib.engine.extraction import extract_residuals
 from lib.engine.models import Decoder, load_decoder
 from lib.engine.replay import Prefix
@@ -326,3 +326,73 @@ def test_replay_is_used_for_a_sliding_window_shorter_than_the_prompt() -> None:
     decoder = load_decoder(tiny_model("mistral"), tokenizer=tiny_tokenizer())
     assert decoder.model.config.sliding_window < len(PROMPTS[0])
     assert full(decoder, "last")[0].path == "prefix replay"
+
+
+def spoil(at: int, value: float) -> Edit:
+    """Return an edit that is right but for one pair's states, which hold `value`."""
+
+    def edit(state: Tensor, donor: Tensor) -> Tensor:
+        return torch.where((donor == at).all(-1, keepdim=True), torch.tensor(value), donor)
+
+    return edit
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_edit_that_returns_no_number_is_named_with_block_and_pair(
+    llama: Decoder, value: float
+) -> None:
+    donors = torch.randn(4, 5, 1, llama.d_model, generator=torch.Generator().manual_seed(1))
+    donors[2, 0] = 7.0  # donor 0 at block 2, which pairs 3 and 4 take
+    with pytest.raises(
+        ValueError,
+        match=r"^Edit 'bad' after block 2 returned NaN or infinity for pair [34] \(recipient "
+        r"[23], donor 0\); an edit returns finite states\.$",
+    ):
+        sweep_blocks(
+            llama, PROMPTS, PAIRS, {"exchange": exchange, "bad": spoil(7, value)},
+            positions="last", donors=donors, read_ids=READ,
+        )  # fmt: skip
+
+
+def test_an_edit_that_returns_another_dtype_is_named(llama: Decoder) -> None:
+    for edit, words in (
+        (lambda state, donor: donor.double(), r"dtype torch\.float64 for pair \d+ \(recipient"),
+        (lambda state, donor: donor[..., :3], r"returned shape .* an edit keeps the shape"),
+        (TurnBy(0.5), r"^Edit 'bad' after block 0: State \d+ and its target are parallel"),
+    ):
+        same = np.array([[i, i] for i in range(5)])
+        with pytest.raises(ValueError, match=words):
+            sweep_blocks(llama, PROMPTS, same, {"bad": edit}, positions="last", read_ids=READ)
+
+
+def test_a_measure_that_gives_no_number_is_named_with_edit_block_and_pair(llama: Decoder) -> None:
+    def nothing(logits: Tensor, pair: Tensor) -> dict[str, Tensor]:
+        return {"size": torch.where(pair == 5, torch.nan, logits.amax(-1))}
+
+    def shapeless(logits: Tensor, pair: Tensor) -> dict[str, Tensor]:
+        return {"size": logits}
+
+    def untyped(logits: Tensor, pair: Tensor) -> dict[str, Tensor]:
+        return {"size": logits.amax(-1).tolist()}  # type: ignore[dict-item]
+
+    for measure, words in (
+        (nothing, r"^Measure 'size' is nan for edit '\w+' after block 0, pair 5 \(recipient 3, d"),
+        (shapeless, r"^Measure 'size' is \(\d+, 64\); expected a tensor \(\d+,\), one number a r"),
+        (untyped, r"^Measure 'size' is list; expected a tensor"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sweep_blocks(llama, PROMPTS, PAIRS, EDITS, positions="last", measure=measure)
+
+
+def test_whether_replay_is_exact_is_found_with_an_edit_that_shows_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not with the caller's own, which may change nothing."""
+    decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
+
+    def unedited(_decoder: Decoder, prefix: Prefix, blocks: list[int], _rows: Tensor) -> Tensor:
+        return prefix.states[-1][:, None, -1].expand(-1, len(blocks), -1)
+
+    monkeypatch.setattr("lib.engine.sweeps.replay_rows", unedited)
+    kept = sweep_blocks(decoder, PROMPTS, PAIRS, {"keep": keep}, positions="last", read_ids=READ)
+    assert kept.path == "full recompute"

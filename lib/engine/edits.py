@@ -11,7 +11,7 @@ Doses are angles φ in degrees, and all edits of one dose move a state equally f
 the chord of a turn by φ. What differs is the way: along the sphere towards a target (`Rotate`),
 along a fixed vector (`Shift`), or outwards (`Stretch`). Five lines steer any Hugging Face decoder:
 
-    >>> decoder = load_decoder("embedded")
+    >>> decoder = load_decoder()
     >>> prompts = tokenize(decoder, ["The capital of France is", "The capital of Japan is"])
     >>> target = extract_residuals(decoder, prompts, blocks=[24]).states[0, 1]
     >>> with steer(decoder, 24, Rotate(40), target, positions=[4]):

@@ -1,17 +1,21 @@
 """Extraction: the residual stream after chosen blocks at chosen positions, and the logit lens."""
 
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lib.engine.batches import Batch, equal_length_rows, pack_prompts, stack_prompts
-from lib.engine.models import Decoder
+from lib.engine.models import Decoder, evaluated
 from lib.engine.passes import count_shared, packing_is_exact, run_batch
 from lib.engine.progress import track
+
+Prompts = Sequence[Sequence[int] | np.ndarray | Tensor] | np.ndarray | Tensor
+"""Token ids: one list, array or tensor a prompt, or one array or tensor `[n_prompts, length]`."""
 
 Positions = Literal["last"] | Sequence[int] | np.ndarray
 BATCH_TOKENS = 1024
@@ -38,9 +42,10 @@ def tokenize(decoder: Decoder, texts: Sequence[str]) -> list[list[int]]:
     return [list(ids) for ids in decoder.tokenizer(list(texts))["input_ids"]]
 
 
+@evaluated
 def extract_residuals(
     decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     *,
     positions: Positions = "last",
     blocks: Sequence[int] | None = None,
@@ -70,7 +75,7 @@ def extract_residuals(
     """
     wanted = check_blocks(decoder, blocks)
     where = check_positions(prompts, positions)
-    check_prompts(decoder, prompts)
+    prompts = check_prompts(decoder, prompts)
     states = torch.empty(len(wanted), len(prompts), decoder.d_model)
     all_logits = torch.empty(len(prompts), decoder.d_vocab) if logits else None
     ends = [len(prompt) - 1 for prompt in prompts]
@@ -136,22 +141,34 @@ def _batches(decoder: Decoder, prompts: Sequence[Sequence[int]], batch_tokens: i
 
 
 def check_blocks(decoder: Decoder, blocks: Sequence[int] | None) -> tuple[int, ...]:
-    """Return the blocks asked for, all by default; ValueError names one that does not exist."""
-    wanted = tuple(range(decoder.n_blocks)) if blocks is None else tuple(int(b) for b in blocks)
-    for block in wanted:
+    """Return the blocks asked for, all by default; ValueError names one that cannot be meant."""
+    wanted = tuple(range(decoder.n_blocks) if blocks is None else _indices("Blocks", blocks))
+    for place, block in enumerate(wanted):
         if not 0 <= block < decoder.n_blocks:
             raise ValueError(
                 f"Block {block} does not exist: {decoder.name} has blocks 0 to "
                 f"{decoder.n_blocks - 1}."
             )
+        if block in wanted[:place]:
+            raise ValueError(f"Block {block} is asked for twice; name each block once.")
     return wanted
 
 
-def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> None:
-    """Check that prompts fit the model; ValueError names one that is too long or unknown to it."""
+def check_prompts(decoder: Decoder, prompts: Prompts) -> list[list[int]]:
+    """Return prompts as lists of token ids; ValueError names one that the model cannot read.
+
+    Too long, of tokens that it does not know, of text, or with padding, which would count as a part
+    of the prompt: prompts may differ in length and need none.
+    """
+    if isinstance(prompts, Mapping) or any(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(
+            "Prompts are lists of token ids; turn texts into them by tokenize(decoder, texts)."
+        )
     embedding: Tensor = decoder.model.get_input_embeddings().weight  # type: ignore[assignment]
     n_known = len(embedding)
-    for index, prompt in enumerate(prompts):
+    padding = _padding_token(decoder)
+    checked = [_token_ids(index, prompt) for index, prompt in enumerate(prompts)]
+    for index, prompt in enumerate(checked):
         if decoder.context_length is not None and len(prompt) > decoder.context_length:
             raise ValueError(
                 f"Prompt {index} has {len(prompt)} tokens, but {decoder.name} reads at most "
@@ -163,14 +180,49 @@ def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> None:
                 f"Prompt {index} holds token {wrong}, but {decoder.name} embeds tokens 0 to "
                 f"{n_known - 1}; use the tokenizer that belongs to the model."
             )
+        if padding is not None and padding in (prompt[:1] + prompt[-1:]):
+            whole = "is padding alone" if set(prompt) == {padding} else "is padded"
+            raise ValueError(
+                f"Prompt {index} {whole} (token {padding}); give token ids without padding, "
+                "prompts may differ in length."
+            )
+    return checked
 
 
-def check_positions(prompts: Sequence[Sequence[int]], positions: Positions) -> list[int]:
+def _indices(what: str, values: Any) -> list[int]:
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError:
+        raise ValueError(f"{what} are whole numbers, got {list(values)}.") from None
+
+
+def _token_ids(index: int, prompt: Sequence[int] | np.ndarray | Tensor) -> list[int]:
+    given = prompt.tolist() if isinstance(prompt, Tensor | np.ndarray) else list(prompt)
+    try:
+        return [operator.index(token) for token in given]
+    except TypeError:
+        raise ValueError(
+            f"Prompt {index} is no list of token ids; its first entry is {given[0]!r}."
+        ) from None
+
+
+def _padding_token(decoder: Decoder) -> int | None:
+    """Return the token that stands for padding and for nothing else."""
+    names = ("bos_token_id", "eos_token_id", "unk_token_id")
+    padding = getattr(decoder.tokenizer, "pad_token_id", None)
+    others = [getattr(decoder.tokenizer, name, None) for name in names]
+    return padding if isinstance(padding, int) and padding not in others else None
+
+
+def check_positions(prompts: Prompts, positions: Positions) -> list[int]:
     """Return one non-negative position per prompt; ValueError names the prompt that has none."""
     if len(prompts) == 0:
         raise ValueError("No prompts were given; at least one is needed.")
     lengths = [len(prompt) for prompt in prompts]
-    given = [-1] * len(prompts) if isinstance(positions, str) else [int(p) for p in positions]
+    if isinstance(positions, str) and positions != "last":
+        raise ValueError(f'Positions {positions!r}: give "last" or one index a prompt.')
+    last = isinstance(positions, str)
+    given = [-1] * len(prompts) if last else _indices("Positions", positions)
     if len(given) != len(prompts):
         raise ValueError(f"{len(given)} positions for {len(prompts)} prompts; give one each.")
     for index, (length, position) in enumerate(zip(lengths, given, strict=True)):

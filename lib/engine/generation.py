@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lib.engine.edits import Edit, apply_edit
-from lib.engine.extraction import check_blocks
-from lib.engine.models import Decoder
+from lib.engine.extraction import Prompts, check_blocks, check_prompts
+from lib.engine.models import Decoder, evaluated
 from lib.engine.structure import untuple
 
 Positions = Sequence[int | Sequence[int] | range]
@@ -26,9 +26,9 @@ def steer(
 ) -> Iterator[None]:
     """Edit the residual stream after `block` at given positions, in every pass inside the context.
 
-    It works with `generate` below, with the model's own `generate` (greedy or sampled, one sequence
-    a prompt) and with plain forward passes, with or without a cache. Hooks leave with the context,
-    after an exception too.
+    It works with `generate` below, with the model's own `generate` (greedy, sampled or beam search;
+    of several sequences a prompt each is edited alike) and with plain forward passes, with or
+    without a cache. Hooks leave with the context, after an exception too.
 
     Args:
         decoder: the model.
@@ -41,8 +41,8 @@ def steer(
 
     Raises:
         ValueError: a block that does not exist, a donor of another shape, a negative position; on a
-            pass whose number of rows is not the number of prompts; on leaving, a position that no
-            pass reached (ranges excepted), so that no edit does nothing unnoticed.
+            pass whose rows are neither the prompts nor repeats of each in turn; on leaving, a
+            position that no pass reached (ranges excepted), so that no edit does nothing unnoticed.
     """
     check_blocks(decoder, [block])
     wanted = [_position_set(entry) for entry in positions]
@@ -55,7 +55,8 @@ def steer(
             f"[{len(wanted)} prompts, {decoder.d_model}]."
         )
     first_column: list[int] = [0]
-    padding: list[int] = [0] * len(wanted)
+    padding: list[int] = []
+    repeats = _Repeats(len(wanted))
     reached: set[tuple[int, int]] = set()
 
     def note_pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -65,35 +66,34 @@ def steer(
         }
         cache = named.get("past_key_values")
         first_column[0] = 0 if cache is None else int(cache.get_seq_length())
-        padding[:] = _left_padding(named.get("attention_mask"), len(wanted))
+        padding[:] = _left_padding(named.get("attention_mask"))
+        repeats.note(named.get("input_ids"), first_column[0])
 
     def change(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         states = untuple(output)
-        if states.shape[0] != len(wanted):
-            raise ValueError(
-                f"A pass brings {states.shape[0]} rows, but positions were given for {len(wanted)} "
-                "prompts; give one entry for each row."
-            )
+        n_each = repeats.of(states.shape[0])
+        padded = padding or [0] * states.shape[0]
+        prompt_of = [row // n_each for row in range(states.shape[0])]
         hits = [
             (row, column)
-            for row, chosen in enumerate(wanted)
+            for row, prompt in enumerate(prompt_of)
             for column in range(states.shape[1])
-            if first_column[0] + column - padding[row] in chosen
+            if first_column[0] + column - padded[row] in wanted[prompt]
         ]
         if not hits:
             return None  # a hook that returns anything else would replace the output
-        reached.update((row, first_column[0] + column - padding[row]) for row, column in hits)
+        reached.update((prompt_of[r], first_column[0] + column - padded[r]) for r, column in hits)
         rows, columns = (
             torch.tensor(axis, device=states.device) for axis in zip(*hits, strict=True)
         )
         changed = states.clone()
-        given = vectors.to(states)[rows]
+        given = vectors.to(states)[rows // n_each]
         changed[rows, columns] = apply_edit(
             edit,
             states[rows, columns],
             given,
             f"The edit after block {block}",
-            lambda item: f"prompt {hits[item][0]}",
+            lambda item: f"prompt {prompt_of[hits[item][0]]}",
         )
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
@@ -116,8 +116,9 @@ def steer(
             )
 
 
+@evaluated
 def generate(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], n_new_tokens: int, *, use_cache: bool = True
+    decoder: Decoder, prompts: Prompts, n_new_tokens: int, *, use_cache: bool = True
 ) -> list[list[int]]:
     """Return the greedy continuation of each prompt, up to the model's end-of-text token.
 
@@ -135,6 +136,7 @@ def generate(
         ValueError: no prompts, an empty prompt, or no tokens to add; prompts of different lengths
             for a state-space model.
     """
+    prompts = check_prompts(decoder, prompts)
     if not prompts or min(len(prompt) for prompt in prompts) == 0 or n_new_tokens < 1:
         raise ValueError(
             f"Expected prompts of at least one token and n_new_tokens ≥ 1; got {len(prompts)} "
@@ -185,10 +187,38 @@ def _position_set(entry: int | Sequence[int] | range) -> range | frozenset[int]:
     return chosen if isinstance(chosen, range) else frozenset(int(place) for place in chosen)
 
 
-def _left_padding(mask: Tensor | None, n_rows: int) -> list[int]:
-    """Return how many places each row's first token stands from the left."""
+class _Repeats:
+    """How many rows of a pass belong to each prompt: sampled sequences of one, or its beams."""
+
+    def __init__(self, n_prompts: int) -> None:
+        self.n_prompts = n_prompts
+        self.alike = False
+        self.length = 10**9
+
+    def note(self, tokens: Tensor | None, first_column: int) -> None:
+        """See, where a text begins, whether each prompt's rows begin with the same tokens."""
+        if tokens is None or first_column or len(tokens) % self.n_prompts:
+            return
+        self.length = min(self.length, tokens.shape[1])  # what follows was written, by each its own
+        rows = tokens[:, : self.length].reshape(self.n_prompts, -1, self.length)
+        self.alike = bool((rows == rows[:, :1]).all())
+
+    def of(self, n_rows: int) -> int:
+        """Return the rows of each prompt in a pass of `n_rows`."""
+        n_each = n_rows // self.n_prompts
+        if n_rows != self.n_prompts * n_each or (n_each > 1 and not self.alike):
+            raise ValueError(
+                f"A pass brings {n_rows} rows, but positions were given for {self.n_prompts} "
+                "prompts; give one entry for each row, or rows that repeat each prompt in turn, as "
+                "num_return_sequences and num_beams do."
+            )
+        return n_each
+
+
+def _left_padding(mask: Tensor | None) -> list[int]:
+    """Return how many places each row's first token stands from the left; [] where none does."""
     if mask is None:
-        return [0] * n_rows
+        return []
     if mask.dim() != 2:
         raise ValueError(
             f"The attention mask has {mask.dim()} dimensions; steering reads the padding from a "

@@ -1,9 +1,10 @@
 """Decoders: a language model with its parts named, ready for extraction and sweeps."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,17 @@ from lib.engine.structure import (
     check_parts,
     compute_dtype,
     device_of,
+    evaluating,
     find_blocks,
+    one_line,
     untuple,
+    unwrap,
     watch,
     weights_of,
 )
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +35,8 @@ class Decoder:
 
     Attributes:
         name: what the results call the model (never a path).
-        model: the Hugging Face model, in evaluation mode, without gradients.
+        model: the Hugging Face model; one in hand keeps its mode and gradients, and is measured in
+            evaluation mode.
         tokenizer: its tokenizer.
         blocks: the transformer blocks, 0 … n_blocks − 1.
         final_stages: the modules between the last block and the unembedding, in order of execution.
@@ -121,7 +129,7 @@ class Decoder:
 
 
 def load_decoder(
-    name: str | Path | PreTrainedModel = DEFAULT,
+    name: str | Path | nn.Module = DEFAULT,
     *,
     untrained: bool = False,
     seed: int = 0,
@@ -161,16 +169,17 @@ def load_decoder(
     """
     if seed < 0 or (seed and not untrained):
         raise ValueError(f"Seed {seed}: untrained twins have seeds 0, 1, …; trained models none.")
-    if isinstance(name, PreTrainedModel):
+    if not isinstance(name, str | Path):
+        model = unwrap(name)
         if tokenizer is None:
             raise ValueError(
                 "A model in hand needs its tokenizer: load_decoder(model, tokenizer=…)."
             )
-        model = name
+        label = label_of(model.config.name_or_path or type(model).__name__)
         if untrained:
-            kind = compute_dtype(name) if dtype is None else dtype_of(dtype)
-            model = fresh_model(name.config, kind, seed).to(device or "cpu")  # type: ignore[arg-type]
-        label = label_of(name.config.name_or_path or type(name).__name__)
+            kind = compute_dtype(model) if dtype is None else dtype_of(dtype)
+            model = fresh_model(model.config, kind, seed).to(device or "cpu")  # type: ignore[arg-type]
+            model.eval().requires_grad_(False)
         return _describe(model, tokenizer, label, untrained, seed, "in hand")
     given: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device}
     given |= {"device_map": device_map, "quantization": quantization}
@@ -178,6 +187,7 @@ def load_decoder(
     if device is not None and device_map is None:
         options.pop("device_map", None)
     model, tokenizer, label, revision = read_model(name, options, untrained=untrained, seed=seed)
+    model.eval().requires_grad_(False)
     return _describe(model, tokenizer, label, untrained, seed, revision)
 
 
@@ -185,35 +195,51 @@ def _describe(
     model: PreTrainedModel, tokenizer: Any, name: str, untrained: bool, seed: int, revision: str
 ) -> Decoder:
     """Find blocks, final stages and unembedding; check that they behave as a decoder's."""
-    model.eval().requires_grad_(False)
-    config = model.config.get_text_config()
+    kind, config = type(model).__name__, model.config.get_text_config()
     unembedding = model.get_output_embeddings()
     if unembedding is None or not hasattr(unembedding, "weight"):
+        raise ValueError(f"{kind} has no unembedding; load it with AutoModelForCausalLM.")
+    if not getattr(config, "num_hidden_layers", None) or not getattr(config, "hidden_size", None):
         raise ValueError(
-            f"{type(model).__name__} has no unembedding; load it with AutoModelForCausalLM."
+            f"{kind}: its configuration names no number of blocks and no width. This architecture "
+            "is not supported."
         )
     _check_vocabulary(tokenizer, name, int(unembedding.weight.shape[0]))
     blocks = find_blocks(model, int(config.num_hidden_layers))
     n_tokens = min(5, int(unembedding.weight.shape[0]))
     tokens = torch.arange(n_tokens, device=device_of(model.get_input_embeddings()))[None]
-    last_state, stages, logits = watch(model, blocks, unembedding, tokens)
-    decoder = Decoder(
-        name=name,
-        model=model,
-        tokenizer=tokenizer,
-        blocks=blocks,
-        final_stages=stages,
-        unembedding=unembedding,
-        untrained=untrained,
-        seed=seed,
-        revision=revision,
-        logit_scale=_logit_scale(config),
-        logit_softcap=getattr(config, "final_logit_softcapping", None),
-    )
-    with torch.inference_mode():
-        rebuilt = decoder.unembed(decoder.final_norm(last_state))
-    check_parts(model, blocks, tokens, logits, rebuilt)
+    with evaluating(model), one_line(f"{kind} cannot be run on a few tokens alone"):
+        last_state, stages, logits = watch(model, blocks, unembedding, tokens)
+        decoder = Decoder(
+            name=name,
+            model=model,
+            tokenizer=tokenizer,
+            blocks=blocks,
+            final_stages=stages,
+            unembedding=unembedding,
+            untrained=untrained,
+            seed=seed,
+            revision=revision,
+            logit_scale=_logit_scale(config),
+            logit_softcap=getattr(config, "final_logit_softcapping", None),
+        )
+        with torch.inference_mode():
+            rebuilt = decoder.unembed(decoder.final_norm(last_state))
+        check_parts(model, blocks, tokens, logits, rebuilt)
     return decoder
+
+
+def evaluated(
+    function: Callable[Concatenate[Decoder, _P], _R],
+) -> Callable[Concatenate[Decoder, _P], _R]:
+    """Make a function of a decoder run it in evaluation mode, and put the mode back afterwards."""
+
+    @functools.wraps(function)
+    def run(decoder: Decoder, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with evaluating(decoder.model):
+            return function(decoder, *args, **kwargs)
+
+    return run
 
 
 def _check_vocabulary(tokenizer: Any, name: str, d_vocab: int) -> None:

@@ -27,8 +27,10 @@ from torch import Tensor
 from lib.engine.edits import Edit
 from lib.engine.extraction import (
     Positions,
+    Prompts,
     Residuals,
     check_positions,
+    check_prompts,
     extract_residuals,
     logit_lens,
 )
@@ -46,7 +48,7 @@ _fingerprints: WeakKeyDictionary[Decoder, tuple[object, str | None]] = WeakKeyDi
 
 def recall_residuals(
     decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     *,
     positions: Positions = "last",
     logits: bool = False,
@@ -71,6 +73,7 @@ def recall_residuals(
     if logits and not isinstance(positions, str):
         raise ValueError('Logits are read at the last token; ask for positions="last".')
     where = check_positions(prompts, positions)
+    prompts = check_prompts(decoder, prompts)
     folder = _folder(decoder, "extraction")
     names = [_name(prompt, at) for prompt, at in zip(prompts, where, strict=True)]
     states = torch.empty(decoder.n_blocks, len(prompts), decoder.d_model)
@@ -98,7 +101,7 @@ def recall_residuals(
 
 def recall_sweep(
     decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     pairs: np.ndarray,
     edits: Mapping[str, Edit],
     **options: Any,
@@ -225,7 +228,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) 
 
 def _sweep_path(
     decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     pairs: np.ndarray,
     edits: Mapping[str, Edit],
     options: Mapping[str, Any],
@@ -236,7 +239,7 @@ def _sweep_path(
         return None
     told = {name: value for name, value in options.items() if name != "description"}
     try:
-        name = key_of([list(prompt) for prompt in prompts], np.asarray(pairs), edits, told)
+        name = key_of(check_prompts(decoder, prompts), np.asarray(pairs), edits, told)
     except NoKeyError:
         return None
     return folder / f"sweep-{name[:24]}.safetensors"

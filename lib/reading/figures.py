@@ -5,7 +5,8 @@ in all chapters; the untrained twin is always grey and dashed; depth is always o
 number; intervals are always drawn. Nothing rests on colour alone.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -13,6 +14,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 _COLOURS = sns.color_palette("colorblind").as_hex()
 TWIN = "#7f7f7f"
@@ -45,12 +47,14 @@ STYLES: Mapping[str, Mapping[str, Any]] = {
 }
 """Colour and marker of everything that appears in more than one figure."""
 
+_FILLS = {"supported": "full", "refuted": "none", "undecided": "left", "shown": "full"}
+
 WIDTH = 7.2
 """Width of a figure in inches: the text column, legible on a phone when scaled down."""
 
 
 def use_theme() -> None:
-    """Sets the look of all figures; every figure function of the book calls it."""
+    """Set the look of all figures; every figure function of the book calls it."""
     sns.set_theme(
         context="notebook",
         style="ticks",
@@ -74,7 +78,7 @@ def use_theme() -> None:
 
 
 def style_of(name: str, *, untrained: bool = False) -> dict[str, Any]:
-    """Returns colour, marker and dash of a named thing; grey and dashed for the untrained twin."""
+    """Return colour, marker and dash of a named thing; grey and dashed for the untrained twin."""
     chosen = dict(STYLES.get(name, {"color": "#333333", "marker": "o"}))
     if untrained:
         chosen |= {"color": TWIN, "linestyle": "--", "markerfacecolor": "white"}
@@ -84,7 +88,7 @@ def style_of(name: str, *, untrained: bool = False) -> dict[str, Any]:
 def draw_curve(
     axes: Axes, curve: pd.DataFrame, name: str, *, untrained: bool = False, label: str | None = None
 ) -> None:
-    """Draws one depth curve with its band.
+    """Draw one depth curve with its band.
 
     Args:
         axes: where to draw.
@@ -104,7 +108,7 @@ def draw_curve(
 
 
 def mark_transition(axes: Axes, block: float, low: float, high: float, label: str = "ℓ*") -> None:
-    """Marks the transition block with its interval: a dotted line in a light band."""
+    """Mark the transition block with its interval: a dotted line in a light band."""
     axes.axvspan(low, high, color="#bbbbbb", alpha=0.35, linewidth=0)
     axes.axvline(block, color="#444444", linestyle=":", linewidth=1.2)
     axes.annotate(
@@ -121,7 +125,7 @@ def mark_transition(axes: Axes, block: float, low: float, high: float, label: st
 
 
 def mark_last_block(axes: Axes, n_blocks: int) -> None:
-    """Hatches the last block, which is shown and never counted."""
+    """Hatch the last block, which is shown and never counted."""
     axes.axvspan(
         n_blocks - 1.5, n_blocks - 0.5, color="#dddddd", alpha=0.5, hatch="//", linewidth=0
     )
@@ -141,7 +145,7 @@ def depth_curves(
     sharey: bool = True,
     labels: Mapping[str, str] | None = None,
 ) -> Figure:
-    """Returns small multiples of depth curves: one panel a task, one curve a name, with bands.
+    """Return small multiples of depth curves: one panel a task, one curve a name, with bands.
 
     Args:
         table: columns `block`, `estimate`, `low`, `high`, `untrained`, and those named by `by` and
@@ -199,7 +203,7 @@ def depth_curves(
 
 
 def transition_forest(table: pd.DataFrame, *, n_blocks: int, title: str) -> Figure:
-    """Returns the transition block of each task with its interval, and the width as a bar.
+    """Return the transition block of each task with its interval, and the width as a bar.
 
     Args:
         table: columns `task`, `block`, `low`, `high`, `width_share` (of the depth); one row a task.
@@ -224,8 +228,62 @@ def transition_forest(table: pd.DataFrame, *, n_blocks: int, title: str) -> Figu
     return figure
 
 
+def forest(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Return the forest of a claim's records: a panel a statistic, a line a place.
+
+    Intervals as recorded, the criterion's threshold dashed, untrained twins grey; a marker is full
+    where supported, hollow where refuted, half full where undecided. What could not be tested
+    leaves its line empty.
+
+    Args:
+        rows: records of `lib.evidence.criteria.judge` and `lib.evidence.records.shown`.
+    """
+    use_theme()
+    places = list(dict.fromkeys(row["place"] for row in rows))
+    places.sort(key=lambda place: place in ("all tasks", "texts", "model"))
+    names = list(dict.fromkeys(row["statistic"] for row in rows))
+    if not any(row["estimate"] is not None for row in rows):
+        return nothing_to_show()
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    height = lines * (0.17 * len(places) + 0.75) + 0.5
+    figure, grid = plt.subplots(lines, columns, figsize=(WIDTH, height), sharey=True, squeeze=False)
+    for axes, name in zip(grid.flat, names, strict=False):
+        own = [row for row in rows if row["statistic"] == name and row["estimate"] is not None]
+        _draw_intervals(axes, own, places)
+        axes.set_title(name.replace("_", " "), fontsize="small")
+        axes.tick_params(labelsize="x-small")
+    for axes in grid.flat[len(names) :]:
+        axes.set_axis_off()
+    grid[0, 0].set_yticks(range(len(places)), places)
+    grid[0, 0].set_ylim(len(places) - 0.4, -0.6)
+    verdicts = [one for one in _FILLS if any(row["verdict"] == one for row in rows)]
+    handles = [Line2D([], [], label=one, **_marker(one, "#222222")) for one in verdicts]
+    if any(row["untrained"] for row in rows):
+        handles.append(Line2D([], [], label="untrained twins", **_marker("supported", TWIN)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def _draw_intervals(axes: Axes, rows: Sequence[Mapping[str, Any]], places: Sequence[str]) -> None:
+    for row in rows:
+        y = places.index(row["place"]) + (0.2 if row["untrained"] else -0.1)
+        colour = TWIN if row["untrained"] else "#222222"
+        axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=1.2)
+        axes.plot([row["estimate"]], [y], **_marker(row["verdict"], colour))
+    if rows and (wanted := re.search(r"[-\d.]+$", rows[0]["criterion"])):
+        ends = {float(wanted[0])} | ({-float(wanted[0])} if "±" in rows[0]["criterion"] else set())
+        for end in ends:
+            axes.axvline(end, color="#b00020", linestyle="--", linewidth=1)
+
+
+def _marker(verdict: str, colour: str) -> dict[str, Any]:
+    style = {"color": colour, "marker": "o", "markersize": 5, "linestyle": "none"}
+    return style | {"fillstyle": _FILLS[verdict], "markerfacecoloralt": "white"}
+
+
 def nothing_to_show() -> Figure:
-    """Returns a figure that says that no task is testable on this model."""
+    """Return a figure that says that no task is testable on this model."""
     figure, axes = plt.subplots(figsize=(WIDTH, 1.2))
     axes.set_axis_off()
     axes.text(0.5, 0.5, "No task is testable on this model.", ha="center", va="center")
@@ -233,7 +291,7 @@ def nothing_to_show() -> Figure:
 
 
 def shared_legend(figure: Figure, axes: Iterable[Axes]) -> None:
-    """Puts one legend below all panels, each name once."""
+    """Put one legend below all panels, each name once."""
     entries: dict[str, Any] = {}
     for one in axes:
         for handle, label in zip(*one.get_legend_handles_labels(), strict=True):

@@ -1,55 +1,48 @@
-"""What a chapter needs of its notebook: setup, computed words for the prose, verdict records."""
+"""What a chapter needs of its notebook: setup, computed words for the prose, records, answers.
 
+Everything here runs with IPython alone, so a chapter also runs where the book's tools are absent.
+What is glued reaches the prose by its name: `{glue:text}`name`` for a number or a word,
+```{glue:figure} name``` for a figure, ```{glue} name``` for a table.
+"""
+
+import base64
+import io
 import math
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from html import escape
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.display import display
+from matplotlib.figure import Figure
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-from lib.evidence.results import (
-    ROOT,
-    Record,
-    plain,
-    read_records,
-    records_file,
-    to_json,
-    to_rows,
-    write_rows,
-)
+from lib.engine.files import ROOT
+from lib.evidence.criteria import Criterion, Record, claim_verdict, criteria, judged
+from lib.evidence.records import SIGNS, check, claim_file, keep_run, to_json, write_records
+from lib.reading.figures import forest
+from lib.science.estimate import Measured, Untested
 
-__all__ = [
-    "estimate_text",
-    "glue",
-    "model_name",
-    "number_text",
-    "prepare",
-    "read_records",
-    "record",
-    "show_plan",
-    "show_table",
-    "show_text",
-    "table_html",
-]
+if TYPE_CHECKING:
+    from lib.engine.models import Decoder
 
 RECORDS_KEY = "records"
-"""Name under which `record` glues a chapter's records; the build collects them by it."""
+"""Name under which `conclude` glues a chapter's records; the build collects them by it."""
 
 _GLUE_PREFIX = "application/papermill.record/"
 _GLUED = re.compile(r"\{glue:text\}`([^`:]+)(?::([^`]*))?`")
 _values: dict[str, str | int | float] = {}
 _incomplete: list[str] = []
-_NUMBERS = ("estimate", "ci_low", "ci_high")
-_COLAB_PACKAGES = {"gguf": "gguf", "skdim": "scikit-dimension"}
+_COLAB_PACKAGES = {"gguf": "gguf"}
 
 SETUP_CELL = """\
 # Setup: find the project, or clone it; on Colab, install what Colab lacks.
@@ -61,7 +54,7 @@ REPOSITORY, REVISION = "{repository}", "{revision}"
 
 clone = Path(REPOSITORY.rsplit("/", 1)[-1]).resolve()
 folders = [Path.cwd(), *Path.cwd().parents, clone]
-root = next((folder for folder in folders if (folder / "lib" / "notebook.py").is_file()), None)
+root = next((one for one in folders if (one / "lib/reading").is_dir()), None)
 if root is None:
     options = ["--quiet", "--depth", "1", "--branch", REVISION]
     subprocess.run(["git", "clone", *options, REPOSITORY, str(clone)], check=True)
@@ -78,7 +71,7 @@ notebook.prepare()
 
 
 def prepare() -> None:
-    """Readies the session: sharp figures, and on Colab the packages that are missing there.
+    """Ready the session: sharp figures, and on Colab the packages that are missing there.
 
     Only small packages without which a chapter stops are installed, at the versions of
     requirements.txt and without their dependencies, so that Colab's own numpy and torch stay as
@@ -106,12 +99,12 @@ def prepare() -> None:
 
 
 def model_name(default: str = "embedded") -> str:
-    """Returns the model to run the chapter on: the environment variable MODEL, else `default`."""
+    """Return the model to run the chapter on: the environment variable MODEL, else `default`."""
     return os.environ.get("MODEL") or default
 
 
-def glue(name: str, value: Any, format: str = "") -> None:  # noqa: A002
-    """Makes a computed value available to the prose, as {glue:text}`name`.
+def glue(name: str, value: Any, fmt: str = "") -> None:
+    """Make a computed value available to the prose, as {glue:text}`name`.
 
     It needs IPython alone, so a chapter also runs where the book's tools are absent. Outside a
     notebook nothing happens.
@@ -119,7 +112,7 @@ def glue(name: str, value: Any, format: str = "") -> None:  # noqa: A002
     Args:
         name: key of the value, unique within the chapter.
         value: a number, string or bool; NumPy scalars are taken for what they hold.
-        format: format specification applied now, such as ".2f". Without one the role may
+        fmt: format specification applied now, such as ".2f". Without one the role may
             carry it: {glue:text}`name:.2f`.
 
     Raises:
@@ -134,8 +127,8 @@ def glue(name: str, value: Any, format: str = "") -> None:  # noqa: A002
         )
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"glue {name!r}: the value is {value}. Say in words what is missing.")
-    if format:
-        value = f"{value:{format}}"
+    if fmt:
+        value = f"{value:{fmt}}"
     _display({f"{_GLUE_PREFIX}text/plain": repr(value)}, _glue_metadata(name))
     _values[name] = value
     for text in [text for text in _incomplete if not _missing(text)]:
@@ -143,7 +136,7 @@ def glue(name: str, value: Any, format: str = "") -> None:  # noqa: A002
 
 
 def show_text(text: str) -> None:
-    """Displays Markdown with glued values filled in.
+    """Display Markdown with glued values filled in.
 
     The notebooks for Colab, which knows no roles, hold such cells where a chapter's prose has
     {glue:text}`name`. A text some of whose values are still to come is shown with dots in their
@@ -169,74 +162,204 @@ def _missing(text: str) -> bool:
     return any(role[1] not in _values for role in _GLUED.finditer(text))
 
 
-def estimate_text(
-    estimate: float,
-    low: float,
-    high: float,
-    n: int,
-    unit: str = "",
-    *,
-    items: str = "prompts",
-    decimals: int = 2,
-) -> str:
-    """Returns an estimate with its interval and n in words, as prose quotes it.
+def glue_estimates(estimates: Mapping[str, Measured]) -> None:
+    """Glue numbers with their 95 % intervals, such as "0.62 [0.55, 0.68]", each by its name.
 
-    Example:
-        >>> estimate_text(0.62, 0.55, 0.68, 96)
-        '0.62 [0.55, 0.68], n = 96 prompts'
-
-    Args:
-        estimate: the point estimate.
-        low: lower bound of the interval.
-        high: upper bound of the interval.
-        n: number of independent items.
-        unit: unit of the estimate, such as "nats"; empty for pure numbers.
-        items: what was counted.
-        decimals: digits after the point.
+    One that could not be measured reads "not testable (reason)".
 
     Raises:
-        ValueError: if a number is NaN or infinite, or the bounds are reversed.
+        ValueError: an estimate of several numbers.
     """
-    if not all(math.isfinite(number) for number in (estimate, low, high)):
-        raise ValueError(f"Expected finite numbers, got {estimate} [{low}, {high}].")
-    if low > high:
-        raise ValueError(f"The interval [{low}, {high}] is reversed: give low before high.")
-    middle, lower, upper = (number_text(number, decimals) for number in (estimate, low, high))
-    unit = f" {unit}" if unit else ""
-    return f"{middle}{unit} [{lower}, {upper}], n = {n} {items}"
+    for name, one in estimates.items():
+        glue(name, estimate_text(one))
+
+
+def estimate_text(one: Measured) -> str:
+    """Return an estimate of one number in words, as prose quotes it.
+
+    Raises:
+        ValueError: an estimate of several numbers.
+    """
+    if isinstance(one, Untested):
+        return f"not testable ({one.reason})"
+    if one.value.ndim:
+        raise ValueError(
+            f"An estimate over {one.units} holds {one.value.size} numbers; reduce it to one, with "
+            "`.at` or `.over`."
+        )
+    interval = one.interval()
+    return _interval(float(one), float(interval.low), float(interval.high))
+
+
+def glue_figure(name: str, figure: Figure) -> None:
+    """Glue a figure, to be pasted by the directive glue:figure; nothing is shown in its place.
+
+    Where prose knows no directives, as on Colab, it is shown by `show_glued`.
+    """
+    data = _png(figure)
+    _display({f"{_GLUE_PREFIX}{mime}": value for mime, value in data.items()}, _glue_metadata(name))
+    _keep_output(name, data)
+
+
+def _png(figure: Figure) -> dict[str, str]:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", bbox_inches="tight")
+    plt.close(figure)  # else IPython shows it below the cell as well
+    return {"image/png": base64.b64encode(file.getvalue()).decode(), "text/plain": "<a figure>"}
+
+
+def glue_html(name: str, html: str, text: str) -> None:
+    """Glue a piece of HTML, to be pasted by the directive glue; nothing is shown in its place.
+
+    Args:
+        name: key, unique within the chapter.
+        html: what is pasted.
+        text: the same for readers without HTML.
+    """
+    data = {"text/html": html, "text/plain": text}
+    _display({f"{_GLUE_PREFIX}{mime}": value for mime, value in data.items()}, _glue_metadata(name))
+    _keep_output(name, data)
+
+
+_outputs: dict[str, dict[str, str]] = {}
+_awaited: set[str] = set()
+
+
+def show_glued(name: str) -> None:
+    """Display what is glued as `name`; where it is still to come, as soon as it is there.
+
+    The notebooks for Colab hold such cells where a chapter pastes a figure or a table.
+    """
+    if name not in _outputs:
+        _awaited.add(name)
+        note = f"*What stands here ({name}) is computed further down, and is then shown there.*"
+        _display({"text/markdown": note, "text/plain": note}, display_id=f"glued-{name}")
+        return
+    _display(dict(_outputs[name]), display_id=f"glued-{name}")
+
+
+def _keep_output(name: str, data: dict[str, str]) -> None:
+    _outputs[name] = data
+    if name in _awaited:
+        _awaited.discard(name)
+        show_glued(name)
 
 
 def number_text(value: float, decimals: int = 2) -> str:
-    """Returns a number with a true minus sign; small ones with one significant digit."""
+    """Return a number with a true minus sign; small ones with one significant digit."""
     tiny = value != 0 and abs(value) < 0.5 * 10**-decimals
     text = f"{value:.1g}" if tiny else f"{value:.{decimals}f}"
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def record(records: pd.DataFrame) -> None:
-    """Records a chapter's verdicts and shows them as a table. Called once, at the chapter's end.
+def _interval(estimate: float, low: float, high: float) -> str:
+    return f"{number_text(estimate)} [{number_text(low)}, {number_text(high)}]"
 
-    The records are glued into the page, from where the build collects them into
-    `_build/results/results.json`, and written to `_build/results/<claim>.json`, where later
-    chapters read them.
+
+def conclude(records: Sequence[Record], decoder: "Decoder | None" = None) -> None:
+    """Record a chapter's verdicts, glue each of them, and show them all. Called once, at the end.
+
+    Glued are: `verdict`, the claim's word, and for each part `part-name.verdict`; for each record
+    `statistic.place`, its number with interval, `statistic.place.verdict` and `statistic.place.n`
+    (spaces become hyphens: `context_early.all-tasks`; the twins' end in `.twins`); and `answer`,
+    the table of the claim's statistics. Shown are the table of all records and their forest.
 
     Args:
-        records: one row per statistic, with at least the columns `RECORD_COLUMNS`; all rows of
-            one claim. Estimate and bounds may be missing where the verdict is `not testable`.
+        records: of `judge`, and of `shown` where the claim has numbers without a criterion.
+        decoder: the model, to keep the facts of its run; the first chapter does.
 
     Raises:
-        ValueError: if a column is missing, a verdict is unknown, the claims are mixed, or a
-            number is missing or infinite where a verdict was reached.
+        ValueError: records of several claims or models, or such as `lib.evidence.records.check`
+            refuses.
     """
-    rows = to_rows(records)
-    claim = rows[0]["claim"]
-    write_rows(records_file(claim), rows)
+    rows = check(records)
+    kinds = sorted({(row["claim"], row["model"]) for row in rows})
+    if len(kinds) != 1:
+        raise ValueError(f"Expected records of one claim on one model, got {kinds or 'none'}.")
+    claim, model = kinds[0]
+    write_records(claim_file(claim), rows)
+    if decoder is not None:
+        keep_run(decoder)
     _display({f"{_GLUE_PREFIX}text/plain": to_json(rows)}, _glue_metadata(RECORDS_KEY))
-    show_table(_verdict_table(rows), f"Verdicts on the claim “{claim.replace('-', ' ')}”")
+    for row in rows:
+        name = f"{row['statistic']}.{row['place']}{'.twins' if row['untrained'] else ''}"
+        name = name.replace(" ", "-")
+        glue(name, _record_text(row))
+        glue(f"{name}.verdict", row["verdict"])
+        glue(f"{name}.n", row["n"])
+    found = claim_verdict(rows, claim, model)
+    glue("verdict", found.verdict)
+    for part, verdict in found.parts.items():
+        glue(f"{part.replace(' ', '-').replace(',', '')}.verdict", verdict)
+    answer = answer_table(rows, claim)
+    caption = f"The answer on {model}: each statistic against its criterion"
+    glue_html("answer", table_html(answer, caption), answer.to_string(index=False))
+    show_table(verdict_table(rows), f"All records of the claim “{claim.replace('-', ' ')}”")
+    _display(_png(forest(rows)))
+
+
+def _record_text(row: Record) -> str:
+    if row["estimate"] is None:
+        return f"not testable ({row['reason']})"
+    return _interval(row["estimate"], row["low"], row["high"])
+
+
+def verdict_text(row: Record) -> str:
+    """Return a record's verdict as shape and word, "● supported, architecture" say."""
+    mark = ", architecture" if row["architecture"] and row["verdict"] == "supported" else ""
+    return f"{SIGNS[row['verdict']]} {row['verdict']}{mark}"
+
+
+def answer_table(rows: Sequence[Record], claim: str) -> pd.DataFrame:
+    """Return a claim's judged statistics, a row each: trained, twins, criterion, verdict."""
+    own = {(row["statistic"], row["place"], row["untrained"]): row for row in rows if judged(row)}
+    result = []
+    for criterion in criteria(claim):
+        for (statistic, place, untrained), row in own.items():
+            if statistic == criterion.statistic and not untrained:
+                twin = own.get((statistic, place, True))
+                result.append(_answer_row(criterion, row, twin))
+    return pd.DataFrame(result)
+
+
+def _answer_row(criterion: Criterion, row: Record, twin: Record | None) -> dict[str, str]:
+    place = "" if row["place"] == "model" else f" ({row['place']})"
+    twins = "compared" if criterion.comparative else "–"
+    return {
+        "part": criterion.part,
+        "statistic": f"{criterion.text}{place}",
+        "trained": _record_text(row),
+        "untrained twins": twins if twin is None else _record_text(twin),
+        "criterion": f"{criterion.wanted} {_UNITS.get(criterion.unit, criterion.unit)}".strip(),
+        "verdict": verdict_text(row),
+    }
+
+
+_UNITS = {"T": "", "ρ": "", "share": "", "ratio": "", "score": "", "L": "L"}
+
+
+def verdict_table(rows: Sequence[Record]) -> pd.DataFrame:
+    """Return all records, a row each, the judged ones first."""
+    ordered = sorted(rows, key=lambda row: (row["untrained"], not judged(row)))
+    return pd.DataFrame(
+        {
+            "part": row["part"],
+            "statistic": row["statistic"].replace("_", " "),
+            "place": row["place"] + ("" if row["held_out"] or judged(row) else " (seen)"),
+            "estimate [interval]": _record_text(row),
+            "level": f"{100 * row['level']:.0f} %",
+            "n": row["n"],
+            "model": "untrained twins" if row["untrained"] else row["model"],
+            "criterion": row["criterion"],
+            "verdict": verdict_text(row)
+            + (f": {row['reason']}" if row["estimate"] is not None and row["reason"] else ""),
+        }
+        for row in ordered
+    )
 
 
 def show_plan(plan: object | None) -> None:
-    """Displays what a chapter's measurements are about to cost, a line; nothing without a plan.
+    """Display what a chapter's measurements are about to cost, a line; nothing without a plan.
 
     Args:
         plan: of `lib.engine.plan`, or None.
@@ -246,7 +369,7 @@ def show_plan(plan: object | None) -> None:
 
 
 def show_table(table: pd.DataFrame, caption: str) -> None:
-    """Displays a table that scrolls sideways on a narrow screen and reads well aloud.
+    """Display a table that scrolls sideways on a narrow screen and reads well aloud.
 
     Args:
         table: cells are shown as they are, numbers with two decimals; the index is left out.
@@ -256,7 +379,7 @@ def show_table(table: pd.DataFrame, caption: str) -> None:
 
 
 def table_html(table: pd.DataFrame, caption: str) -> str:
-    """Returns the HTML of `show_table`."""
+    """Return the HTML of `show_table`."""
     head = "".join(f'<th scope="col">{escape(str(column))}</th>' for column in table.columns)
     body = "".join(
         f"<tr>{''.join(f'<td>{escape(_cell(value))}</td>' for value in row)}</tr>"
@@ -269,33 +392,10 @@ def table_html(table: pd.DataFrame, caption: str) -> str:
     )
 
 
-def _verdict_table(rows: list[Record]) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "statistic": row["statistic"].replace("_", " "),
-            "task": row["task"],
-            "estimate [95 % interval]": _interval(*(row[column] for column in _NUMBERS)),
-            "verdict": row["verdict"],
-            "n": row["n"],
-            "model": f"{row['model']}, untrained" if row["untrained"] else row["model"],
-            "part": row["part"],
-            "criterion": row["criterion"],
-        }
-        for row in rows
-    )
-
-
-def _interval(estimate: float | None, low: float | None, high: float | None) -> str:
-    text = "–" if estimate is None else _cell(estimate)
-    bounds = "" if low is None and high is None else f" [{_cell(low) or '–'}, {_cell(high) or '–'}]"
-    return (text + bounds).replace(" ", "\N{NO-BREAK SPACE}")
-
-
 def _cell(value: Any) -> str:
-    value = plain(value)
-    if value is None:
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
         return ""
-    return number_text(value) if isinstance(value, float) else str(value)
+    return number_text(float(value)) if isinstance(value, float | np.floating) else str(value)
 
 
 def _glue_metadata(name: str) -> dict[str, Any]:

@@ -8,28 +8,30 @@ from myst_nb.sphinx_ import NbMetadataCollector
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
-from lib.evidence.results import (
+from lib.engine.files import write_atomically
+from lib.evidence.criteria import Record
+from lib.evidence.records import (
     RESULTS,
-    Record,
+    claim_file,
+    keep_records,
     key_of,
     pages,
-    records_file,
     results_file,
     run_file,
-    write_rows,
+    write_records,
 )
-from lib.evidence.runs import keep_records
+from lib.evidence.verify import scorecard
 from lib.reading.notebook import RECORDS_KEY
 
 
 def failed_pages(env: BuildEnvironment) -> list[str]:
-    """Returns the pages whose execution ended with an error."""
+    """Return the pages whose execution ended with an error."""
     data = {page: NbMetadataCollector.get_exec_data(env, page) for page in sorted(env.found_docs)}
     return [page for page, execution in data.items() if execution and not execution["succeeded"]]
 
 
 def records_of(env: BuildEnvironment, page: str) -> list[Record]:
-    """Returns the records that a page glued when it was last read; none if it failed."""
+    """Return the records that a page glued when it was last read; none if it failed."""
     if page in failed_pages(env):
         return []
     if RECORDS_KEY not in NbMetadataCollector.get_doc_data(env)[page].get("glue", []):
@@ -41,7 +43,7 @@ def records_of(env: BuildEnvironment, page: str) -> list[Record]:
 
 
 def collect(env: BuildEnvironment) -> list[Record]:
-    """Returns all records of the book, sorted by chapter and then by their keys."""
+    """Return all records of the book, sorted by chapter and then by their keys."""
     chapters = [page for page in pages(Path(env.srcdir)) if page in env.found_docs]
     return [
         row
@@ -53,45 +55,52 @@ def collect(env: BuildEnvironment) -> list[Record]:
 
 
 def keep_in_step(env: BuildEnvironment, page: str) -> None:
-    """Makes the file from which later chapters read a page's records say what the page says."""
+    """Make the file from which later chapters read a page's records say what the page says."""
     rows = records_of(env, page)
     if rows:
-        write_rows(records_file(rows[0]["claim"]), rows)
+        write_records(claim_file(rows[0]["claim"]), rows)
     else:
-        records_file(Path(page).name).unlink(missing_ok=True)
+        claim_file(Path(page).name).unlink(missing_ok=True)
 
 
 def forget_old_results(app: Sphinx) -> None:
-    """Removes the results of an earlier build, so that a build cut short leaves none."""
+    """Remove the results of an earlier build, so that a build cut short leaves none."""
     results_file().unlink(missing_ok=True)
+    scorecard_file().unlink(missing_ok=True)
+
+
+def scorecard_file() -> Path:
+    """Return the file with the scorecard in text, which `make book` prints."""
+    return RESULTS / "scorecard.txt"
 
 
 def before_reading(app: Sphinx, env: BuildEnvironment, docnames: list[str]) -> None:
-    """Restores the records of pages that are not read again."""
+    """Restore the records of pages that are not read again."""
     for page in env.found_docs - set(docnames):
         keep_in_step(env, page)
 
 
 def after_reading_page(app: Sphinx, doctree: nodes.document) -> None:
-    """Brings the records of the page just read into step."""
+    """Bring the records of the page just read into step."""
     keep_in_step(app.env, app.env.docname)
 
 
 def write_results(app: Sphinx, exception: Exception | None) -> None:
-    """Writes `results.json` and removes records of chapters that are no longer in the book."""
+    """Write `results.json` and the scorecard; remove records of chapters no longer in the book."""
     if exception is not None or app.env is None:
         return
     rows = collect(app.env)
-    write_rows(results_file(), rows)
+    write_records(results_file(), rows)
+    write_atomically(scorecard_file(), scorecard(rows) + "\n")
     keep_records(rows)
-    kept = {records_file(row["claim"]) for row in rows} | {results_file(), run_file()}
+    kept = {claim_file(row["claim"]) for row in rows} | {results_file(), run_file()}
     for file in RESULTS.glob("*.json"):
         if file not in kept:
             file.unlink()
 
 
 def setup(app: Sphinx) -> None:
-    """Connects this part to the build."""
+    """Connect this part to the build."""
     app.connect("builder-inited", forget_old_results)
     app.connect("env-before-read-docs", before_reading, priority=600)  # once the order is known
     app.connect("doctree-read", after_reading_page)

@@ -1,7 +1,6 @@
 """How the book was computed: a file beside the results, and the table that a page shows of it."""
 
 import json
-from pathlib import Path
 
 from docutils import nodes
 from sphinx.application import Sphinx
@@ -9,14 +8,14 @@ from sphinx.util.docutils import SphinxDirective
 
 from executable_book.tables import table
 from lib.engine.files import write_atomically
-from lib.evidence.results import run_facts, run_file
+from lib.evidence.records import run_facts, run_file
 
 
 class RunFacts(SphinxDirective):
-    """Shows what `lib.evidence.results.run_facts` says of this build, a row for each fact."""
+    """Show what `lib.evidence.records.run_facts` says of this build, a row for each fact."""
 
     def run(self) -> list[nodes.Node]:
-        """Returns the table."""
+        """Return the table."""
         facts = json.loads(run_file().read_text(encoding="utf-8"))
         rows = [
             [[nodes.Text(name.replace("_", " "))], [nodes.Text(str(value))]]
@@ -26,12 +25,12 @@ class RunFacts(SphinxDirective):
 
 
 def write_facts(app: Sphinx) -> None:
-    """Writes the facts before any page is read."""
-    text = json.dumps(run_facts(Path(app.srcdir)), indent=1, ensure_ascii=False) + "\n"
+    """Write the facts before any page is read."""
+    text = json.dumps(run_facts(), indent=1, ensure_ascii=False) + "\n"
     write_atomically(run_file(), text)
 
 
 def setup(app: Sphinx) -> None:
-    """Connects this part to the build."""
+    """Connect this part to the build."""
     app.add_directive("run-facts", RunFacts)
     app.connect("builder-inited", write_facts)

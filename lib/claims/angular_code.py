@@ -1,0 +1,339 @@
+"""The angular code: do angles between late states order the divergences of predictions?
+
+Items (texts, or a task's subjects in one template) are compared all with all. ρ is the rank
+correlation of a dissimilarity of their states with J, the Jeffreys divergence of the model's own
+predictions after them; the unit is the text or the subject, never the pair.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from lib.engine.extraction import iterate_states, logit_lens
+from lib.engine.models import Decoder
+from lib.engine.store import recall_residuals
+from lib.evidence.criteria import TEXTS
+from lib.evidence.transfer import Trial
+from lib.science.correlation import correlate
+from lib.science.curves import early_blocks, late_blocks
+from lib.science.estimate import (
+    Estimate,
+    Measured,
+    Untested,
+    independent_difference,
+    mean_over_units,
+    unit_weights,
+)
+from lib.science.geometry import angles, distances, jeffreys_divergence
+from lib.science.reader import Reader, fit_reader
+
+FloatArray = NDArray[np.float64]
+Dissimilarity = Callable[[ArrayLike], FloatArray]
+Statistics = Mapping[str, Mapping[str, Measured]]
+
+CLAIM = "angular-code"
+AROUND = 3
+"""Blocks before and after the transition that tell whether the relation sets in there."""
+COMPARED = ("set_in", "beyond_reader")
+"""Statistics that the untrained twins' are subtracted from."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Blocks that count: early, just before and just after the transition ℓ*, and late."""
+
+    early: range
+    before: range
+    after: range
+    late: range
+
+
+def find_windows(n_blocks: int, transition: Measured) -> Windows | Untested:
+    """Return the blocks that count; Untested where there is no ℓ*, or too little depth around it.
+
+    After ℓ*: the three blocks from ⌈ℓ*⌉ on. Before: the three below. The last block is in none.
+    """
+    if isinstance(transition, Untested):
+        return transition
+    first = math.ceil(float(transition))
+    if first < AROUND or first + AROUND > n_blocks - 1:
+        return Untested(
+            f"a transition at block {float(transition):.1f} of {n_blocks} leaves fewer than "
+            f"{AROUND} blocks before or after it"
+        )
+    return Windows(
+        early_blocks(n_blocks),
+        range(first - AROUND, first),
+        range(first, first + AROUND),
+        late_blocks(n_blocks, float(transition)),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Items:
+    """What is compared with each other, as one model reads it.
+
+    Attributes:
+        states: residual streams at the last token `[n_blocks, n_items, d_model]`.
+        divergence: J between the predictions after the last token `[n_items, n_items]`, nats.
+        units: what the items are called in estimates.
+    """
+
+    states: Tensor
+    divergence: FloatArray
+    units: str
+
+
+def read_items(decoder: Decoder, prompts: Sequence[Sequence[int]], units: str) -> Items:
+    """Return prompts (token ids) that are all compared with each other, as `decoder` reads them."""
+    states = recall_residuals(decoder, prompts, description=units).states
+    return Items(states, jeffreys_divergence(logit_lens(decoder, states[-1])), units)
+
+
+def items_by_template(trial: Trial | Untested) -> list[Items] | Untested:
+    """Return the prompts of a task, those of each template (and group) compared among themselves.
+
+    Items are the task's subjects, in one order. Groups that lack a subject are left out.
+    """
+    if isinstance(trial, Untested):
+        return trial
+    states, task = trial.states("last"), trial.task
+    result = []
+    for _, prompts in task.prompts.groupby(["template", "group"], sort=True):
+        if len(prompts) == task.n_units:
+            rows = torch.as_tensor(prompts.sort_values("unit").index.to_numpy())
+            logits = logit_lens(trial.decoder, states[-1, rows])
+            result.append(Items(states[:, rows], jeffreys_divergence(logits), task.units))
+    return result or Untested("no template holds every subject")
+
+
+def correlate_items(
+    parts: Sequence[Items] | Untested, dissimilarity: Dissimilarity = angles
+) -> Measured:
+    """Return ρ of a dissimilarity of states with J at each block, the mean over templates.
+
+    Args:
+        parts: one for each template; of texts there is one.
+        dissimilarity: of states `[n_items, d_model]`, such as `angles`.
+    """
+    if isinstance(parts, Untested):
+        return parts
+    curves = [
+        correlate([dissimilarity(s) for s in part.states], part.divergence, part.units)
+        for part in parts
+    ]
+    return mean_of(curves)
+
+
+def mean_of(measured: Sequence[Measured]) -> Measured:
+    """Return the mean of paired numbers; Untested where one is."""
+    total = measured[0]
+    for one in measured[1:]:
+        total = total + one
+    return total / float(len(measured))
+
+
+# --- the fair reader -----------------------------------------------------------------------------
+
+
+def learn_readers(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    blocks: Sequence[int],
+    *,
+    judged: Sequence[Sequence[int]],
+) -> dict[int, Reader]:
+    """Return an affine reader for each block, fitted at all tokens of prompts but the first one.
+
+    Args:
+        decoder: the model.
+        prompts: token ids to learn from.
+        blocks: which blocks to read.
+        judged: token ids of the texts that the readers will be used on.
+
+    Raises:
+        ValueError: a prompt to learn from is judged as well; as `fit_reader`.
+    """
+    known = {tuple(prompt) for prompt in judged}
+    shared = sum(tuple(prompt) in known for prompt in prompts)
+    if shared:
+        raise ValueError(
+            f"{shared} of the texts that readers learn from are judged as well; give others."
+        )
+    last = decoder.n_blocks - 1
+    ends = torch.tensor([len(prompt) - 1 for prompt in prompts])
+    places = torch.arange(1, int(ends.max()) + 1)[:, None]
+    real = places <= ends
+    needed = {*blocks, last}
+    states = {block: torch.empty(len(places), len(prompts), decoder.d_model) for block in needed}
+    for rows, picked in iterate_states(decoder, prompts, places.minimum(ends), needed):
+        for block in needed:
+            states[block][:, rows] = picked[block].float().cpu()
+    text = np.broadcast_to(np.arange(len(prompts)), real.shape)[real.numpy()]
+    target = states[last][real].numpy()
+    return {block: fit_reader(states[block][real].numpy(), target, text) for block in blocks}
+
+
+def read_divergence(decoder: Decoder, states: Tensor, reader: Reader | None = None) -> FloatArray:
+    """Return J between the predictions read from a block's states `[n_items, d_model]`, nats.
+
+    By the logit lens, or by a reader before it.
+    """
+    read = states if reader is None else torch.as_tensor(reader(states), dtype=torch.float32)
+    return jeffreys_divergence(logit_lens(decoder, read))
+
+
+def correlate_beyond(
+    items: Items,
+    read: Mapping[int, FloatArray],
+    blocks: Sequence[int],
+    dissimilarity: Dissimilarity = angles,
+) -> Measured:
+    """Return the partial ρ of a dissimilarity with J given what is read at the same block.
+
+    The mean over `blocks`; `read` holds a matrix J of the read predictions for each of them.
+    """
+    curve = correlate(
+        [dissimilarity(items.states[block]) for block in blocks],
+        items.divergence,
+        items.units,
+        given=[[read[block] for block in blocks]],
+    )
+    return curve.over(range(len(blocks)))
+
+
+# --- the statistics of the claim -----------------------------------------------------------------
+
+
+def statistics(
+    angle: Mapping[str, Measured],
+    distance: Mapping[str, Measured],
+    beyond_reader: Measured,
+    windows: Windows | Untested,
+) -> Statistics:
+    """Return the claim's statistics on one network, by name and place.
+
+    Args:
+        angle: ρ(θ, J) `[n_blocks]` by place: "texts" and the tasks.
+        distance: ρ(d, J), the same.
+        beyond_reader: of the texts, as `correlate_beyond` returns it.
+        windows: the blocks that count; those of the trained model for its twins.
+    """
+    result: dict[str, dict[str, Measured]] = {}
+    for place in angle:
+        own = _of_curves(angle[place], distance[place], windows)
+        for name, value in own.items():
+            result.setdefault(name, {})[place] = value
+    result["beyond_reader"] = {TEXTS: beyond_reader}
+    return result
+
+
+def _of_curves(
+    angle: Measured, distance: Measured, windows: Windows | Untested
+) -> dict[str, Measured]:
+    if isinstance(windows, Untested):
+        names = ("late_correlation", "late_minus_early", "set_in", "angle_minus_distance")
+        return dict.fromkeys(names, windows)
+    late = angle.over(windows.late)
+    return {
+        "late_correlation": late,
+        "late_minus_early": late - angle.over(windows.early),
+        "set_in": angle.over(windows.after) - angle.over(windows.before),
+        "angle_minus_distance": late - distance.over(windows.late),
+    }
+
+
+def over_seeds(twins: Sequence[Statistics]) -> Statistics:
+    """Return the means of the twins' statistics, their seeds the units."""
+
+    def mean(values: Sequence[Measured]) -> Measured:
+        for value in values:
+            if isinstance(value, Untested):
+                return value
+        return mean_over_units([float(value) for value in values], "seeds")  # type: ignore[arg-type]
+
+    return {
+        name: {place: mean([twin[name][place] for twin in twins]) for place in places}
+        for name, places in twins[0].items()
+    }
+
+
+def beyond_twins(trained: Statistics, twins: Statistics) -> Statistics:
+    """Return what the trained model has of set-in and increment beyond its untrained twins."""
+    return {
+        f"{name}_beyond_twins": {
+            place: independent_difference(one, twins[name][place])
+            for place, one in trained[name].items()
+        }
+        for name in COMPARED
+    }
+
+
+# --- shown beside them ---------------------------------------------------------------------------
+
+
+def correlate_different(
+    items: Items, labels: ArrayLike, dissimilarity: Dissimilarity = angles
+) -> Measured:
+    """Return ρ at each block over the pairs of items with different labels (answers) alone.
+
+    Args:
+        items: of one template.
+        labels: one an item `[n_items]`.
+        dissimilarity: of states.
+    """
+    label = np.asarray(labels)
+    kept = (label[:, None] != label[None, :]).astype(float)
+    weights = unit_weights(items.units, len(label))
+    n_pairs = np.einsum("di,di->d", weights @ kept, weights)
+    if not (n_pairs > 0).all():
+        return Untested(f"draws of {items.units} without a pair of different answers")
+
+    def mean(matrix: FloatArray) -> FloatArray:
+        total: FloatArray = np.einsum("di,di->d", weights @ (matrix * kept), weights)
+        return total / n_pairs
+
+    def centred_ranks(matrix: FloatArray) -> FloatArray:
+        result = np.zeros_like(matrix)
+        pairs = kept > 0
+        found = np.unique(matrix[pairs], return_inverse=True, return_counts=True)
+        ends = np.cumsum(found[2])
+        ranks = (ends - (found[2] - 1) / 2)[found[1]]  # ties get their average rank
+        result[pairs] = (ranks - ranks.mean()) / (ranks.std() or 1.0)
+        return result
+
+    second = centred_ranks(items.divergence)
+    mean_second, variance_second = mean(second), mean(second * second)
+    curve = []
+    for states in items.states:
+        first = centred_ranks(dissimilarity(states))
+        a, b = mean(first), mean_second
+        spread = (mean(first * first) - a * a) * (variance_second - b * b)
+        if not (spread > 1e-12).all():
+            return Untested(f"a correlation is undefined in some draws of {items.units}")
+        curve.append((mean(first * second) - a * b) / np.sqrt(spread))
+    return Estimate(np.stack(curve, axis=1), items.units, len(label))
+
+
+def unembedding_basis(decoder: Decoder) -> FloatArray:
+    """Return orthonormal directions `[d_model, d_model]`, first those that logits differ along most.
+
+    Columns are the right singular vectors of the unembedding less its mean row, which moves all
+    logits alike and so no prediction.
+    """
+    rows = decoder.unembedding_rows(range(decoder.d_vocab))[0].double().cpu()
+    rows = rows - rows.mean(dim=0)
+    basis: FloatArray = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1).numpy()
+    return basis
+
+
+def within(basis: FloatArray) -> Dissimilarity:
+    """Return the angle between states projected onto orthonormal directions `[d_model, k]`."""
+    return lambda states: angles(np.asarray(states, dtype=np.float64) @ basis)

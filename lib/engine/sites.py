@@ -1,0 +1,762 @@
+"""Sites inside a block: what its attention, its MLP and each head add to the residual stream.
+
+A block adds an attention's output and an MLP's output to the residual stream. The attention's is
+its output projection of the heads' outputs side by side, so a head's output is a slice of that
+projection's input. All of them act on one token alone, once attention has mixed the tokens: to
+exchange one of them at a token is to exchange the residual stream after the block at that token,
+for the state that the block would have put out. `sweep_sites` computes that state, from a run of
+the block on the token alone with the heads' outputs put in, and hands it to `sweep_blocks`.
+
+No architecture is named here. The parts are found by watching what the modules of a block put out,
+and a block is taken only if they behave as parts: they add up to the block's step, the heads alone
+carry what other tokens say, and each head is what a mask of that head changes.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lib.engine.batches import equal_length_rows
+from lib.engine.edits import exchange
+from lib.engine.extraction import check_blocks, check_prompts
+from lib.engine.models import Decoder
+from lib.engine.passes import agree
+from lib.engine.replay import FrozenCache, ReplayUnsupportedError, run_prefix
+from lib.engine.structure import untuple
+from lib.engine.sweeps import BATCH_TOKENS, Measure, Sweep, position_table, sweep_blocks
+
+ROWS_AT_ONCE = 512
+N_TOKENS = 5  # of the prompt on which a block's parts are looked for
+Inputs = dict[str, Any]
+Places = tuple[Sequence[int], Sequence[int], int]
+"""Of a prompt: tokens that attend, tokens hidden from them, its length."""
+Head = tuple[int, int]
+"""A block and the number of one of its heads."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place inside a block whose output can be exchanged.
+
+    Attributes:
+        part: the attention or the MLP, each counted as what it adds to the residual stream.
+        heads: some of the attention's heads, counted from 0; all by default.
+    """
+
+    part: Literal["attention", "mlp"]
+    heads: tuple[int, ...] | None = None
+
+
+ATTENTION, MLP = Site("attention"), Site("mlp")
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """The parts of one block.
+
+    Attributes:
+        attention: the module whose output, times `multiplier`, is what the attention adds.
+        mlp: the module whose output, times `multiplier`, is what the MLP adds.
+        projection: the attention's output projection, whose input is the heads side by side.
+        n_heads: number of heads.
+        multiplier: what both outputs are multiplied by (Granite's residual multiplier; else 1).
+    """
+
+    attention: nn.Module
+    mlp: nn.Module
+    projection: nn.Module
+    n_heads: int
+    multiplier: float
+
+
+_found: WeakKeyDictionary[Decoder, dict[int, Parts | str]] = WeakKeyDictionary()
+
+
+def find_parts(decoder: Decoder, blocks: Sequence[int] | None = None) -> tuple[Parts, ...]:
+    """Return the parts of some blocks, all by default.
+
+    Raises:
+        ValueError: a block that does not exist, or one whose attention, MLP and heads cannot be
+            told apart; the message says what it holds and which blocks have parts.
+    """
+    wanted = check_blocks(decoder, blocks)
+    if decoder not in _found:
+        _found[decoder] = _look(decoder)
+    found = _found[decoder]
+    for index in wanted:
+        if isinstance(reason := found[index], str):
+            have = [str(block) for block, parts in found.items() if isinstance(parts, Parts)]
+            raise ValueError(
+                f"Block {index} of {decoder.name} has no attention with heads beside an MLP: "
+                f"{reason} Blocks that have: {', '.join(have) or 'none'}."
+            )
+    return tuple(parts for block in wanted if isinstance(parts := found[block], Parts))
+
+
+def each_head(decoder: Decoder, blocks: Sequence[int] | None = None) -> dict[str, Site]:
+    """Return a site for each head, named by its number."""
+    n_heads = min(parts.n_heads for parts in find_parts(decoder, blocks))
+    return {str(head): Site("attention", (head,)) for head in range(n_heads)}
+
+
+def sweep_sites(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    pairs: np.ndarray,
+    sites: Mapping[str, Site],
+    *,
+    positions: np.ndarray | Sequence[int] | str = "last",
+    hidden: np.ndarray | Sequence[Sequence[int]] | None = None,
+    blocks: Sequence[int] | None = None,
+    read_ids: Sequence[int] = (),
+    measure: Measure | None = None,
+    description: str | None = None,
+) -> Sweep:
+    """Return the effect of exchanging each site's output for the donor's, in each block.
+
+    The output is replaced at the given position (or positions); the rest of that block and all
+    later blocks and tokens follow from it. The result's `edits` are the sites, its `blocks` those
+    in which they were exchanged.
+
+    With `hidden` the sites keep their recipient's prompt and are put out as they would be if the
+    token at the position could not attend to the hidden tokens: attention knock-out (Geva et al.,
+    arXiv:2304.14767), head by head. Then each pair names one prompt twice.
+
+    Args:
+        decoder: the model.
+        prompts: token ids; lengths may differ.
+        pairs: `[n_pairs, 2]`: index of the recipient among `prompts`, and of the donor.
+        sites: named sites, all of which share a pass.
+        positions: `"last"`, one position per prompt, or several `[n_prompts, k]`.
+        hidden: for each prompt the positions that are hidden, as many as there are to hide.
+        blocks: the blocks, all by default.
+        read_ids: tokens whose logits to return.
+        measure: as in `sweep_blocks`; it sees the indices of `pairs`.
+        description: what a progress display calls this sweep; None shows none.
+
+    Raises:
+        ValueError: a site, head, block, pair or position that does not exist, a model without such
+            parts, or tokens that cannot be hidden; the message says which.
+    """
+    wanted = check_blocks(decoder, blocks)
+    where = position_table(prompts, positions)
+    check_prompts(decoder, prompts)
+    parts = find_parts(decoder, wanted)
+    pairs = np.asarray(pairs)
+    _check_sites(decoder, sites, parts)
+    _check_pairs(pairs, len(prompts))
+    hide = None if hidden is None else _check_hidden(prompts, pairs, sites, where, hidden)
+    outputs = _read_outputs(decoder, prompts, where, np.unique(pairs), wanted, parts, hide)
+    donors = torch.empty(len(wanted), len(sites), len(pairs), where.shape[1], decoder.d_model)
+    tokens_alone = _TokensAlone(decoder)
+    for index, block in enumerate(wanted):
+        for number, site in enumerate(sites.values()):
+            given = outputs[index].exchange(site, pairs, parts[index])
+            donors[index, number] = tokens_alone(block, parts[index], *given)
+    n_pairs = len(pairs)
+    copies = np.stack([np.tile(pairs[:, 0], len(sites)), np.arange(len(sites) * n_pairs)], axis=1)
+    sweep = sweep_blocks(
+        decoder,
+        prompts,
+        copies,
+        {"exchange": exchange},
+        positions=where,
+        donors=donors.flatten(1, 2),
+        blocks=wanted,
+        read_ids=read_ids,
+        measure=measure and _of_pairs(measure, n_pairs),
+        description=description,
+    )
+
+    def apart(values: np.ndarray) -> np.ndarray:
+        """Return `[1, n_blocks, n_sites · n_pairs, …]` as `[n_sites, n_blocks, n_pairs, …]`."""
+        split = values[0].reshape(len(wanted), len(sites), n_pairs, *values.shape[3:])
+        return split.swapaxes(0, 1)
+
+    measures = {name: apart(values) for name, values in sweep.measures.items()}
+    clean = sweep.clean_logits[:n_pairs]
+    return Sweep(tuple(sites), wanted, pairs, apart(sweep.logits), clean, measures, sweep.path)
+
+
+def _of_pairs(measure: Measure, n_pairs: int) -> Measure:
+    return lambda logits, copy: measure(logits, copy % n_pairs)
+
+
+def patch_heads(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    pairs: np.ndarray,
+    groups: Mapping[str, Sequence[Head]],
+    *,
+    hidden: Sequence[Sequence[int]] | None = None,
+    measure: Measure,
+) -> dict[str, np.ndarray]:
+    """Return the effect of exchanging chosen heads of any blocks together, at the last token.
+
+    Every head of a group puts out what it puts out on the donor's unedited prompt, while all else
+    follows from the edits of the blocks before it.
+
+    With `hidden` the heads instead lose sight of those tokens, as in `sweep_sites`; each pair then
+    names one prompt twice.
+
+    Args:
+        decoder: the model.
+        prompts: token ids; lengths may differ.
+        pairs: `[n_pairs, 2]`: index of the recipient among `prompts`, and of the donor.
+        groups: named groups of heads, each a block and a head's number; an empty one edits nothing.
+        hidden: for each prompt the positions that are hidden.
+        measure: as in `sweep_blocks`.
+
+    Returns:
+        What `measure` returned, by name `[n_groups, n_pairs]`.
+
+    Raises:
+        ValueError: a head, pair or position that does not exist, a model without such parts, or
+            tokens that cannot be hidden; the message says which.
+    """
+    where = position_table(prompts, "last")
+    check_prompts(decoder, prompts)
+    pairs = np.asarray(pairs)
+    _check_pairs(pairs, len(prompts))
+    wanted = tuple(sorted({block for group in groups.values() for block, _ in group}))
+    parts = dict(zip(wanted, find_parts(decoder, wanted), strict=True))
+    for name, group in groups.items():
+        for block, head in group:
+            _check_sites(decoder, {name: Site("attention", (head,))}, [parts[block]])
+    sites = dict.fromkeys(groups, ATTENTION)
+    hide = None if hidden is None else _check_hidden(prompts, pairs, sites, where, hidden)
+    outputs = dict(
+        zip(
+            wanted,
+            _read_outputs(
+                decoder, prompts, where, np.unique(pairs[:, 1]), wanted, tuple(parts.values()), None
+            ),
+            strict=True,
+        )
+    )
+    results: dict[str, np.ndarray] = {}
+    for recipients, table in _columns(prompts, pairs):
+        tokens = torch.tensor([list(prompts[r]) for r in recipients], device=decoder.device)
+        last = _LastToken(decoder, tokens)
+        for (number, group), column in product(enumerate(groups.values()), table.T):
+            donors = pairs[column, 1]
+            chosen = {
+                block: slice_of(
+                    parts[block],
+                    outputs[block].heads.shape[-1],
+                    [h for b, h in group if b == block],
+                )
+                for block in sorted({block for block, _ in group})
+            }
+            if hide is None:
+                new = {block: outputs[block].heads[donors, 0] for block in chosen}
+                edit = _put_heads(parts, chosen, new)
+            else:
+                places = [([len(prompts[r]) - 1], hide[r], len(prompts[r])) for r in recipients]
+                edit = _hide_from_heads(decoder, parts, chosen, places)
+            with edit, torch.inference_mode():
+                logits = decoder.unembed(decoder.final_norm(last())).float()
+                read = measure(logits, torch.as_tensor(column, device=logits.device))
+            for name, values in read.items():
+                if name not in results:
+                    results[name] = np.full((len(groups), len(pairs)), np.nan)
+                results[name][number, column] = values.double().cpu().numpy()
+    return results
+
+
+def _columns(
+    prompts: Sequence[Sequence[int]], pairs: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield recipients `[n]` of equal length and their pairs `[n, n_donors]`, some repeated."""
+    unique = np.unique(pairs[:, 0])
+    for rows in equal_length_rows([prompts[r] for r in unique], BATCH_TOKENS):
+        recipients = unique[rows]
+        own = [np.flatnonzero(pairs[:, 0] == r) for r in recipients]
+        yield recipients, np.stack([np.resize(part, max(map(len, own))) for part in own])
+
+
+class _LastToken:
+    """Runs prompts `[n, length]` again and again, only their last tokens where that is exact."""
+
+    def __init__(self, decoder: Decoder, tokens: Tensor) -> None:
+        self.decoder, self.tokens = decoder, tokens
+        self.inputs: Inputs = {"use_cache": False}
+        try:
+            prefix = run_prefix(decoder, tokens, tokens.shape[1] - 1)
+            exact = agree(self(), prefix.states[-1][:, -1])
+        except (ReplayUnsupportedError, RuntimeError, TypeError, ValueError, AttributeError):
+            exact = False  # the whole prompts are always right
+        if exact:
+            self.tokens = tokens[:, -1:]
+            self.inputs = {"past_key_values": prefix.cache, "use_cache": True}
+
+    def __call__(self) -> Tensor:
+        """Return the last token's residual stream after the last block `[n, d_model]`."""
+        states: list[Tensor] = []
+
+        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+            states.append(untuple(output)[:, -1])
+
+        handle = self.decoder.blocks[-1].register_forward_hook(keep)
+        try:
+            with torch.inference_mode():
+                self.decoder.model.base_model(self.tokens, **self.inputs)
+        finally:
+            handle.remove()
+        return states[-1]
+
+
+@contextmanager
+def _put_heads(
+    parts: Mapping[int, Parts], chosen: Mapping[int, Tensor], new: Mapping[int, Tensor]
+) -> Iterator[None]:
+    """Put `new` `[n, d]` in the place of the last token's heads, where `chosen` says, by block."""
+
+    def put(block: int) -> Callable[..., Any]:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            heads = args[0].reshape(len(new[block]), -1, args[0].shape[-1]).clone()
+            heads[:, -1, chosen[block]] = new[block].to(heads)[:, chosen[block]]
+            return (heads.view(args[0].shape), *args[1:])
+
+        return hook
+
+    with ExitStack() as stack:
+        for block in chosen:
+            hook = parts[block].projection.register_forward_pre_hook(put(block))
+            stack.callback(hook.remove)
+        yield
+
+
+@contextmanager
+def _hide_from_heads(
+    decoder: Decoder,
+    parts: Mapping[int, Parts],
+    chosen: Mapping[int, Tensor],
+    places: Sequence[Places],
+) -> Iterator[None]:
+    """Put in the place of the last token's heads what they put out with tokens hidden."""
+    blind: dict[int, Tensor] = {}
+
+    def look(block: int) -> Callable[..., None]:
+        def see(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            blind[block] = args[0].reshape(len(places), -1, args[0].shape[-1])[:, -1].clone()
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            call = _as_call(module, args, kwargs)
+            handle = parts[block].projection.register_forward_pre_hook(see, prepend=True)
+            try:
+                module.forward(call["hidden"], **_hide(call, block, places))
+            finally:
+                handle.remove()
+
+        return hook
+
+    with ExitStack() as stack:
+        for block in chosen:
+            hook = decoder.blocks[block].register_forward_pre_hook(look(block), with_kwargs=True)
+            stack.callback(hook.remove)
+        stack.enter_context(_put_heads(parts, chosen, blind))
+        yield
+
+
+@dataclass(frozen=True, eq=False)
+class _Outputs:
+    """What one block received and put out at the positions, by prompt `[n_prompts, k, …]`.
+
+    `entering` is the residual stream before the block, `heads` the projection's input, `mlp` the
+    MLP's output. Donors give `other_heads`, which are `heads` unless tokens were hidden.
+    """
+
+    entering: Tensor
+    heads: Tensor
+    mlp: Tensor
+    other_heads: Tensor
+
+    def exchange(
+        self, site: Site, pairs: np.ndarray, parts: Parts
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return what enters the block, the heads and the MLP's output of each pair's edit."""
+        recipient, donor = torch.as_tensor(pairs).T
+        heads = self.heads[recipient]
+        if site.part == "mlp":
+            return self.entering[recipient], heads, self.mlp[donor]
+        chosen = slice_of(parts, heads.shape[-1], site.heads)
+        heads[..., chosen] = self.other_heads[donor][..., chosen]
+        return self.entering[recipient], heads, None
+
+
+def slice_of(parts: Parts, width: int, heads: Sequence[int] | None) -> Tensor:
+    """Return where in the projection's input, `width` wide, the outputs of some heads lie."""
+    places = torch.arange(width).view(parts.n_heads, -1)
+    return places.flatten() if heads is None else places[list(heads)].flatten()
+
+
+class _TokensAlone:
+    """Runs a block on tokens each by itself, the heads' outputs put in: no other token matters."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.inputs: dict[int, list[Inputs]] = {}
+
+    def __call__(
+        self, block: int, parts: Parts, entering: Tensor, heads: Tensor, mlp: Tensor | None
+    ) -> Tensor:
+        """Return the states after the block, of the shape of `entering` `[…, d_model]`."""
+        rows = [None if part is None else part.flatten(0, -2) for part in (entering, heads, mlp)]
+        results = []
+        for chosen in torch.arange(len(rows[0])).split(ROWS_AT_ONCE):  # type: ignore[arg-type]
+            given = [None if part is None else part[chosen][:, None] for part in rows]
+            results.append(self._run(block, parts, *given))  # type: ignore[arg-type]
+        return torch.cat(results).view(entering.shape)
+
+    def _run(
+        self, block: int, parts: Parts, entering: Tensor, heads: Tensor, mlp: Tensor | None
+    ) -> Tensor:
+        def put_heads(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (heads.to(args[0]).reshape(args[0].shape), *args[1:])
+
+        def put_mlp(_module: nn.Module, _args: Any, output: Any) -> Any:
+            if mlp is None:
+                return None
+            old = untuple(output)
+            new = mlp.to(old).reshape(old.shape)
+            return (new, *output[1:]) if isinstance(output, tuple) else new
+
+        if len(entering) not in self.inputs:
+            self.inputs[len(entering)] = _inputs_of_lone_tokens(self.decoder, len(entering))
+        inputs = self.inputs[len(entering)][block]
+        with ExitStack() as stack, torch.inference_mode():
+            for handle in (
+                parts.projection.register_forward_pre_hook(put_heads),
+                parts.mlp.register_forward_hook(put_mlp),
+            ):
+                stack.callback(handle.remove)
+            hidden = entering.to(inputs["hidden"].device)
+            module = self.decoder.blocks[block]
+            return untuple(module(hidden, **inputs["others"])).float().cpu()[:, 0]
+
+
+def _inputs_of_lone_tokens(decoder: Decoder, n: int) -> list[Inputs]:
+    """Return the inputs that each block receives for `n` prompts of one token."""
+    tokens = torch.ones(n, 1, dtype=torch.long, device=decoder.device)
+    calls: list[Inputs] = [{} for _ in decoder.blocks]
+    with _watching(decoder, range(decoder.n_blocks), lambda block, call: calls[block].update(call)):
+        _run(decoder, tokens)
+    return calls
+
+
+def _run(decoder: Decoder, tokens: Tensor) -> None:
+    with torch.inference_mode():
+        decoder.model.base_model(tokens, use_cache=False)
+
+
+@contextmanager
+def _watching(
+    decoder: Decoder, blocks: Sequence[int] | range, note: Callable[[int, Inputs], None]
+) -> Iterator[None]:
+    """Call `note(block, {"hidden", "others", "output"})` after each call of the blocks."""
+
+    def keep(index: int) -> Callable[..., None]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
+            note(index, {**_as_call(module, args, kwargs), "output": untuple(output)})
+
+        return hook
+
+    with ExitStack() as stack:
+        for index in blocks:
+            block = decoder.blocks[index]
+            stack.callback(block.register_forward_hook(keep(index), with_kwargs=True).remove)
+        yield
+
+
+def _as_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    """Return a block's inputs by name: the residual stream as `hidden`, the `others` apart."""
+    names = list(inspect.signature(module.forward).parameters)
+    others = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {"hidden": others.pop(names[0]), "others": others}
+
+
+def _read_outputs(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    where: np.ndarray,
+    members: np.ndarray,
+    wanted: tuple[int, ...],
+    parts: tuple[Parts, ...],
+    hide: list[list[int]] | None,
+) -> list[_Outputs]:
+    """Return the outputs of the blocks' sites for some prompts; those of others may be zero."""
+    seen: dict[tuple[str, int], Tensor] = {}  # of the batch that runs
+    kept: dict[tuple[str, int], Tensor] = {}
+    slot = "heads"
+
+    def see_heads(block: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen[slot, block] = args[0]
+
+        return hook
+
+    def see_mlp(block: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            seen["mlp", block] = untuple(output).clone()  # parallel blocks add to it in place
+
+        return hook
+
+    def note(block: int, call: Inputs) -> None:
+        nonlocal slot
+        seen["entering", block] = call["hidden"]
+        seen["other_heads", block] = seen["heads", block]
+        if hide is not None:
+            places = [(where[m].tolist(), hide[m], len(prompts[m])) for m in members[rows]]
+            own_mlp, slot = seen["mlp", block], "other_heads"
+            inputs = _hide(call, block, places)
+            decoder.blocks[block].forward(call["hidden"], **inputs)
+            seen["mlp", block], slot = own_mlp, "heads"
+
+    with ExitStack() as stack:
+        for block, part in zip(wanted, parts, strict=True):
+            stack.callback(part.projection.register_forward_pre_hook(see_heads(block)).remove)
+            stack.callback(part.mlp.register_forward_hook(see_mlp(block)).remove)
+        stack.enter_context(_watching(decoder, wanted, note))
+        for rows in equal_length_rows([prompts[member] for member in members], BATCH_TOKENS):
+            chosen = members[rows]
+            tokens = torch.tensor([list(prompts[member]) for member in chosen])
+            _run(decoder, tokens.to(decoder.device))
+            lines, columns = torch.arange(len(rows))[:, None], torch.as_tensor(where[chosen])
+            for name, states in seen.items():
+                picked = states.reshape(*tokens.shape, -1)[lines, columns].cpu()
+                if name not in kept:
+                    kept[name] = picked.new_zeros(len(prompts), *picked.shape[1:])
+                kept[name][torch.as_tensor(chosen)] = picked
+            seen.clear()
+    names = ("entering", "heads", "mlp", "other_heads")
+    return [_Outputs(*(kept[name, block] for name in names)) for block in wanted]
+
+
+def _hide(call: Inputs, block: int, places: Sequence[Places]) -> Inputs:
+    """Return a block's inputs under a mask that hides tokens, row by row, from others."""
+    mask = _whole_mask(call, block).expand(len(places), -1, -1, -1).clone()
+    n_queries, n_keys = mask.shape[-2:]
+    for row, (queries, hidden, length) in enumerate(places):
+        for query in queries:
+            for key in hidden:
+                at = (query - length + n_queries, key - length + n_keys)  # counted from the end
+                if min(at) >= 0:  # a sliding window has left the others behind
+                    mask[row, :, *at] = _nothing(mask)
+    return {**call["others"], "attention_mask": mask}
+
+
+def _whole_mask(call: Inputs, block: int) -> Tensor:
+    """Return the mask `[·, 1, queries, keys]` that a block received, made if it received none."""
+    length, mask = call["hidden"].shape[1], call["others"].get("attention_mask")
+    if mask is None:  # transformers leaves out a mask that hides nothing but the future
+        held = [value for value in call["others"].values() if isinstance(value, FrozenCache)]
+        layers: Any = held[0].layers if held else []
+        before = layers[block].keys.shape[-2] if held else 0
+        seen = torch.ones(length, before + length, dtype=torch.bool, device=call["hidden"].device)
+        mask = seen.tril(before)[None, None]
+    return mask
+
+
+def _nothing(mask: Tensor) -> float | bool:
+    """Return what a mask holds where a token is hidden."""
+    return torch.finfo(mask.dtype).min if mask.is_floating_point() else False
+
+
+def _look(decoder: Decoder) -> dict[int, Parts | str]:
+    """Return each block's parts, or why there are none."""
+    n_tokens = min(N_TOKENS, decoder.d_vocab)
+    tokens = torch.arange(n_tokens, device=decoder.device)[None]
+    calls: dict[int, Inputs] = {}
+    ran: dict[int, list[tuple[nn.Module, Tensor, Tensor]]] = {}
+
+    def note(block: int, call: Inputs) -> None:
+        calls[block] = call
+
+    def see(block: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            out = untuple(output)
+            if args and isinstance(args[0], Tensor) and isinstance(out, Tensor):
+                ran[block].append((module, args[0], out.clone()))  # some are added to in place
+
+        return hook
+
+    with ExitStack() as stack:
+        for index, block in enumerate(decoder.blocks):
+            ran[index] = []
+            for module in block.modules():
+                if module is not block:
+                    stack.callback(module.register_forward_hook(see(index)).remove)
+        stack.enter_context(_watching(decoder, range(decoder.n_blocks), note))
+        _run(decoder, tokens)
+    alone = _TokensAlone(decoder)
+    found: dict[int, Parts | str] = {}
+    for index, call in calls.items():
+        try:
+            found[index] = _find(decoder, index, call, ran[index], alone)
+        except _NotPartsError as reason:
+            kinds = dict.fromkeys(
+                type(child).__name__ for child in decoder.blocks[index].children()
+            )
+            found[index] = (
+                f"{reason}; {type(decoder.blocks[index]).__name__} holds {', '.join(kinds)}."
+            )
+    return found
+
+
+class _NotPartsError(Exception):
+    """The modules of a block do not behave as attention, heads and MLP."""
+
+
+def _find(
+    decoder: Decoder,
+    index: int,
+    call: Inputs,
+    ran: Sequence[tuple[nn.Module, Tensor, Tensor]],
+    alone: _TokensAlone,
+) -> Parts:
+    """Return the parts of a block from what its modules received and put out, and test them."""
+    n_heads = getattr(decoder.model.config.get_text_config(), "num_attention_heads", None)
+    if not isinstance(n_heads, int):
+        raise _NotPartsError("its configuration names no number of attention heads")
+    before, multiplier, after = _summands(call, ran)
+    attention, mlp = ran[before][0], ran[after][0]
+    linear = [entry for entry in ran[: before + 1] if _is_linear(entry[0])]
+    if not linear or linear[-1][1].shape[-1] % n_heads:
+        raise _NotPartsError(
+            f"no output projection of {n_heads} heads was found before the addition"
+        )
+    projection, heads, _ = linear[-1]
+    parts = Parts(attention, mlp, projection, n_heads, multiplier)
+    heads = heads.reshape(*call["output"].shape[:2], -1)
+    refusals = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
+    try:
+        again = alone(index, parts, call["hidden"], heads, None)
+    except refusals as error:
+        raise _NotPartsError("it cannot be run on one token alone") from error
+    if not agree(call["output"].float().cpu()[:, 1:], again[:, 1:]):  # without the sink
+        raise _NotPartsError("other tokens reach its output by another way than the heads")
+    try:
+        changed = _heads_changed_by_masks(decoder.blocks[index], call, parts)
+    except refusals as error:
+        raise _NotPartsError("it takes no mask that hides tokens head by head") from error
+    if not torch.equal(changed, torch.eye(n_heads, dtype=torch.bool)):
+        raise _NotPartsError("a mask for one head does not change that head's output alone")
+    return parts
+
+
+def _summands(
+    call: Inputs, ran: Sequence[tuple[nn.Module, Tensor, Tensor]]
+) -> tuple[int, float, int]:
+    """Return which two modules' outputs, times a common factor, add up to the block's step."""
+    step = (call["output"].float() - call["hidden"].float())[:, 1:]  # without the attention sink
+    called = [module for module, _, _ in ran]
+    outputs = {
+        order: out.float().reshape(call["output"].shape)[:, 1:]
+        for order, (module, _, out) in enumerate(ran)
+        if out.numel() == call["output"].numel() and called.count(module) == 1
+    }
+    exact = call["output"].dtype in (torch.float32, torch.float64)
+    room = (1e-4 if exact else 5e-2) * step.abs().max() + (1e-6 if exact else 1e-2) * call[
+        "output"
+    ][:, 1:].float().abs().max()
+    for first, one in outputs.items():
+        for second, other in outputs.items():
+            total = one + other.to(one.device)
+            factor = (step.to(total.device) * total).sum() / total.square().sum()
+            missed = (step.to(total.device) - factor * total).abs().max()
+            if second > first and bool(missed <= room):
+                return first, float(factor), second
+    raise _NotPartsError("no two of its modules' outputs add up to what it adds")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Say whether a module is a linear map, whatever its class (quantised, transposed)."""
+    weight = getattr(module, "weight", None)
+    return (
+        isinstance(weight, Tensor)
+        and weight.dim() == 2
+        and not any(True for _ in module.children())
+    )
+
+
+def _heads_changed_by_masks(block: nn.Module, call: Inputs, parts: Parts) -> Tensor:
+    """Return which heads' outputs `[n_heads, n_heads]` change if one alone sees no other token."""
+    seen: list[Tensor] = []
+
+    def see(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0].reshape(*call["hidden"].shape[:2], parts.n_heads, -1)[0, -1])
+
+    whole = _whole_mask(call, 0).expand(-1, parts.n_heads, -1, -1)
+    masks = [whole]
+    for head in range(parts.n_heads):
+        masks.append(whole.clone())
+        masks[-1][:, head, -1, :-1] = _nothing(whole)
+    handle = parts.projection.register_forward_pre_hook(see)
+    try:
+        with torch.inference_mode():
+            for mask in masks:
+                block.forward(call["hidden"], **{**call["others"], "attention_mask": mask})
+    finally:
+        handle.remove()
+    change = (torch.stack(seen[1:]) - seen[0]).abs().amax(-1)
+    return (change > 1e-6 * seen[0].abs().max()).cpu()
+
+
+def _check_sites(decoder: Decoder, sites: Mapping[str, Site], parts: Sequence[Parts]) -> None:
+    if not sites:
+        raise ValueError("No sites were given; name at least one, such as ATTENTION or MLP.")
+    n_heads = min(part.n_heads for part in parts)
+    for name, site in sites.items():
+        if site.part not in ("attention", "mlp"):
+            raise ValueError(f"Site {name!r}: part {site.part!r} is neither 'attention' nor 'mlp'.")
+        if site.part == "mlp" and site.heads is not None:
+            raise ValueError(f"Site {name!r}: an MLP has no heads.")
+        for head in site.heads or ():
+            if not 0 <= head < n_heads:
+                raise ValueError(
+                    f"Site {name!r}: head {head} does not exist; {decoder.name} has heads 0 to "
+                    f"{n_heads - 1}."
+                )
+
+
+def _check_pairs(pairs: np.ndarray, n_prompts: int) -> None:
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or len(pairs) == 0:
+        raise ValueError(f"Pairs must have shape [n_pairs, 2] with n_pairs ≥ 1, got {pairs.shape}.")
+    if pairs.min() < 0 or pairs.max() >= n_prompts:
+        raise ValueError(f"Pairs name prompts up to {pairs.max()}; there are {n_prompts}.")
+
+
+def _check_hidden(
+    prompts: Sequence[Sequence[int]],
+    pairs: np.ndarray,
+    sites: Mapping[str, Site],
+    where: np.ndarray,
+    hidden: np.ndarray | Sequence[Sequence[int]],
+) -> list[list[int]]:
+    """Return the hidden positions of each prompt, checked."""
+    if len(hidden) != len(prompts):
+        raise ValueError(f"Hidden positions for {len(hidden)} prompts of {len(prompts)}.")
+    if (pairs[:, 0] != pairs[:, 1]).any():
+        raise ValueError("Tokens are hidden within a prompt: each pair must name one prompt twice.")
+    if any(site.part == "mlp" for site in sites.values()):
+        raise ValueError("An MLP attends to no token, so none can be hidden from it.")
+    table = [[int(place) for place in row] for row in hidden]
+    for index, row in enumerate(table):
+        for place in row:
+            if not 0 <= place < where[index].min():
+                raise ValueError(
+                    f"Prompt {index}: position {place} cannot be hidden from position "
+                    f"{where[index].min()}; choose among 0 to {where[index].min() - 1}."
+                )
+    return table

@@ -1,0 +1,332 @@
+"""Small decoders trained from scratch, equal but for their norms.
+
+Six blocks of Llama's architecture, 64 wide, with the norm modules replaced. At one seed all kinds
+start from the same draw of weights (scaled, see `RECIPES`) and read the same prompts in the same
+order. What was trained before is read from disk; what was interrupted goes on from its last moment.
+"""
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lib.engine.files import BUILD
+from lib.engine.keys import key_of
+from lib.engine.progress import track
+
+MOMENTS = (0, 30, 60, 120, 240, 480, 720, 960)
+"""Training steps at which the weights are kept; the last one ends the training."""
+
+KEPT = BUILD / "decoders"
+BATCH = 64
+CONFIGURATION: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 16,
+    "tie_word_embeddings": False,
+}
+_WARM_UP = 0.1  # share of the steps
+_CLIPPED = 1.0  # largest norm of a gradient
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a kind of decoder is trained: what is chosen so that it learns, by its loss alone.
+
+    Attributes:
+        learning_rate: of Adam, at its peak: a linear rise, then a half cosine down to zero.
+        initial_std: standard deviation of the initial weights, embeddings included.
+    """
+
+    learning_rate: float
+    initial_std: float
+
+
+RECIPES = {
+    "rmsnorm": Recipe(learning_rate=3e-3, initial_std=0.05),
+    "layernorm": Recipe(learning_rate=3e-3, initial_std=0.05),
+    "no-final-norm": Recipe(learning_rate=3e-3, initial_std=0.05),
+    "none": Recipe(learning_rate=2e-3, initial_std=0.1),
+}
+"""Kinds of decoders by their norms: in the blocks and before the unembedding RMSNorm, or LayerNorm;
+RMSNorm in the blocks alone; none at all."""
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What a decoder is trained on: prompts of one length and the truth about their next token.
+
+    Attributes:
+        tokens: token ids `[n_prompts, length]`, int64.
+        truths: next-token probabilities `[n_prompts, d_vocab]`, float32.
+    """
+
+    tokens: Tensor
+    truths: Tensor
+
+    def __post_init__(self) -> None:
+        if self.tokens.dim() != 2 or self.truths.dim() != 2 or len(self.tokens) != len(self.truths):
+            raise ValueError(
+                f"Expected tokens [n, length] and truths [n, d_vocab] of the same n; got shapes "
+                f"{tuple(self.tokens.shape)} and {tuple(self.truths.shape)}."
+            )
+        if not bool(((self.truths.sum(-1) - 1).abs() < 1e-4).all()):
+            raise ValueError("Truths must be probabilities: each row sums to 1.")
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """A decoder's course of training.
+
+    Attributes:
+        kind: of `RECIPES`.
+        seed: of the initial weights and of the prompts' order.
+        losses: KL(truth ‖ model) in nats of each step's batch, before the step `[n_steps]`. A
+            training that diverged ends with the first loss that is not finite.
+        weights: by moment, in steps, the model's tensors.
+    """
+
+    kind: str
+    seed: int
+    losses: NDArray[np.float64]
+    weights: Mapping[int, Mapping[str, Tensor]]
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the training ended early, at a loss that was not finite."""
+        return len(self.losses) > 0 and not bool(np.isfinite(self.losses[-1]))
+
+    def model(self, moment: int | None = None) -> LlamaForCausalLM:
+        """Return the decoder at a moment, by default the last, in evaluation mode.
+
+        Raises:
+            ValueError: no weights were kept at that moment.
+        """
+        moment = max(self.weights) if moment is None else moment
+        if moment not in self.weights:
+            kept = ", ".join(map(str, self.weights))
+            raise ValueError(f"No weights were kept at step {moment}; there are: {kept}.")
+        embedded = self.weights[moment]["model.embed_tokens.weight"]
+        model = new_model(self.kind, self.seed, d_vocab=len(embedded))
+        model.load_state_dict(self.weights[moment])
+        return model.eval()
+
+
+def new_model(kind: str, seed: int, *, d_vocab: int) -> LlamaForCausalLM:
+    """Return an untrained decoder of a kind; matrices are normal, norms start as the identity.
+
+    Raises:
+        ValueError: an unknown kind; the message lists the known ones.
+    """
+    if kind not in RECIPES:
+        raise ValueError(f"Unknown kind of norm {kind!r}; known are: {', '.join(RECIPES)}.")
+    named: dict[str, Any] = {"vocab_size": d_vocab, "name_or_path": f"{kind}, seed {seed}"}
+    config = LlamaConfig(**CONFIGURATION, **named)
+    with torch.random.fork_rng(devices=[]):  # Llama's own initial weights are drawn, and replaced
+        model = LlamaForCausalLM(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, RECIPES[kind].initial_std, generator=generator)
+    for block in model.model.layers:
+        block.input_layernorm = _norm(kind, block.input_layernorm)
+        block.post_attention_layernorm = _norm(kind, block.post_attention_layernorm)
+    model.model.norm = nn.Identity() if kind == "no-final-norm" else _norm(kind, model.model.norm)
+    return model
+
+
+def _norm(kind: str, given: nn.Module) -> nn.Module:
+    if kind == "layernorm":
+        return nn.LayerNorm(CONFIGURATION["hidden_size"], eps=1e-6)
+    return nn.Identity() if kind == "none" else given
+
+
+def train(
+    kind: str,
+    seed: int,
+    material: Material,
+    *,
+    moments: Sequence[int] = MOMENTS,
+    folder: Path | None = None,
+) -> Training:
+    """Return a trained decoder, reading from `folder` what was trained before.
+
+    On one thread, so that the bits do not depend on how many there are. In a folder that cannot be
+    written nothing is kept, and the result is returned all the same.
+
+    Args:
+        kind: of `RECIPES`.
+        seed: of the initial weights and of the prompts' order.
+        material: prompts and truths.
+        moments: steps at which the weights are kept, ascending; the last ends the training.
+        folder: where trainings are kept; None keeps nothing.
+
+    Raises:
+        ValueError: an unknown kind, moments that do not ascend.
+    """
+    if list(moments) != sorted(set(moments)) or not moments or moments[0] < 0:
+        raise ValueError(f"Moments must ascend from 0 or later; got {tuple(moments)}.")
+    model = new_model(kind, seed, d_vocab=material.truths.shape[1])
+    path = None if folder is None else folder / f"{_key(kind, seed, material, moments)}.safetensors"
+    with _one_thread():
+        return _run(model, kind, seed, material, tuple(moments), path)
+
+
+def train_all(
+    kinds: Sequence[str],
+    seeds: Sequence[int],
+    material: Material,
+    *,
+    moments: Sequence[int] = MOMENTS,
+    folder: Path | None = KEPT,
+    description: str | None = None,
+) -> list[Training]:
+    """Return `train` of each kind at each seed, kinds first, two trainings side by side.
+
+    Args:
+        kinds: of `RECIPES`.
+        seeds: of the initial weights and of the prompts' order.
+        material: prompts and truths.
+        moments: as `train`.
+        folder: as `train`.
+        description: what a progress display calls this; None shows none.
+
+    Raises:
+        ValueError: as `train`.
+    """
+    wanted = [(kind, seed) for kind in kinds for seed in seeds]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        started = {
+            pool.submit(train, *which, material, moments=moments, folder=folder): which
+            for which in wanted
+        }
+        ended = as_completed(started)
+        shown = track(ended, description, total=len(wanted)) if description else ended
+        found = {started[future]: future.result() for future in shown}
+    return [found[which] for which in wanted]
+
+
+def _run(
+    model: LlamaForCausalLM,
+    kind: str,
+    seed: int,
+    material: Material,
+    moments: tuple[int, ...],
+    path: Path | None,
+) -> Training:
+    adam = torch.optim.Adam(model.parameters(), lr=RECIPES[kind].learning_rate, fused=True)
+    losses, weights = ([], {}) if path is None else _read(path, model, adam)
+    entropies = torch.special.entr(material.truths).sum(-1)
+    while not losses or np.isfinite(losses[-1]):
+        step = len(losses)
+        if step in moments and step not in weights:
+            weights[step] = {name: value.clone() for name, value in model.state_dict().items()}
+            _write(path, losses, weights, adam if step < moments[-1] else None)
+        if step >= moments[-1]:
+            break
+        rows = np.random.default_rng([seed, step]).integers(len(material.tokens), size=BATCH)
+        answers = model(material.tokens[rows], use_cache=False, logits_to_keep=1).logits[:, -1]
+        scored = (material.truths[rows] * torch.log_softmax(answers, -1)).sum(-1)
+        loss = (-scored - entropies[rows]).mean()
+        losses.append(loss.item())
+        if not np.isfinite(losses[-1]):
+            _write(path, losses, weights, None)
+            break
+        adam.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), _CLIPPED)
+        for group in adam.param_groups:
+            group["lr"] = RECIPES[kind].learning_rate * _schedule(step, moments[-1])
+        adam.step()
+    return Training(kind, seed, np.array(losses, dtype=np.float64), weights)
+
+
+def _schedule(step: int, n_steps: int) -> float:
+    """Return the share of the peak learning rate: a linear rise, then half a cosine to zero."""
+    rise = max(1, round(_WARM_UP * n_steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, n_steps - rise)))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _key(kind: str, seed: int, material: Material, moments: Sequence[int]) -> str:
+    """Return a name of all that a training depends on, this module's code by its `Recipe`."""
+    versions = [torch.__version__, transformers.__version__]
+    told = [kind, seed, RECIPES[kind], CONFIGURATION, BATCH, list(moments), versions]
+    return key_of(*told, material.tokens, material.truths)[:24]
+
+
+def _write(
+    path: Path | None,
+    losses: list[float],
+    weights: Mapping[int, Mapping[str, Tensor]],
+    adam: torch.optim.Adam | None,
+) -> None:
+    """Write all that a training has come to, whole or not at all; Adam's state if it goes on."""
+    if path is None:
+        return
+    tensors = {f"{step}/{name}": w for step, kept in weights.items() for name, w in kept.items()}
+    tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
+    if adam is not None:
+        for index, state in enumerate(adam.state.values()):
+            tensors |= {f"adam/{index}/{name}": value for name, value in state.items()}
+    part = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        os.close(handle)
+        save_file(tensors, part)
+        os.replace(part, path)
+    except (OSError, SafetensorError):
+        if part:
+            Path(part).unlink(missing_ok=True)
+
+
+def _read(
+    path: Path, model: LlamaForCausalLM, adam: torch.optim.Adam
+) -> tuple[list[float], dict[int, dict[str, Tensor]]]:
+    """Return the losses and weights so far, and put model and Adam where they were left."""
+    try:
+        tensors = load_file(path)
+        losses = tensors.pop("losses").tolist()
+    except (OSError, SafetensorError, KeyError):
+        return [], {}  # absent, half a file, or another's: trained again
+    weights: dict[int, dict[str, Tensor]] = {}
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        at, rest = name.removeprefix("adam/").split("/", 1)
+        (states if name.startswith("adam/") else weights).setdefault(int(at), {})[rest] = tensor
+    weights = dict(sorted(weights.items()))
+    model.load_state_dict(weights[max(weights)])
+    for index, parameter in enumerate(model.parameters()):
+        if index in states:
+            adam.state[parameter] = states[index]
+    return losses, weights

@@ -1,0 +1,521 @@
+"""The phase transition's statistics, against full recomputes, closed forms and naive loops."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import tiny_model, tiny_tokenizer
+from scipy.spatial.distance import pdist
+from scipy.stats import spearmanr, t
+
+from lib.claims import phase_transition as claim
+from lib.claims.phase_transition import Arms
+from lib.engine.models import load_decoder
+from lib.evidence.criteria import claim_verdict, judge
+from lib.evidence.tasks import Pairs, build_task, exchange_pairs, load_tasks
+from lib.evidence.transfer import Transfer, read_tasks
+from lib.science.estimate import Estimate, Untested, mean_over_units
+
+SUBJECTS, ANSWERS = [f"s{i}" for i in range(12)], [f"a{i}" for i in range(4)]
+WORDS = ["?", *SUBJECTS, *ANSWERS, *[f"t{i}" for i in range(6)]]
+TEMPLATES = ["t0 t1 {subject} t2", "t3 {subject} t4 t5", "t5 t2 {subject} t0"]
+L = 30
+NAMES = ("context arm", "prediction arm")
+
+
+def tiny_task(decoder, name="tiny", subjects=SUBJECTS, answers=ANSWERS, templates=TEMPLATES):
+    rows = [(s, answers[i % len(answers)], "") for i, s in enumerate(subjects)]
+    items = pd.DataFrame(rows, columns=["subject", "answer", "group"])
+    return build_task(name, items, templates, decoder)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """Two tasks as a tiny random network reads them."""
+    decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer(WORDS))
+    tasks = {
+        "tiny": tiny_task(decoder),
+        "other": tiny_task(decoder, "other", templates=["t4 {subject} t1"]),
+    }
+    return read_tasks(decoder, tasks)
+
+
+@pytest.fixture(scope="module")
+def trial(tiny):
+    return tiny["tiny"]
+
+
+@pytest.fixture(scope="module")
+def pairs(trial):
+    return claim.choose_pairs(trial, n_donors=3)
+
+
+def recompute(trial, row, position, block, state):
+    """Log-probabilities after a prompt whose state after a block is overwritten, by a hook."""
+    decoder = trial.decoder
+
+    def overwrite(_module, _inputs, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = hidden.clone()
+        hidden[0, position] = state
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = decoder.blocks[block].register_forward_hook(overwrite)
+    try:
+        with torch.no_grad():
+            found = decoder.model(torch.tensor([trial.task.tokens[row]])).logits[0, -1]
+    finally:
+        handle.remove()
+    return torch.log_softmax(found.double(), -1)
+
+
+def clean(trial, row):
+    with torch.no_grad():
+        found = trial.decoder.model(torch.tensor([trial.task.tokens[row]])).logits[0, -1]
+    return torch.log_softmax(found.double(), -1)
+
+
+def kl(p, q):
+    return float((p.exp() * (p - q)).sum())
+
+
+def place(trial, row, arm):
+    if arm == "context arm":
+        return int(trial.task.subject_positions[row])
+    return len(trial.task.tokens[row]) - 1
+
+
+# --- made curves ----------------------------------------------------------------------------------
+
+
+def made_arms(context, prediction, *, n_subjects=40, n_templates=1, noise=0.0, seed=0, name="made"):
+    """Arms whose T is the curve given, `[n_blocks]`, with noise that templates share."""
+    rng = np.random.default_rng(seed)
+    unit = np.tile(np.arange(n_subjects), n_templates)
+    before = np.tile(rng.uniform(1, 5, size=n_subjects), n_templates)
+    transfers = {}
+    for arm, curve in zip(NAMES, (context, prediction), strict=True):
+        own = np.asarray(curve)[:, None] + noise * rng.standard_normal((len(curve), n_subjects))
+        after = np.tile(1 - own, (1, n_templates)) * before
+        choice = np.zeros(after.shape, dtype=int)
+        target = np.zeros(len(unit), dtype=int)
+        blocks = tuple(range(len(curve)))
+        units = f"subjects of {name}"
+        transfers[arm] = Transfer(blocks, after, before, choice, target, unit, units, n_subjects)
+    return Arms(len(context), transfers)
+
+
+def step(at, low=0.0, high=1.0, n_blocks=L):
+    """A fall from high to low between two blocks."""
+    return np.where(np.arange(n_blocks) < at, high, low)
+
+
+def sharp(at=23, **options):
+    return made_arms(step(at), 1 - step(at), **options)
+
+
+def test_switch_of_a_step_is_known_in_closed_form():
+    found = {name: float(one) for name, one in claim.switch(sharp()).items()}
+    assert found["context_early"] == pytest.approx(1)
+    assert found["context_last_sixth"] == pytest.approx(0)
+    assert found["prediction_early"] == pytest.approx(0)
+    assert found["prediction_last_sixth"] == pytest.approx(1)
+    assert found["context_fall_width"] == pytest.approx(0.8 / L)
+    assert found["prediction_rise_width"] == pytest.approx(0.8 / L)
+    assert float(claim.hand_over(sharp())) == pytest.approx(1)
+    assert float(claim.find_transition(sharp())) == pytest.approx(22.5)
+
+
+def test_early_and_late_blocks_are_those_of_the_registration():
+    curve = np.arange(L, dtype=float)
+    found = claim.switch(made_arms(-curve, curve))
+    assert float(found["prediction_early"]) == pytest.approx(np.mean(range(8, 16)))
+    assert float(found["context_early"]) == pytest.approx(-np.mean(range(8, 16)))
+    assert float(found["prediction_last_sixth"]) == pytest.approx(np.mean([25, 26, 27, 28]))
+    s = float(claim.hand_over(made_arms(-curve, curve)))
+    assert s == pytest.approx(np.mean([25, 26, 27, 28]) - np.mean(range(8, 16)))
+
+
+def test_the_last_block_counts_nowhere():
+    bent = 1 - step(23)
+    bent[-1] = 50.0
+    for name, one in claim.switch(made_arms(step(23), bent)).items():
+        assert float(one) == pytest.approx(float(claim.switch(sharp())[name]))
+
+
+def test_a_slow_hand_over_has_its_width_in_shares_of_the_depth():
+    ramp = np.clip((np.arange(L) - 5) / 20, 0, 1)
+    found = claim.switch(made_arms(1 - ramp, ramp))
+    assert float(found["context_fall_width"]) == pytest.approx(16 / L)
+    assert float(found["prediction_rise_width"]) == pytest.approx(16 / L)
+
+
+def test_thin_blocks_give_the_same_places_in_blocks():
+    ramp = np.clip((np.arange(L) - 4) / 18, 0, 1)
+    whole = made_arms(1 - ramp, ramp)
+    thin = whole.restrict(np.arange(40), claim.twin_blocks(L))
+    assert thin.blocks == [1, 4, 7, 10, 13, 16, 19, 22, 25, 28]
+    assert float(claim.find_transition(thin)) == pytest.approx(13)
+    width = float(claim.switch(thin)["prediction_rise_width"])
+    assert width == pytest.approx(18 * 0.8 / L)
+    assert claim.twin_blocks(4) == [0, 1, 2]
+
+
+def test_a_curve_without_fall_is_untested_with_the_reason():
+    flat = made_arms(np.full(L, 0.3), 1 - step(23))
+    found = claim.switch(flat)["context_fall_width"]
+    assert isinstance(found, Untested)
+    assert "undefined" in found.reason
+
+
+def test_templates_are_no_units():
+    """Ten copies of every subject's prompts say nothing new: the interval stays as wide."""
+    one = claim.switch(sharp(noise=0.3))["context_early"]
+    ten = claim.switch(sharp(noise=0.3, n_templates=10))["context_early"]
+    assert one.n_units == ten.n_units == 40
+    widths = [found.interval().high - found.interval().low for found in (one, ten)]
+    assert widths[1] == pytest.approx(widths[0])
+
+
+# --- the place ------------------------------------------------------------------------------------
+
+
+def test_spread_is_the_largest_distance_from_the_median():
+    places = {"a": 20, "b": 22, "c": 23, "d": 27}
+    found = {
+        name: claim.find_transition(sharp(at, noise=0.02, name=name)) for name, at in places.items()
+    }
+    spread = claim.transition_spread(found, L)
+    values = np.array([float(one) for one in found.values()])
+    assert float(spread) == pytest.approx(np.abs(values - np.median(values)).max() / L)
+    assert spread.n_units == 160
+    draw = np.array([one.draws[7] for one in found.values()])
+    assert spread.draws[7] == pytest.approx(np.abs(draw - np.median(draw)).max() / L)
+
+
+@pytest.mark.parametrize(("lost", "tested"), [(1, True), (2, False)])
+def test_the_place_is_untested_where_over_a_quarter_of_the_tasks_have_none(lost, tested):
+    found = {
+        f"task {i}": Untested("no crossing")
+        if i < lost
+        else claim.find_transition(sharp(noise=0.02))
+        for i in range(5)
+    }
+    spread = claim.transition_spread(found, L)
+    assert isinstance(spread, Estimate) == tested
+    if not tested:
+        assert spread.reason == "no transition in 2 of 5 tasks"
+
+
+def test_one_task_has_no_spread():
+    spread = claim.transition_spread({"a": claim.find_transition(sharp(noise=0.02))}, L)
+    assert spread.reason == "a transition in 1 of 1 tasks; 2 are needed"
+
+
+# --- twins ----------------------------------------------------------------------------------------
+
+
+def smooth(seed, name="made"):
+    climb = np.linspace(0.1, 0.6 + seed / 20, L)
+    return made_arms(0.45 * (1 - climb), climb, noise=0.05, seed=seed, name=name)
+
+
+def test_hand_over_beyond_twins_is_a_difference_with_seeds_as_units():
+    trained = {"a": sharp(noise=0.05, name="a"), "b": sharp(20, noise=0.05, name="b")}
+    twins = [{"a": smooth(seed), "b": smooth(seed + 5)} for seed in range(5)]
+    found = claim.beyond_twins(trained, twins)
+    own = np.mean([float(claim.hand_over(one)) for one in trained.values()])
+    theirs = [np.mean([float(claim.hand_over(one)) for one in twin.values()]) for twin in twins]
+    assert float(found) == pytest.approx(own - np.mean(theirs))
+    interval = found.interval()
+    half = t.ppf(0.975, 4) * np.std(theirs, ddof=1) / np.sqrt(5)
+    assert (interval.high - interval.low) / 2 == pytest.approx(half, rel=0.35)
+
+
+def test_a_task_that_a_twin_cannot_be_measured_on_is_left_out_of_both():
+    trained = {"a": sharp(noise=0.05, name="a"), "b": smooth(0)}
+    twins = [
+        {"a": smooth(seed), "b": Untested("the predictions are all alike")} for seed in range(5)
+    ]
+    found = claim.beyond_twins(trained, twins)
+    own = float(claim.hand_over(trained["a"]))
+    theirs = np.mean([float(claim.hand_over(twin["a"])) for twin in twins])
+    assert float(found) == pytest.approx(own - theirs)
+
+
+def test_over_seeds_names_the_reason_of_a_lost_seed():
+    lost = claim.over_seeds([mean_over_units([1, 2, 3.0], "u"), Untested("flat")])
+    assert lost.reason == "1 of 2 twins: flat"
+
+
+def test_twins_are_measured_on_pairs_of_the_trained_model(trial, pairs):
+    kept = claim.thin(pairs, 8)
+    assert len(set(pairs.unit[kept])) == len(kept) == 8
+    task, few = claim.needed_prompts(trial.task, pairs.where(kept))
+    for own, whole in zip(few.prompts.ravel(), pairs.prompts[kept].ravel(), strict=True):
+        assert task.tokens[own] == trial.task.tokens[whole]
+    assert task.n_prompts == len(np.unique(pairs.prompts[kept]))
+    twin = read_tasks(trial.decoder, {"tiny": task})["tiny"]  # the same network, fewer prompts
+    found = claim.measure_arms(twin, few, [0, 2])
+    expected = claim.measure_arms(trial, pairs).restrict(kept, [0, 2])
+    for arm in NAMES:
+        a, b = found.curve(arm), expected.curve(arm)
+        assert a.value == pytest.approx(b.value, abs=1e-4)
+        assert a.units == b.units
+
+
+# --- what the donor has to be ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arm", NAMES)
+def test_disturbance_equals_a_full_recompute(trial, pairs, arm):
+    few = pairs.where(np.arange(0, len(pairs), 7))
+    found = claim.disturbance(trial, few, arm, 1)
+    site = "subject" if arm == "context arm" else "last"
+    states = trial.states(site)
+    for (x, y), value in zip(few.prompts, found, strict=True):
+        edited = recompute(trial, x, place(trial, x, arm), 1, states[1, y])
+        assert value == pytest.approx(kl(clean(trial, x), edited), rel=1e-3, abs=1e-6)
+
+
+def test_self_donor_changes_nothing(trial, embedded):
+    assert claim.self_donor(trial) <= 1e-5
+    task = load_tasks(embedded, ["capitals"])["capitals"]
+    few, _ = claim.needed_prompts(task, exchange_pairs(task).where(np.arange(2)))
+    real = read_tasks(embedded, {"capitals": few})["capitals"]
+    assert claim.self_donor(real, 2) <= 1e-5
+
+
+def test_same_answer_ratio_is_one_of_sums_over_subjects(trial, pairs):
+    found = claim.same_answer_disturbance(trial, pairs)
+    alike = claim.choose_pairs(trial, same_answer=True)
+    assert len(alike) == 12
+    blocks = claim.carrying_blocks(trial.decoder.n_blocks)
+    for index, (arm, block) in enumerate(blocks.items()):
+        sums = []
+        for chosen in (alike, pairs):
+            values = claim.disturbance(trial, chosen, arm, block)
+            sums.append(sum(values[chosen.unit == unit].mean() for unit in range(12)))
+        assert found.value[index] == pytest.approx(sums[0] / sums[1])
+    assert found.n_units == 12
+    assert found.units == trial.task.units
+
+
+def test_donors_of_the_same_answer_have_it(trial):
+    alike = claim.choose_pairs(trial, same_answer=True)
+    answers = trial.task.answer_index[alike.prompts]
+    assert (answers[:, 0] == answers[:, 1]).all()
+    assert (alike.prompts[:, 0] != alike.prompts[:, 1]).all()
+
+
+def test_one_subject_an_answer_cannot_be_tested_for_the_same_answer(trial):
+    decoder = trial.decoder
+    answers = [f"t{i}" for i in range(6)] + ANSWERS
+    task = tiny_task(
+        decoder, "single", SUBJECTS[:10], answers, ["a0 {subject} a1", "a2 {subject} a0"]
+    )
+    single = read_tasks(decoder, {"single": task})["single"]
+    found = claim.same_answer_disturbance(single, claim.choose_pairs(single))
+    assert found.reason == "donors of the same answer for 0 subjects"
+
+
+@pytest.mark.parametrize("arm", NAMES)
+def test_control_states_are_what_they_are_called(tiny, trial, pairs, arm):
+    site = "subject" if arm == "context arm" else "last"
+    many = Pairs(np.repeat(pairs.prompts[:1], 4000, axis=0), np.repeat(pairs.unit[:1], 4000))
+    found = claim.control_states(trial, tiny["other"], many, arm, [2])
+    own = trial.states(site)[2]
+    donor = own[pairs.prompts[0, 1]]
+    norms = found["random_direction"][0].norm(dim=-1)
+    assert torch.allclose(norms, donor.norm().expand_as(norms), rtol=1e-4)
+    assert float((found["random_direction"][0] / norms[:, None]).mean(0).norm()) < 0.05
+    prompts = trial.task.prompts
+    template = prompts["template"].to_numpy()
+    cell = own[torch.as_tensor(np.flatnonzero(template == template[pairs.prompts[0, 1]]))].numpy()
+    drawn = found["covariance_matched"][0].numpy()
+    assert np.abs(drawn.mean(0) - cell.mean(0)).max() < 0.1 * cell.std(0).max()
+    error = np.linalg.norm(np.cov(drawn.T) - np.cov(cell.T))
+    assert error < 0.1 * np.linalg.norm(np.cov(cell.T))
+    others = tiny["other"].states(site)[2]
+    gap = torch.cdist(found["other_task"][0].double(), others.double()).min(dim=1).values
+    assert float(gap.max()) < 1e-6
+
+
+def test_controls_are_measured_where_each_arm_carries(tiny, trial, pairs, monkeypatch):
+    asked = []
+    measure = claim.measure_transfer
+
+    def spy(trial, pairs, site, **options):
+        asked.append((site, tuple(options["blocks"]), len(pairs)))
+        return measure(trial, pairs, site, **options)
+
+    monkeypatch.setattr(claim, "measure_transfer", spy)
+    found = claim.measure_controls(trial, tiny["other"], pairs)
+    assert set(asked) == {("subject", (2,), 36), ("last", (2,), 36)}
+    for one in found.values():
+        assert one.value.shape == (2,)
+        assert one.n_units == 12
+    assert claim.carrying_blocks(30) == {"context arm": 12, "prediction arm": 25}
+
+
+# --- steering -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arm", NAMES)
+def test_steering_adds_differences_of_centroids_of_the_other_templates(trial, pairs, arm):
+    few = pairs.where(np.arange(0, len(pairs), 5))
+    transfer = claim.measure_steering(trial, few, arm, [1])
+    prompts = trial.task.prompts
+    states = trial.states("subject" if arm == "context arm" else "last")[1]
+    label = "unit" if arm == "context arm" else "answer"
+    for index, (x, y) in enumerate(few.prompts):
+        centroids = []
+        for row in (y, x):
+            alike = [
+                states[other]
+                for other in range(len(prompts))
+                if prompts[label][other] == prompts[label][row]
+                and prompts["template"][other] != prompts["template"][x]
+            ]
+            centroids.append(torch.stack(alike).mean(0))
+        steered = states[x] + centroids[0] - centroids[1]
+        edited = recompute(trial, x, place(trial, x, arm), 1, steered)
+        expected = kl(clean(trial, y), edited)
+        assert transfer.after[0, index] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        assert transfer.before[index] == pytest.approx(
+            kl(clean(trial, y), clean(trial, x)), rel=1e-3
+        )
+
+
+# --- the geometry ---------------------------------------------------------------------------------
+
+
+def test_alignment_is_spearmans_within_templates(trial, pairs):
+    arms = claim.measure_arms(trial, pairs, [1])
+    found = claim.alignment(trial, arms.transfers["prediction arm"])
+    template = trial.task.prompts["template"].to_numpy()
+    expected = []
+    for block in range(trial.decoder.n_blocks - 1):
+        by_template = []
+        for own in range(3):
+            rows = np.flatnonzero(template == own)
+            theta = np.arccos(1 - pdist(trial.states("last")[block][rows].double(), "cosine"))
+            logs = [clean(trial, row) for row in rows]
+            j = [
+                kl(logs[a], logs[b]) + kl(logs[b], logs[a])
+                for a in range(12)
+                for b in range(a + 1, 12)
+            ]
+            by_template.append(spearmanr(theta, j).statistic)
+        expected.append(np.mean(by_template))
+    assert found.value == pytest.approx(np.array(expected), abs=2e-3)
+    assert found.n_units == 12
+    assert found.units == arms.curve("prediction arm").units
+
+
+def test_width_gap_is_positive_where_the_geometry_rises_more_slowly():
+    ramp = np.clip((np.arange(L - 1) - 8) / 10, 0, 1)
+    arms = sharp(noise=0.01)
+    rng = np.random.default_rng(1)
+    rho = mean_over_units(
+        ramp + 0.001 * rng.standard_normal((40, L - 1)), arms.curve(NAMES[0]).units
+    )
+    gap = claim.width_gap(rho, arms)
+    assert float(gap) == pytest.approx(8 - 0.8, abs=0.1)
+    assert gap.interval().low > 0
+
+
+# --- gates and verdicts ---------------------------------------------------------------------------
+
+
+def test_a_task_with_groups_needs_one_that_passes_the_gate(trial, monkeypatch):
+    grouped = replace(trial.task, prompts=trial.task.prompts.assign(group="two"))
+    failing = replace(trial, task=grouped)
+    assert "accuracy" in claim.choose_pairs(failing).reason
+    monkeypatch.setattr(type(trial), "able_groups", property(lambda _self: ["two"]))
+    assert len(claim.choose_pairs(failing)) == len(claim.choose_pairs(trial))
+
+
+def test_a_task_without_groups_needs_no_right_answer(trial):
+    assert trial.gate is not None
+    assert len(claim.choose_pairs(trial)) == 12
+
+
+def every_statistic(arms, twins):
+    """The claim's statistics where controls carry nothing and the geometry is slow."""
+    ramp = np.clip((np.arange(L - 1) - 8) / 10, 0, 1)
+    rng = np.random.default_rng(3)
+
+    def about(value, name, size=()):
+        noise = 0.02 * rng.standard_normal((40, *np.shape(value)))
+        return mean_over_units(value + noise, f"subjects of {name}")
+
+    ready = [name for name, one in arms.items() if isinstance(one, Arms)]
+    return claim.statistics(
+        L,
+        arms,
+        {name: {c: about(np.zeros(2), name) for c in claim.CONTROLS} for name in ready},
+        {name: about(np.full(2, 0.1), name) for name in ready},
+        {name: about(ramp, name) for name in ready},
+        {name: arms[name].restrict(np.arange(40), claim.twin_blocks(L)) for name in ready},
+        twins,
+    )
+
+
+def smooth_twins(names):
+    return [
+        {
+            name: replace(smooth(seed), is_seed=True).restrict(np.arange(40), claim.twin_blocks(L))
+            for name in names
+        }
+        for seed in range(5)
+    ]
+
+
+def test_a_sharp_switch_is_supported_and_its_twins_are_not():
+    names = ["a", "b", "c"]
+    arms = {name: sharp(noise=0.05, seed=i, name=name) for i, name in enumerate(names)}
+    own, theirs = every_statistic(
+        {**arms, "d": Untested("accuracy 0.08, 0.8 is needed")}, smooth_twins(names)
+    )
+    records = judge(claim.CLAIM, "m", own, theirs)
+    verdict = claim_verdict(records, claim.CLAIM, "m")
+    assert verdict.verdict == "supported", verdict
+    assert claim_verdict(records, claim.CLAIM, "m", untrained=True).verdict == "refuted"
+    lost = [row for row in records if row["place"] == "d" and not row["untrained"]]
+    assert {row["verdict"] for row in lost} == {"not testable"}
+    assert {row["reason"] for row in lost} == {"accuracy 0.08, 0.8 is needed"}
+
+
+def test_a_slow_hand_over_is_refuted():
+    names = ["a", "b", "c"]
+    arms = {name: smooth(i, name) for i, name in enumerate(names)}
+    own, theirs = every_statistic(arms, smooth_twins(names))
+    records = judge(claim.CLAIM, "m", own, theirs)
+    assert claim_verdict(records, claim.CLAIM, "m").verdict == "refuted"
+
+
+def test_arms_that_are_exchanged_refute_the_claim():
+    names = ["a", "b", "c"]
+    arms = {
+        name: made_arms(1 - step(23), step(23), noise=0.05, seed=i, name=name)
+        for i, name in enumerate(names)
+    }
+    found = {name: claim.switch(one) for name, one in arms.items()}
+    assert float(claim.hand_over(arms["a"])) == pytest.approx(-1, abs=0.05)
+    assert isinstance(found["a"]["context_fall_width"], Untested)
+
+
+# --- the real model -------------------------------------------------------------------------------
+
+
+def test_the_default_model_hands_over_from_subject_to_last_token(embedded):
+    whole = load_tasks(embedded, ["capitals"])["capitals"]
+    pairs = exchange_pairs(whole, n_donors=1)
+    task, few = claim.needed_prompts(whole, pairs.where(claim.thin(pairs, 6)))
+    real = read_tasks(embedded, {"capitals": task})["capitals"]
+    arms = claim.measure_arms(real, few, [12, 26])
+    assert arms.curve("context arm").value == pytest.approx([1, 0], abs=0.2)
+    assert arms.curve("prediction arm").value == pytest.approx([0, 1], abs=0.2)

@@ -1,0 +1,355 @@
+"""Sites inside a block: equal to a full recompute with hooks, for every architecture and site."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from conftest import tiny_model, tiny_tokenizer
+from torch import Tensor, nn
+
+from lib.engine.models import Decoder, load_decoder
+from lib.engine.sites import (
+    ATTENTION,
+    MLP,
+    Parts,
+    Site,
+    each_head,
+    find_parts,
+    patch_heads,
+    sweep_sites,
+)
+
+PROMPTS = [
+    [5, 9, 4, 33, 12, 8, 51],
+    [5, 9, 17, 20, 6, 44, 9],
+    [5, 9, 12, 40, 2, 9, 30],
+    [11, 30, 22, 7, 35],
+]
+PAIRS = np.array([[0, 1], [0, 3], [2, 0], [3, 2]])
+EARLIER = [3, 2, 3, 1]
+HIDDEN = [[2, 3], [1], [3, 4], [1, 2]]
+ALL = list(range(64))
+N_HEADS = 4
+SITES = {
+    "attention": ATTENTION,
+    "mlp": MLP,
+    **{str(head): Site("attention", (head,)) for head in range(N_HEADS)},
+    "3 and 1": Site("attention", (3, 1)),
+}
+NAMES = {  # of the output projection and of the MLP, written down by hand
+    "gpt2": ("attn.c_proj", "mlp"),
+    "gpt_neox": ("attention.dense", "mlp"),
+    "gptj": ("attn.out_proj", "mlp"),
+    "opt": ("self_attn.out_proj", "fc2"),
+    "bloom": ("self_attention.dense", "mlp.dense_4h_to_h"),
+    "falcon": ("self_attention.dense", "mlp"),
+    "bamba": ("self_attn.o_proj", "feed_forward"),
+}
+NO_PARTS = {"mamba", "bamba"}
+
+
+def named(decoder: Decoder, block: int) -> tuple[nn.Module, nn.Module]:
+    """Return a block's output projection and MLP by their names."""
+    projection, mlp = NAMES.get(decoder.model.config.model_type, ("self_attn.o_proj", "mlp"))
+    module = decoder.blocks[block]
+    return module.get_submodule(projection), module.get_submodule(mlp)
+
+
+def first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def run_hooked(
+    decoder: Decoder, prompt: Sequence[int], hooks: Sequence[tuple[nn.Module, Callable, str]]
+) -> Tensor:
+    """Return the next-token logits of a prompt under hooks."""
+    handles = [
+        module.register_forward_hook(hook)
+        if kind == "output"
+        else module.register_forward_pre_hook(hook, with_kwargs=kind == "keywords")
+        for module, hook, kind in hooks
+    ]
+    try:
+        return oracle.forward(decoder.model, [prompt])[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def own_outputs(decoder: Decoder, block: int, prompt: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return a prompt's heads `[length, d]` and MLP output `[length, d_model]` in a block."""
+    projection, mlp = named(decoder, block)
+    seen: list[Tensor] = []
+    keep_heads = (projection, lambda _m, args: seen.append(args[0].clone()), "input")
+    keep_mlp = (mlp, lambda _m, _a, output: seen.append(first(output).clone()), "output")
+    run_hooked(decoder, prompt, [keep_heads, keep_mlp])
+    heads, written = seen if len(seen) == 2 else [seen[0], seen[-1]]
+    return heads.reshape(len(prompt), -1), written.reshape(len(prompt), -1)
+
+
+def exchange_hook(
+    decoder: Decoder, site: Site, block: int, pair: Sequence[int], positions: Sequence[int]
+) -> tuple[nn.Module, Callable, str]:
+    """Return the hook that puts the donor's output of a site into the recipient's pass."""
+    projection, mlp = named(decoder, block)
+    recipient, donor = pair
+    at, source = positions[recipient], positions[donor]
+    heads, written = (part[source] for part in own_outputs(decoder, block, PROMPTS[donor]))
+
+    def put_heads(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        new = args[0].clone()
+        row = new.reshape(len(PROMPTS[recipient]), N_HEADS, -1)
+        chosen = range(N_HEADS) if site.heads is None else site.heads
+        for head in chosen:
+            row[at, head] = heads.reshape(N_HEADS, -1)[head]
+        return (row.reshape(args[0].shape), *args[1:])
+
+    def put_mlp(_module: Any, _args: Any, output: Any) -> Any:
+        new = first(output).clone()
+        new.view(-1, new.shape[-1])[at] = written
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    return (mlp, put_mlp, "output") if site.part == "mlp" else (projection, put_heads, "input")
+
+
+def with_exchange(
+    decoder: Decoder, site: Site, block: int, pair: Sequence[int], positions: Sequence[int]
+) -> Tensor:
+    """Return the recipient's logits with the donor's output of a site, from one plain pass."""
+    hook = exchange_hook(decoder, site, block, pair, positions)
+    return run_hooked(decoder, PROMPTS[pair[0]], [hook])
+
+
+def with_tokens_hidden(decoder: Decoder, heads: dict[int, list[int]], prompt: int) -> Tensor:
+    """Return a prompt's logits where heads, by block, cannot see tokens: from a mask per head."""
+    length = len(PROMPTS[prompt])
+
+    def mask(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        names = list(inspect.signature(module.forward).parameters)
+        kwargs = {**kwargs, **dict(zip(names, args, strict=False))}
+        given = kwargs.get("attention_mask")
+        if given is None:
+            given = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+        new = given.expand(-1, N_HEADS, -1, -1).clone()
+        nothing = torch.finfo(new.dtype).min if new.is_floating_point() else False
+        for head, key in product(heads[decoder.blocks.index(module)], HIDDEN[prompt]):
+            new[:, head, -1, key] = nothing
+        return (), {**kwargs, "attention_mask": new}
+
+    hooks = [(decoder.blocks[block], mask, "keywords") for block in heads]
+    return run_hooked(decoder, PROMPTS[prompt], hooks)
+
+
+def outputs_of(decoder: Decoder, parts: Parts) -> dict[str, Tensor]:
+    """Return what the parts of a block put out on a prompt, and what entered the projection."""
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        (parts.attention, lambda _m, _a, out: seen.update(a=first(out).clone()), "output"),
+        (parts.mlp, lambda _m, _a, out: seen.update(m=first(out).clone()), "output"),
+        (parts.projection, lambda _m, args: seen.update(z=args[0].clone()), "input"),
+        (parts.projection, lambda _m, _a, out: seen.update(o=out.clone()), "output"),
+    ]
+    run_hooked(decoder, PROMPTS[0], hooks)
+    return seen
+
+
+@pytest.fixture
+def parted(decoder: Decoder) -> Decoder:
+    """A tiny decoder of an architecture whose blocks have parts."""
+    if decoder.model.config.model_type in NO_PARTS:
+        pytest.skip("its blocks have no attention and MLP")
+    return decoder
+
+
+@pytest.mark.parametrize("positions", ["last", EARLIER])
+def test_exchange_at_a_site_equals_full_recompute(parted: Decoder, positions: Any) -> None:
+    sweep = sweep_sites(parted, PROMPTS, PAIRS, SITES, positions=positions, read_ids=ALL)
+    where = [len(p) - 1 for p in PROMPTS] if positions == "last" else positions
+    assert sweep.edits == tuple(SITES)
+    for number, site in enumerate(SITES.values()):
+        for block in range(parted.n_blocks):
+            for row, pair in enumerate(PAIRS.tolist()):
+                expected = with_exchange(parted, site, block, pair, where).numpy()
+                assert np.abs(sweep.logits[number, block, row] - expected).max() < 1e-4
+
+
+def test_hiding_tokens_from_a_head_equals_a_mask_for_that_head(parted: Decoder) -> None:
+    sites = {"all": ATTENTION, **each_head(parted)}
+    same = np.array([[0, 0], [1, 1], [3, 3]])
+    sweep = sweep_sites(parted, PROMPTS, same, sites, hidden=HIDDEN, read_ids=ALL)
+    for number, site in enumerate(sites.values()):
+        for block in range(parted.n_blocks):
+            for row, prompt in enumerate(same[:, 0]):
+                heads = range(N_HEADS) if site.heads is None else site.heads
+                expected = with_tokens_hidden(parted, {block: list(heads)}, prompt).numpy()
+                assert np.abs(sweep.logits[number, block, row] - expected).max() < 1e-4
+
+
+GROUPS = {
+    "one": [(2, 1)],
+    "across blocks": [(3, 0), (1, 2), (3, 3), (0, 1)],
+    "none": [],
+}
+
+
+def logits_of_tokens(logits: Tensor, _pair: Tensor) -> dict[str, Tensor]:
+    return {str(token): logits[:, token] for token in ALL}
+
+
+def by_block(group: Sequence[tuple[int, int]]) -> dict[int, list[int]]:
+    return {block: [head for own, head in group if own == block] for block, _ in group}
+
+
+def check_groups(decoder: Decoder, groups: dict[str, list[tuple[int, int]]]) -> None:
+    """Compare `patch_heads` with one plain pass a group and pair."""
+    read = patch_heads(decoder, PROMPTS, PAIRS, groups, measure=logits_of_tokens)
+    logits = np.stack([read[str(token)] for token in ALL], axis=-1)
+    where = [len(prompt) - 1 for prompt in PROMPTS]
+    for number, group in enumerate(groups.values()):
+        for row, pair in enumerate(PAIRS.tolist()):
+            hooks = [
+                exchange_hook(decoder, Site("attention", tuple(heads)), block, pair, where)
+                for block, heads in by_block(group).items()
+            ]
+            expected = run_hooked(decoder, PROMPTS[pair[0]], hooks).numpy()
+            assert np.abs(logits[number, row] - expected).max() < 1e-4
+
+
+def check_blinded_groups(decoder: Decoder, groups: dict[str, list[tuple[int, int]]]) -> None:
+    """Compare `patch_heads` of hidden tokens with one plain pass under masks a group and pair."""
+    same = np.array([[0, 0], [1, 1], [3, 3]])
+    read = patch_heads(decoder, PROMPTS, same, groups, hidden=HIDDEN, measure=logits_of_tokens)
+    logits = np.stack([read[str(token)] for token in ALL], axis=-1)
+    for number, group in enumerate(groups.values()):
+        for row, prompt in enumerate(same[:, 0]):
+            expected = with_tokens_hidden(decoder, by_block(group), prompt).numpy()
+            assert np.abs(logits[number, row] - expected).max() < 1e-4
+
+
+def test_heads_of_several_blocks_together_equal_full_recompute(parted: Decoder) -> None:
+    check_groups(parted, GROUPS)
+
+
+def test_hiding_tokens_from_heads_of_several_blocks_equals_a_mask(parted: Decoder) -> None:
+    check_blinded_groups(parted, GROUPS)
+
+
+def test_attention_and_mlp_add_up_to_the_step_and_heads_to_the_attention(parted: Decoder) -> None:
+    states = oracle.block_states(parted.model, parted.blocks, PROMPTS[0])
+    for block, parts in list(enumerate(find_parts(parted)))[1:]:
+        seen = outputs_of(parted, parts)
+        total = parts.multiplier * (seen["a"] + seen["m"].view_as(seen["a"]))
+        step = states[block] - states[block - 1]
+        assert (total.view_as(step) - step).abs().max() < 1e-4
+        nothing = parts.projection(torch.zeros_like(seen["z"]))
+        summed = nothing.clone()
+        for head in range(parts.n_heads):
+            one = torch.zeros_like(seen["z"]).unflatten(-1, (parts.n_heads, -1))
+            one[..., head, :] = seen["z"].unflatten(-1, (parts.n_heads, -1))[..., head, :]
+            summed += parts.projection(one.flatten(-2)) - nothing
+        assert (summed - seen["o"]).abs().max() < 1e-4
+
+
+def test_parts_are_those_that_their_names_say(parted: Decoder) -> None:
+    for block, parts in enumerate(find_parts(parted)):
+        assert parts.projection is named(parted, block)[0]
+        assert parts.multiplier == pytest.approx(
+            getattr(parted.model.config, "residual_multiplier", 1.0), rel=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mamba", "Block 0 of .* has no attention .* MambaBlock holds MambaRMSNorm, MambaMixer"),
+        ("bamba", "BambaMixer.* Blocks that have: 1, 3"),
+    ],
+)
+def test_a_block_without_parts_is_refused_with_what_it_holds(name: str, words: str) -> None:
+    decoder = load_decoder(tiny_model(name), tokenizer=tiny_tokenizer())
+    with pytest.raises(ValueError, match=words):
+        sweep_sites(decoder, PROMPTS, PAIRS, SITES, read_ids=ALL)
+
+
+def test_a_hybrid_is_swept_in_its_blocks_that_attend() -> None:
+    decoder = load_decoder(tiny_model("bamba"), tokenizer=tiny_tokenizer())
+    sweep = sweep_sites(decoder, PROMPTS, PAIRS, SITES, blocks=[3, 1], read_ids=ALL)
+    where = [len(prompt) - 1 for prompt in PROMPTS]
+    for number, site in enumerate(SITES.values()):
+        for index, block in enumerate([3, 1]):
+            expected = with_exchange(decoder, site, block, [0, 3], where).numpy()
+            assert np.abs(sweep.logits[number, index, 1] - expected).max() < 1e-4
+    group = {"across blocks": [(1, 2), (3, 0), (3, 3)]}
+    check_groups(decoder, group)  # from whole prompts: a state-space cache is not shared
+    check_blinded_groups(decoder, group)
+
+
+def test_an_exchange_with_oneself_changes_nothing(llama: Decoder) -> None:
+    same = np.array([[0, 0], [3, 3]])
+    sweep = sweep_sites(llama, PROMPTS, same, SITES, read_ids=ALL)
+    assert np.abs(sweep.logits - sweep.clean_logits).max() < 1e-5 * np.abs(sweep.logits).max()
+
+
+def test_a_measure_sees_each_pair_by_its_own_index(llama: Decoder) -> None:
+    def measure(logits: Tensor, pair: Tensor) -> dict[str, Tensor]:
+        return {"pair": pair.float(), "token": logits[:, 40]}
+
+    sweep = sweep_sites(llama, PROMPTS, PAIRS, SITES, read_ids=[9, 40], measure=measure)
+    assert (sweep.measures["pair"] == np.arange(len(PAIRS))).all()
+    assert np.abs(sweep.measures["token"] - sweep.logits[..., 1]).max() < 1e-5
+    frame = sweep.to_frame()
+    row = frame[(frame.edit == "2") & (frame.block == 3) & (frame.recipient == 2)]
+    assert row.token.item() == sweep.measures["token"][4, 3, 2]
+
+
+def test_sites_leave_the_model_as_it_was(llama: Decoder) -> None:
+    def fail(_logits: Tensor, _pair: Tensor) -> dict[str, Tensor]:
+        raise ZeroDivisionError
+
+    before = oracle.forward(llama.model, PROMPTS[:3])
+    for run in (
+        lambda: sweep_sites(llama, PROMPTS, PAIRS, SITES, measure=fail),
+        lambda: patch_heads(llama, PROMPTS, PAIRS, GROUPS, measure=fail),
+        lambda: patch_heads(llama, PROMPTS, PAIRS[:, [0, 0]], GROUPS, hidden=HIDDEN, measure=fail),
+    ):
+        with pytest.raises(ZeroDivisionError):
+            run()
+    assert torch.equal(oracle.forward(llama.model, PROMPTS[:3]), before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in llama.model.modules())
+
+
+@pytest.mark.parametrize(
+    ("sites", "pairs", "options", "words"),
+    [
+        ({"x": Site("attention", (4,))}, PAIRS, {}, "'x': head 4 does not exist; .* 0 to 3"),
+        ({"x": Site("attention", (-1,))}, PAIRS, {}, "head -1 does not exist"),
+        ({"x": Site("norm")}, PAIRS, {}, "'norm' is neither 'attention' nor 'mlp'"),  # type: ignore[arg-type]
+        ({"x": Site("mlp", (0,))}, PAIRS, {}, "an MLP has no heads"),
+        ({}, PAIRS, {}, "No sites were given"),
+        (SITES, PAIRS, {"blocks": [4]}, "Block 4 does not exist"),
+        (SITES, np.array([[0, 4]]), {}, "up to 4; there are 4"),
+        (SITES, np.array([0, 1]), {}, r"shape \[n_pairs, 2\]"),
+        (SITES, PAIRS, {"positions": [0, 1, 1, 1]}, "position 0"),
+        ({"x": ATTENTION}, PAIRS, {"hidden": HIDDEN}, "name one prompt twice"),
+        ({"x": MLP}, PAIRS[:, [0, 0]], {"hidden": HIDDEN}, "attends to no token"),
+        ({"x": ATTENTION}, PAIRS[:, [0, 0]], {"hidden": HIDDEN[:2]}, "for 2 prompts of 4"),
+        ({"x": ATTENTION}, PAIRS[:, [0, 0]], {"hidden": [[6]] * 4}, "position 6 cannot be hidden"),
+        ({"x": ATTENTION}, PAIRS[:, [0, 0]], {"hidden": [[-1]] * 4}, "position -1 cannot"),
+    ],
+)
+def test_bad_input_is_named(
+    llama: Decoder, sites: dict[str, Site], pairs: np.ndarray, options: dict, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        sweep_sites(llama, PROMPTS, pairs, sites, read_ids=ALL, **options)
+
+
+def test_a_group_names_a_head_or_block_that_does_not_exist(llama: Decoder) -> None:
+    for group, words in (([(1, 4)], "'g': head 4"), ([(9, 0)], "Block 9 does not exist")):
+        with pytest.raises(ValueError, match=words):
+            patch_heads(llama, PROMPTS, PAIRS, {"g": group}, measure=logits_of_tokens)

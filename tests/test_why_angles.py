@@ -1,0 +1,281 @@
+"""What small decoders' states tell: against naive recomputation, closed forms, planted codes."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import linregress, rankdata, spearmanr
+from torch import Tensor
+
+from lib.claims import why_angles
+from lib.engine.models import Decoder, load_decoder
+from lib.engine.small_decoders import RECIPES, Training, new_model
+from lib.evidence import circle
+from lib.evidence.criteria import criteria, judge
+from lib.science.estimate import Estimate, Untested
+
+N = 24
+
+
+@pytest.fixture(scope="module")
+def questions() -> pd.DataFrame:
+    return why_angles.held_out_questions().iloc[:N]
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def network(request) -> Decoder:
+    """An untrained network with weights large enough for predictions that differ."""
+    model = new_model(request.param, 3, d_vocab=len(circle.VOCABULARY))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0 if parameter.dim() > 1 and request.param != "none" else 1.0)
+    return load_decoder(model, tokenizer=circle.make_tokenizer())
+
+
+def kind_of(decoder: Decoder) -> str:
+    return decoder.name.split(",")[0]
+
+
+def run(decoder: Decoder, questions: pd.DataFrame, edit=None, block=None, place=-1):
+    """Run whole questions one by one; return each block's states and the logits at the end.
+
+    The edit of `place` after `block` is a function of all states there `[n, d_model]`.
+    """
+    tokens = torch.tensor(
+        [[circle.TOKEN_IDS[word] for word in text.split()] for text in circle.texts(questions)]
+    )
+    states: list[Tensor] = []
+
+    def hook(module, inputs, output):
+        if edit is not None and decoder.blocks.index(module) == block:
+            output = output.clone()
+            output[:, place] = edit(output[:, place].clone())
+        states.append(output[:, -1].clone())
+        return output
+
+    handles = [module.register_forward_hook(hook) for module in decoder.blocks]
+    with torch.inference_mode():
+        logits = decoder.model(tokens, use_cache=False).logits[:, -1].double()
+    for handle in handles:
+        handle.remove()
+    return torch.stack(states).double().numpy(), torch.log_softmax(logits, -1).numpy()
+
+
+def kl(log_p, log_q):
+    return (np.exp(log_p) * (log_p - log_q)).sum(-1)
+
+
+def residual(values, given):
+    line = linregress(given, values)
+    return values - line.slope * given - line.intercept
+
+
+def test_correlations_equal_naive_loops_over_pairs_at_the_last_token(network, questions):
+    found = why_angles.measure_geometry(network, questions)
+    states, log_p = run(network, questions)
+    pairs = [(i, j) for i in range(N) for j in range(i + 1, N)]
+    divergence = [kl(log_p[i], log_p[j]) + kl(log_p[j], log_p[i]) for i, j in pairs]
+    for block in (0, 4):
+        h = states[block]
+        unit = h / np.linalg.norm(h, axis=1, keepdims=True)
+        theta = [np.arccos(np.clip(unit[i] @ unit[j], -1, 1)) for i, j in pairs]
+        d = [np.linalg.norm(h[i] - h[j]) for i, j in pairs]
+        row = found[found["block"] == block].iloc[0]
+        assert row["angle"] == pytest.approx(spearmanr(theta, divergence).statistic, abs=2e-3)
+        assert row["distance"] == pytest.approx(spearmanr(d, divergence).statistic, abs=2e-3)
+        ranked = [rankdata(values) for values in (theta, d, divergence)]
+        given_d = np.corrcoef(residual(ranked[0], ranked[1]), residual(ranked[2], ranked[1]))
+        given_theta = np.corrcoef(residual(ranked[1], ranked[0]), residual(ranked[2], ranked[0]))
+        assert row["angle_given_distance"] == pytest.approx(given_d[0, 1], abs=5e-3)
+        assert row["distance_given_angle"] == pytest.approx(given_theta[0, 1], abs=5e-3)
+        assert row["partial_gap"] == pytest.approx(given_d[0, 1] - given_theta[0, 1], abs=1e-2)
+
+
+def plant(monkeypatch, states: np.ndarray, logits: np.ndarray) -> None:
+    given = torch.tensor(states[None]), torch.tensor(logits)
+    monkeypatch.setattr(why_angles, "_read", lambda decoder, questions: given)
+
+
+def test_planted_codes_are_told_apart(monkeypatch, questions):
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(N, 3))
+    points -= points.mean(axis=1, keepdims=True)  # what all logits share changes no prediction
+    sizes = np.exp(rng.normal(size=(N, 1)))
+    unit = points / np.linalg.norm(points, axis=1, keepdims=True)
+    plant(monkeypatch, unit * sizes, 0.1 * unit)  # for small logits J is as the squared distance
+    angular = why_angles.measure_geometry(None, questions).iloc[0]
+    plant(monkeypatch, points * sizes, 0.01 * points * sizes)
+    metric = why_angles.measure_geometry(None, questions).iloc[0]
+    assert angular["angle"] > 0.95 and angular["partial_gap"] > 0.5
+    assert metric["distance"] > 0.95 and metric["partial_gap"] < -0.5
+
+
+def test_confidence_share_is_the_variance_between_confidences(monkeypatch, questions):
+    rng = np.random.default_rng(1)
+    levels = questions["confidence"].map(circle.CONCENTRATIONS).to_numpy(dtype=float)
+    directions = rng.normal(size=(N, 5))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    plant(monkeypatch, directions * levels[:, None], rng.normal(size=(N, 4)))
+    exact = why_angles.measure_geometry(None, questions)["confidence_share"].iloc[0]
+    assert exact == pytest.approx(1)
+    noise = rng.normal(size=N)
+    plant(monkeypatch, directions * np.exp(noise)[:, None], rng.normal(size=(N, 4)))
+    within = sum(
+        ((noise[levels == level] - noise[levels == level].mean()) ** 2).sum()
+        for level in (1, 2, 4, 8)
+    )
+    found = why_angles.measure_geometry(None, questions)["confidence_share"].iloc[0]
+    assert found == pytest.approx(1 - within / ((noise - noise.mean()) ** 2).sum())
+
+
+def test_exchanges_equal_full_recomputes(network, questions):
+    found = why_angles.measure_exchanges(network, questions).set_index("block")
+    donors = torch.tensor(why_angles.random_pairs(N)[:, 1])
+    _, clean = run(network, questions)
+
+    def norm(h):
+        return h / h.norm(dim=-1, keepdim=True) * h[donors].norm(dim=-1, keepdim=True)
+
+    def direction(h):
+        return h[donors] / h[donors].norm(dim=-1, keepdim=True) * h.norm(dim=-1, keepdim=True)
+
+    for block in (1, 4):
+        costs = [kl(clean, run(network, questions, e, block)[1]).mean() for e in (norm, direction)]
+        row = found.loc[block]
+        assert row["norm_kl_nats"] == pytest.approx(costs[0], rel=2e-3, abs=1e-8)
+        assert row["direction_kl_nats"] == pytest.approx(costs[1], rel=2e-3, abs=1e-8)
+        assert row["norm_cost"] == pytest.approx(costs[0] / costs[1], rel=4e-3, abs=1e-6)
+
+
+def test_every_question_gives_and_takes_once_and_never_itself():
+    pairs = why_angles.random_pairs(17)
+    assert list(pairs[:, 0]) == list(range(17)) == sorted(pairs[:, 1])
+    assert (pairs[:, 0] != pairs[:, 1]).all()
+
+
+def test_scaling_the_last_state_is_a_temperature_unless_a_norm_divides_it_out(network, questions):
+    doses = why_angles.measure_doses(network, questions)
+    last = doses[doses["block"] == 5].set_index("factor")
+    assert list(last.index) == list(why_angles.DOSES)
+    for factor, row in last.iterrows():
+        if kind_of(network) in why_angles.NORMED:
+            assert row["kl_nats"] < 1e-6 and abs(row["sharpening"]) < 1e-2
+        else:
+            assert row["sharpening"] == pytest.approx(np.log(factor), abs=1e-3)
+
+
+def test_transfer_equals_full_recomputes_of_pairs_that_differ_in_the_hour(network, questions):
+    found = why_angles.measure_arms(network, questions).set_index(["arm", "block"])["transfer"]
+    drawn = why_angles.generator("why-angles", "hours").integers(1, 24, N)
+    donors = questions.copy()
+    donors["hour"] = [
+        f"{(int(hour[:2]) + more) % 24:02d}:00"
+        for hour, more in zip(questions["hour"], drawn, strict=True)
+    ]
+    assert (donors["hour"] != questions["hour"]).all()
+    both = pd.concat([questions, donors])
+    _, log_p = run(network, both)
+    take = torch.cat([torch.arange(N, 2 * N)] * 2)
+    for arm, place in (("context arm", 2), ("prediction arm", 5)):
+        for block in (1, 5):
+            _, edited = run(network, both, lambda h: h[take], block, place)
+            left = kl(log_p[N:], edited[:N]).sum() / kl(log_p[N:], log_p[:N]).sum()
+            assert found[arm, block] == pytest.approx(1 - left, abs=1e-3)
+    assert found["context arm", 5] == pytest.approx(0, abs=1e-6)
+    assert found["prediction arm", 5] == pytest.approx(1, abs=1e-6)
+
+
+def test_no_question_that_is_measured_was_trained_on():
+    trained = {tuple(row) for row in why_angles.training_material().tokens.tolist()}
+    questions = why_angles.held_out_questions()
+    measured = {
+        tuple(circle.TOKEN_IDS[word] for word in text.split()) for text in circle.texts(questions)
+    }
+    assert len(measured) == why_angles.N_QUESTIONS and not trained & measured
+    fillers = {(row[0], row[3]) for row in trained}
+    assert not {(row[0], row[3]) for row in measured} & fillers
+    for column in ("hour", "turn", "confidence"):  # all of the language is measured
+        assert set(questions[column]) == set(circle.all_questions([("so", "so")])[column])
+
+
+def test_material_pairs_each_question_with_its_own_truth():
+    material = why_angles.training_material()
+    for row in (0, 5000, 36863):
+        _, confidence, hour, _, turn, last = (circle.VOCABULARY[t] for t in material.tokens[row])
+        answer = circle.TOKEN_IDS[f"{(int(hour[:2]) + int(turn[1:-1])) % 24:02d}h"]
+        assert last == "is" and material.truths[row].argmax() == answer
+        opposite = circle.TOKEN_IDS[f"{(int(hour[:2]) + int(turn[1:-1]) + 12) % 24:02d}h"]
+        ratio = torch.log(material.truths[row, answer] / material.truths[row, opposite])
+        assert float(ratio) == pytest.approx(2 * circle.CONCENTRATIONS[confidence], rel=1e-3)
+
+
+def test_divergence_from_truth_is_kl(network, questions):
+    truths = circle.truths(questions)
+    _, log_q = run(network, questions)
+    answers = list(circle.ANSWER_IDS)
+    expected = kl(np.log(truths[:, answers]), log_q[:, answers]).mean()
+    assert why_angles.divergence_from_truth(network, questions) == pytest.approx(expected, rel=1e-4)
+
+
+def test_networks_that_have_not_learned_say_why(questions):
+    weights = new_model("none", 2, d_vocab=len(circle.VOCABULARY)).state_dict()
+    unlearned = Training("none", 2, np.array([2.0, 1.9]), {2: weights})
+    found = why_angles.gate(unlearned, questions)
+    assert isinstance(found, Untested) and "none, seed 2: KL to the truth" in found.reason
+    diverged = Training("none", 2, np.array([2.0, np.nan]), {0: weights})
+    found = why_angles.gate(diverged, questions)
+    assert isinstance(found, Untested) and "not finite at step 2" in found.reason
+
+
+def tables() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Measurements in which every criterion is met: gap 0.9, 0.8 and −0.2, cost 0.001 and 0.1."""
+    geometry, exchanges = [], []
+    for kind, gap, cost in (
+        ("rmsnorm", 0.9, 0.001),
+        ("layernorm", 0.8, 0.002),
+        ("none", -0.2, 0.1),
+        ("no-final-norm", 0.1, 0.03),
+    ):
+        for seed in (1, 2, 3, 4):
+            for block in range(6):
+                near = block == 4
+                key = {"kind": kind, "seed": seed, "block": block}
+                geometry.append({**key, "partial_gap": gap * (1 + seed / 100) if near else 7.0})
+                exchanges.append({**key, "norm_cost": cost * (1 + seed * 0.01) if near else 7.0})
+    return pd.DataFrame(geometry), pd.DataFrame(exchanges)
+
+
+def test_statistics_are_those_of_the_criteria_at_the_block_before_the_last():
+    found = why_angles.statistics(*tables(), {})
+    assert set(found) == {one.statistic for one in criteria("why-angles")}
+    np.testing.assert_allclose(found["partial_gap_normed"].value, [0.9225, 0.82])
+    np.testing.assert_allclose(found["partial_gap_bare"].value, [-0.205])
+    np.testing.assert_allclose(found["partial_gap_difference"].value, [1.1275, 1.025])
+    np.testing.assert_allclose(found["norm_cost_bare"].value, [0.1025])
+    records = judge("why-angles", "small decoders", found)
+    assert {row["verdict"] for row in records} == {"supported"}
+    assert {row["n"] for row in records} == {4}
+
+
+def test_both_kinds_with_norms_have_to_hold():
+    geometry, exchanges = tables()
+    geometry.loc[geometry["kind"] == "layernorm", "partial_gap"] -= 0.7
+    records = judge("why-angles", "small", why_angles.statistics(geometry, exchanges, {}))
+    verdicts = {row["statistic"]: row["verdict"] for row in records}
+    assert verdicts["partial_gap_normed"] == verdicts["partial_gap_difference"] == "refuted"
+    assert verdicts["norm_cost_normed"] == "supported"
+
+
+def test_a_kind_that_did_not_learn_leaves_its_criteria_untested():
+    lost = {"none": Untested("none, seed 2: its loss was not finite at step 40")}
+    found = why_angles.statistics(*tables(), lost)
+    assert isinstance(found["partial_gap_normed"], Estimate)
+    records = judge("why-angles", "small", found)
+    untested = {row["statistic"] for row in records if row["verdict"] == "not testable"}
+    assert untested == {"partial_gap_bare", "partial_gap_difference", "norm_cost_bare"}
+
+
+def test_a_kinds_curve_is_the_mean_over_its_seeds():
+    curve = why_angles.by_kind(tables()[0], "partial_gap", "layernorm")
+    assert isinstance(curve, Estimate) and curve.n_units == 4
+    np.testing.assert_allclose(curve.value, [7, 7, 7, 7, 0.82, 7])
