@@ -124,11 +124,11 @@ def task_attribute(
             return Untested("every answer has one subject")
         left = left - _means(left, task.answer_index)
     rng = generator("decoding", attribute, task.name, str(within_answer))
-    label = template
+    label, strata = template, task.unit
     if attribute == "subject":
         left = left - _means(left, template)
-        label = _elsewhere(left.mean(axis=1), task.unit, template)
-    gain = decoding_gain(left, label, task.unit, rng)
+        label, strata = _elsewhere(left.mean(axis=1), task.unit, template), template
+    gain = decoding_gain(left, label, task.unit, rng, strata=strata)
     if isinstance(gain, Untested):
         return gain
     by_unit = np.bincount(task.unit, gain, minlength=task.n_units) / np.bincount(task.unit)
@@ -304,3 +304,79 @@ def outer_pairs(log_norm: np.ndarray) -> np.ndarray:
             donor = outer[drawn] if outer[drawn] != item else outer[(drawn + 1) % n_outer]
             pairs.append((item, int(donor)))
     return np.array(pairs, dtype=np.int64)
+
+
+# --- all of it -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NormCode:
+    """All that the chapter measures on one model.
+
+    Attributes:
+        gains: by attribute, decoded from log r beyond shuffled labels.
+        gains_within: the same within groups of the same answer.
+        partials: partial ρ(|Δ log r|, J | θ) at each late block, by place.
+        exchange: what an exchange of norms does on texts.
+    """
+
+    gains: Mapping[str, Measured]
+    gains_within: Mapping[str, Measured]
+    partials: Mapping[str, Measured]
+    exchange: NormExchange
+
+    def statistics(self) -> dict[str, Measured | Mapping[str, Measured]]:
+        """Return what the criteria name."""
+        return {
+            "second_attribute_gain": ranked(self.gains, 1),
+            "within_answer_gain": ranked(self.gains_within, 0),
+            "partial_given_angle": self.partials,
+            "norm_exchange_transfer": {TEXTS: self.exchange.transfer},
+            "norm_cost_ratio": {TEXTS: self.exchange.cost_ratio},
+        }
+
+
+def measure_norm_code(
+    reading: Reading, trials: Mapping[str, Trial | Untested], late: Sequence[int]
+) -> NormCode:
+    """Measure the norm code of one model at the late blocks.
+
+    Exchanges are made after the first, the middle and the last of them.
+    """
+    able = {name: trial for name, trial in trials.items() if isinstance(trial, Trial)}
+    partials: dict[str, Measured] = {TEXTS: partial_on_texts(reading, late)}
+    for name, trial in trials.items():
+        partials[name] = trial if isinstance(trial, Untested) else partial_on_task(trial, late)
+    chosen = sorted({late[0], late[len(late) // 2], late[-1]})
+    gains, within = attribute_gains(reading, able, late)
+    return NormCode(gains, within, partials, exchange_norms(reading, late, chosen))
+
+
+def over_twins(twins: Sequence[NormCode]) -> dict[str, Measured | Mapping[str, Measured]]:
+    """Return the statistics of several untrained twins, whose seeds are the units.
+
+    Each twin's own number is the pooled one.
+    """
+    found: dict[str, Measured | Mapping[str, Measured]] = {}
+    every = [twin.statistics() for twin in twins]
+    for name, first in every[0].items():
+        if not isinstance(first, Mapping):
+            found[name] = _over_seeds([one[name] for one in every])  # type: ignore[misc]
+            continue
+        by_place = [one[name] for one in every]
+        places = {TEXTS: [one[TEXTS] for one in by_place]}  # type: ignore[index]
+        if len(first) > 1:
+            places["twins"] = [_pooled(one) for one in by_place]  # type: ignore[arg-type]
+        found[name] = {place: _over_seeds(values) for place, values in places.items()}
+    return found
+
+
+def _pooled(by_place: Mapping[str, Measured]) -> Measured:
+    return pool({place: one for place, one in by_place.items() if place != TEXTS})
+
+
+def _over_seeds(values: Sequence[Measured]) -> Measured:
+    for value in values:
+        if isinstance(value, Untested):
+            return value
+    return mean_over_units([one.value for one in values if isinstance(one, Estimate)], "seeds")

@@ -24,19 +24,21 @@ def decoding_gain(
     labels: Sequence[object] | NDArray[np.generic],
     groups: Sequence[object] | NDArray[np.generic],
     rng: np.random.Generator,
+    *,
+    strata: Sequence[object] | NDArray[np.generic] | None = None,
 ) -> FloatArray | Untested:
     """Return, for each item, whether its label was decoded less how often a shuffled one was.
 
     Ridge regression of the class indicators on cubic splines of each feature, fitted on all folds
     but one; the largest value wins. A group is never split between folds. The null is the same
-    procedure with the labels shuffled, on the same folds: within groups where labels differ
-    there, else between them.
+    procedure with the labels shuffled, on the same folds.
 
     Args:
         features: `[n_items, n_features]`.
         labels: the class of each item `[n_items]`.
         groups: items that must not straddle folds `[n_items]`.
         rng: source of the shuffles.
+        strata: labels are shuffled within these alone `[n_items]`; over all items by default.
 
     Returns:
         `[n_items]`, 0 on average where nothing can be decoded; Untested for one class, fewer than
@@ -53,8 +55,8 @@ def decoding_gain(
         return Untested(f"{len(names)} groups, {N_FOLDS} are needed")
     if not np.ptp(table, axis=0).all():
         return Untested("a feature is the same for all items")
-    within = any(len(set(label[group == one])) > 1 for one in range(len(names)))
-    shuffled = [_shuffle(label, group, rng, within=within) for _ in range(N_SHUFFLES)]
+    stratum = np.zeros(len(label)) if strata is None else np.asarray(strata)
+    shuffled = [_shuffle(label, stratum, rng) for _ in range(N_SHUFFLES)]
     hits = np.zeros((1 + N_SHUFFLES, len(label)))
     indicators = np.stack([np.eye(len(classes))[one] for one in (label, *shuffled)])
     for fitted, held in GroupKFold(N_FOLDS).split(table, groups=group):
@@ -68,18 +70,13 @@ def decoding_gain(
 
 
 def _shuffle(
-    label: NDArray[np.int64], group: NDArray[np.int64], rng: np.random.Generator, *, within: bool
+    label: NDArray[np.int64], stratum: NDArray[np.generic], rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Return shuffled labels: within each group, or one label a group among the groups."""
-    if within:
-        order = np.lexsort((rng.random(len(label)), group))
-        home = np.argsort(group, kind="stable")
-        result = np.empty_like(label)
-        result[home] = label[order]
-        return result
-    firsts = np.array([label[group == one][0] for one in range(group.max() + 1)])
-    shuffled: NDArray[np.int64] = rng.permutation(firsts)[group]
-    return shuffled
+    """Return the labels shuffled within each stratum."""
+    drawn = np.lexsort((rng.random(len(label)), stratum))
+    result = np.empty_like(label)
+    result[np.argsort(stratum, kind="stable")] = label[drawn]
+    return result
 
 
 def residuals(values: ArrayLike, nuisances: ArrayLike) -> FloatArray:
