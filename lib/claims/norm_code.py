@@ -1,17 +1,24 @@
-"""The norm code: norms carry context that does not determine the prediction."""
+"""The norm code: norms carry context that does not determine the prediction.
+
+Every statistic that the claim's criteria name. r is the norm of a residual stream at the last
+token; units are texts, subjects and, of untrained twins, seeds.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
-from lib.engine.edits import Edit, TurnLikeNormExchange, exchange_norm
+from lib.engine.edits import Edit, Scale, TurnLikeNormExchange, exchange_norm
 from lib.engine.extraction import logit_lens, tokenize
 from lib.engine.models import Decoder
+from lib.engine.readouts import DistributionMeasure
 from lib.engine.store import recall_residuals, recall_sweep
+from lib.evidence.criteria import TEXTS
 from lib.evidence.transfer import DivergenceFromDonor, Trial, divergence
 from lib.science.correlation import correlate
 from lib.science.decoding import decoding_gain, residuals, thirds
@@ -26,7 +33,7 @@ from lib.science.estimate import (
 )
 from lib.science.geometry import angles, entropy, jeffreys_divergence, log_norm_differences
 
-TEXTS = "texts"
+CLAIM = "norm-code"
 FEWEST_OF_A_TOKEN = 3
 Attribute = Literal["template", "subject"]
 
@@ -306,6 +313,38 @@ def outer_pairs(log_norm: np.ndarray) -> np.ndarray:
     return np.array(pairs, dtype=np.int64)
 
 
+# --- dose and response (shown, no verdict) --------------------------------------------------------
+
+
+def scale_norms(reading: Reading, block: int, factors: Sequence[float]) -> pd.DataFrame:
+    """Return what h → c·h after a block does to every text's prediction, a row a factor.
+
+    Columns `factor`; the means over texts of `kl_nats` from the unedited prediction, of
+    `kl_left_nats`, what no temperature accounts for, and the median `temperature` that fits best.
+    """
+    n_texts = len(reading.tokens)
+    pairs = np.repeat(np.arange(n_texts)[:, None], 2, axis=1)
+    sweep = recall_sweep(
+        reading.decoder,
+        reading.tokens,
+        pairs,
+        {f"× {factor:g}": Scale(factor) for factor in factors},
+        positions="last",
+        donors=reading.states[[block]],
+        blocks=[block],
+        measure=DistributionMeasure(reading.logits, pairs[:, 0], temperature=True),
+        description="texts: scaled norms",
+    )
+    return pd.DataFrame(
+        {
+            "factor": factors,
+            "kl_nats": sweep.measures["kl_nats"][:, 0].mean(axis=1),
+            "kl_left_nats": sweep.measures["kl_left_nats"][:, 0].mean(axis=1),
+            "temperature": np.median(sweep.measures["temperature"][:, 0], axis=1),
+        }
+    )
+
+
 # --- all of it -----------------------------------------------------------------------------------
 
 
@@ -318,12 +357,17 @@ class NormCode:
         gains_within: the same within groups of the same answer.
         partials: partial ρ(|Δ log r|, J | θ) at each late block, by place.
         exchange: what an exchange of norms does on texts.
+        blocks: after which norms were exchanged.
+        late: the late blocks.
     """
 
     gains: Mapping[str, Measured]
     gains_within: Mapping[str, Measured]
     partials: Mapping[str, Measured]
     exchange: NormExchange
+
+    blocks: tuple[int, ...]
+    late: tuple[int, ...]
 
     def statistics(self) -> dict[str, Measured | Mapping[str, Measured]]:
         """Return what the criteria name."""
@@ -349,7 +393,8 @@ def measure_norm_code(
         partials[name] = trial if isinstance(trial, Untested) else partial_on_task(trial, late)
     chosen = sorted({late[0], late[len(late) // 2], late[-1]})
     gains, within = attribute_gains(reading, able, late)
-    return NormCode(gains, within, partials, exchange_norms(reading, late, chosen))
+    done = exchange_norms(reading, late, chosen)
+    return NormCode(gains, within, partials, done, tuple(chosen), tuple(late))
 
 
 def over_twins(twins: Sequence[NormCode]) -> dict[str, Measured | Mapping[str, Measured]]:
