@@ -13,7 +13,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lib.engine.edits import Edit, Scale, TurnLikeNormExchange, exchange_norm
+from lib.engine.edits import (
+    Edit,
+    Scale,
+    TurnLikeNormExchange,
+    exchange_direction,
+    exchange_norm,
+)
 from lib.engine.extraction import logit_lens, tokenize
 from lib.engine.models import Decoder
 from lib.engine.readouts import DistributionMeasure
@@ -30,6 +36,7 @@ from lib.science.estimate import (
     mean_over_units,
     pool,
     ratio_of_sums,
+    sums_by_unit,
 )
 from lib.science.geometry import angles, entropy, jeffreys_divergence, log_norm_differences
 
@@ -250,10 +257,12 @@ class NormExchange:
         transfer: T of the norm exchange `[n_blocks]`.
         cost_ratio: KL(p_x ‖ edited) of the norm exchange over that of a turn towards the same donor
             by the same distance `[n_blocks]`.
+        direction: T of an exchange of directions with the same donors `[n_blocks]`.
     """
 
     transfer: Measured
     cost_ratio: Measured
+    direction: Measured
 
 
 def exchange_norms(reading: Reading, late: Sequence[int], blocks: Sequence[int]) -> NormExchange:
@@ -265,8 +274,11 @@ def exchange_norms(reading: Reading, late: Sequence[int], blocks: Sequence[int])
         blocks: after which the exchange is made.
     """
     pairs = outer_pairs(log_norms(reading.states, late).mean(axis=1))
-    before = divergence(reading.logits, pairs[:, 1], pairs[:, 0])
-    edits: dict[str, Edit] = {"norm": exchange_norm, "turn": TurnLikeNormExchange()}
+    edits: dict[str, Edit] = {
+        "norm": exchange_norm,
+        "turn": TurnLikeNormExchange(),
+        "direction": exchange_direction,
+    }
     sweep = recall_sweep(
         reading.decoder,
         reading.tokens,
@@ -279,17 +291,18 @@ def exchange_norms(reading: Reading, late: Sequence[int], blocks: Sequence[int])
         description="texts: norm exchange",
     )
     n_texts = len(reading.tokens)
-
-    def by_text(values: np.ndarray) -> np.ndarray:
-        result = np.zeros((n_texts, len(blocks)))
-        np.add.at(result, pairs[:, 0], np.broadcast_to(values, (len(blocks), len(pairs))).T)
-        return result
-
-    after, whole = by_text(sweep.measures["from_donor"][0]), by_text(before)
-    cost, turn = (by_text(values) for values in sweep.measures["from_recipient"])
+    before = divergence(reading.logits, pairs[:, 1], pairs[:, 0])
+    whole = sums_by_unit(np.tile(before, (len(blocks), 1)), pairs[:, 0], n_texts)
+    norm, _, direction = (
+        sums_by_unit(one, pairs[:, 0], n_texts) for one in sweep.measures["from_donor"]
+    )
+    cost, turn, _ = (
+        sums_by_unit(one, pairs[:, 0], n_texts) for one in sweep.measures["from_recipient"]
+    )
     return NormExchange(
-        transfer=ratio_of_sums(whole - after, whole, TEXTS),
+        transfer=ratio_of_sums(whole - norm, whole, TEXTS),
         cost_ratio=ratio_of_sums(cost, turn, TEXTS),
+        direction=ratio_of_sums(whole - direction, whole, TEXTS),
     )
 
 
