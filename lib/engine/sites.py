@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lib.engine.batches import equal_length_rows
 from lib.engine.edits import exchange
 from lib.engine.extraction import check_blocks, check_prompts
-from lib.engine.models import Decoder
+from lib.engine.models import Decoder, evaluated
 from lib.engine.passes import agree
 from lib.engine.replay import FrozenCache, ReplayUnsupportedError, run_prefix
 from lib.engine.structure import untuple
@@ -80,6 +80,7 @@ class Parts:
 _found: WeakKeyDictionary[Decoder, dict[int, Parts | str]] = WeakKeyDictionary()
 
 
+@evaluated
 def find_parts(decoder: Decoder, blocks: Sequence[int] | None = None) -> tuple[Parts, ...]:
     """Return the parts of some blocks, all by default.
 
@@ -107,6 +108,7 @@ def each_head(decoder: Decoder, blocks: Sequence[int] | None = None) -> dict[str
     return {str(head): Site("attention", (head,)) for head in range(n_heads)}
 
 
+@evaluated
 def sweep_sites(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -148,7 +150,7 @@ def sweep_sites(
     """
     wanted = check_blocks(decoder, blocks)
     where = position_table(prompts, positions)
-    check_prompts(decoder, prompts)
+    prompts = check_prompts(decoder, prompts)
     parts = find_parts(decoder, wanted)
     pairs = np.asarray(pairs)
     _check_sites(decoder, sites, parts)
@@ -190,6 +192,7 @@ def _of_pairs(measure: Measure, n_pairs: int) -> Measure:
     return lambda logits, copy: measure(logits, copy % n_pairs)
 
 
+@evaluated
 def patch_heads(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -223,7 +226,7 @@ def patch_heads(
             tokens that cannot be hidden; the message says which.
     """
     where = position_table(prompts, "last")
-    check_prompts(decoder, prompts)
+    prompts = check_prompts(decoder, prompts)
     pairs = np.asarray(pairs)
     _check_pairs(pairs, len(prompts))
     wanted = tuple(sorted({block for group in groups.values() for block, _ in group}))
@@ -626,7 +629,7 @@ def _find(
     alone: _TokensAlone,
 ) -> Parts:
     """Return the parts of a block from what its modules received and put out, and test them."""
-    n_heads = getattr(decoder.model.config.get_text_config(), "num_attention_heads", None)
+    n_heads = getattr(decoder.text_config, "num_attention_heads", None)
     if not isinstance(n_heads, int):
         raise _NotPartsError("its configuration names no number of attention heads")
     before, multiplier, after = _summands(call, ran)
