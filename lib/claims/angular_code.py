@@ -31,7 +31,7 @@ from lib.science.estimate import (
     mean_over_units,
     unit_weights,
 )
-from lib.science.geometry import angles, distances, jeffreys_divergence
+from lib.science.geometry import angles, jeffreys_divergence
 from lib.science.reader import Reader, fit_reader
 
 FloatArray = NDArray[np.float64]
