@@ -661,7 +661,7 @@ def test_a_small_book_lives_through_builds_failures_and_changes(tmp_path):
         assert "_static/tex-svg-full.js" in page
     assert (tmp_path / "_build/html/_static/tex-svg-full.js").stat().st_size > 1_000_000
     assert 'alt="Line that rises."' in book.page("angular-code")
-    assert re.search(r"0\.50 \[0\.50, 0\.50\]\.</p>", book.page("intro"))
+    assert '<span class="pasted-text">0.50 [0.50, 0.50]</span>.' in book.page("intro")
     card = re.sub(r"<[^>]+>", " ", book.page("intro"))
     assert re.search(r"Depth switches\.\s+● supported\s+the one number\s+small: 0\.50 \[", card)
     assert "○ refuted" in card  # the twins
