@@ -13,13 +13,12 @@ from conftest import tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 
 from lib.engine.models import Decoder, load_decoder
+from lib.engine.parts import Parts, find_parts
 from lib.engine.sites import (
     ATTENTION,
     MLP,
-    Parts,
     Site,
     each_head,
-    find_parts,
     head_outputs,
     patch_heads,
     sweep_sites,
