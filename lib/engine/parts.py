@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.engine.extraction import check_blocks
-from lib.engine.models import Decoder
+from lib.engine.models import Decoder, evaluated
 from lib.engine.passes import agree
 from lib.engine.replay import FrozenCache
 from lib.engine.structure import untuple
@@ -53,6 +53,7 @@ class Parts:
 _found: WeakKeyDictionary[Decoder, dict[int, Parts | str]] = WeakKeyDictionary()
 
 
+@evaluated
 def find_parts(decoder: Decoder, blocks: Sequence[int] | None = None) -> tuple[Parts, ...]:
     """Return the parts of some blocks, all by default.
 
@@ -261,7 +262,7 @@ def _find(
     alone: TokensAlone,
 ) -> Parts:
     """Return the parts of a block from what its modules received and put out, and test them."""
-    n_heads = getattr(decoder.model.config.get_text_config(), "num_attention_heads", None)
+    n_heads = getattr(decoder.text_config, "num_attention_heads", None)
     if not isinstance(n_heads, int):
         raise _NotPartsError("its configuration names no number of attention heads")
     before, multiplier, after = _summands(call, ran)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lib.engine.batches import equal_length_rows
 from lib.engine.edits import exchange
 from lib.engine.extraction import Prompts, check_blocks, check_prompts
-from lib.engine.models import Decoder
+from lib.engine.models import Decoder, evaluated
 from lib.engine.parts import (
     Inputs,
     Parts,
@@ -66,6 +66,7 @@ def each_head(decoder: Decoder, blocks: Sequence[int] | None = None) -> dict[str
     return {str(head): Site("attention", (head,)) for head in range(n_heads)}
 
 
+@evaluated
 def sweep_sites(
     decoder: Decoder,
     prompts: Prompts,
@@ -149,6 +150,7 @@ def _of_pairs(measure: Measure, n_pairs: int) -> Measure:
     return lambda logits, copy: measure(logits, copy % n_pairs)
 
 
+@evaluated
 def patch_heads(
     decoder: Decoder,
     prompts: Prompts,
@@ -231,6 +233,7 @@ def patch_heads(
     return results
 
 
+@evaluated
 def head_outputs(decoder: Decoder, prompts: Prompts, heads: Sequence[Head]) -> Tensor:
     """Return what each head adds to the residual stream at the last token.
 
