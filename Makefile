@@ -36,7 +36,7 @@ TESTS_READY := $(VENV)/tests.stamp
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help book test test-reading test-colab pdf picture verify lint audit mutate bench model \
-  notebooks lock clean
+  architectures notebooks lock clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -87,6 +87,9 @@ notebooks: $(BOOK_READY)  ## write the notebooks for Colab, without outputs, fro
 
 bench: $(BENCH_VENV)/bench.stamp  ## time the engine beside other libraries; QUICK=1 only tries them
 	@$(BENCH_VENV)/bin/python -m benchmarks $(if $(filter-out 0,$(QUICK)),--quick)
+
+architectures: $(TESTS_READY)  ## try the engine on every causal architecture of transformers
+	@PYTHONPATH=.:tests $(BIN)/python tests/architectures.py
 
 lock:  ## resolve requirements*.in into requirements*.txt
 	rm -rf build/lock && $(PYTHON) -m venv build/lock

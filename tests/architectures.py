@@ -95,13 +95,12 @@ def main() -> None:
     logging.set_verbosity_error()
     rows = []
     for name in sys.argv[1:] or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        if (part := text_part(name)) != name:
-            row = {"architecture": name, "outcome": "see text part", "reason": part}
-        else:
-            try:
-                row = examine(name)
-            except Exception as error:
-                row = {"architecture": name, "outcome": "failed", "reason": repr(error)}
+        try:
+            part = text_part(name)
+            row = examine(name) if part == name else {"outcome": "see text part", "reason": part}
+        except Exception as error:
+            row = {"outcome": "failed", "reason": repr(error)}
+        row = {"architecture": name} | row
         rows.append(row)
         print(
             {key: f"{v:.1e}" if isinstance(v, float) else v for key, v in row.items()}, flush=True

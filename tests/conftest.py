@@ -12,74 +12,23 @@ from transformers import PreTrainedTokenizerFast
 from lib.engine import store
 from lib.engine.models import Decoder, load_decoder
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GPT2: dict[str, Any] = {
-    "vocab_size": 64,
-    "n_embd": 32,
-    "n_layer": 4,
-    "n_head": 4,
-    "n_positions": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-NO_HEAD_WIDTH = {name: value for name, value in SMALL.items() if name != "head_dim"}
-EXPERTS: dict[str, Any] = {
-    **SMALL,
-    "num_local_experts": 4,  # Mixtral's name for it
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-}
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": SMALL,
-    "mistral": {**SMALL, "sliding_window": 6},
-    "qwen2": SMALL,
-    "qwen3": SMALL,
-    "gemma2": {**SMALL, "query_pre_attn_scalar": 8, "sliding_window": 6},
-    "gemma3_text": {
-        **SMALL,
-        "query_pre_attn_scalar": 8,
-        "sliding_window": 6,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-    },
-    "phi3": SMALL,
-    "gpt2": GPT2,
-    "gpt_neox": {**SMALL, "use_parallel_residual": True},
-    "gptj": {**GPT2, "rotary_dim": 4},
-    "opt": {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32},
-    "bloom": {**SMALL, "n_layer": 4, "n_head": 4},
-    "falcon": NO_HEAD_WIDTH,
-    "olmo2": SMALL,
-    "stablelm": {**SMALL, "tie_word_embeddings": True},
-    "smollm3": SMALL,
-    "granite": {**SMALL, "logits_scaling": 4.0, "residual_multiplier": 0.5},
-    "cohere": {**SMALL, "logit_scale": 2.0},
-    "mixtral": EXPERTS,
-    "qwen2_moe": EXPERTS,
-    "qwen3_moe": EXPERTS,
-    "mamba": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "state_size": 4},
-    "bamba": {  # state-space and attention in turn
-        **SMALL,
-        "attn_layer_indices": [1, 3],
-        "mamba_n_heads": 8,
-        "mamba_d_head": 8,
-        "mamba_d_state": 4,
-        "mamba_n_groups": 2,
-    },
-}
+ARCHITECTURES = (
+    "llama",
+    "mistral",  # a window shorter than the prompts
+    "gemma3_text",  # windows in turn, soft caps, a normed query
+    "gpt2",  # learned positions
+    "gpt_neox",  # attention and MLP side by side
+    "opt",  # its causal model passes the base model by
+    "bloom",  # biases in place of positions
+    "cohere",  # scaled logits
+    "mixtral",  # experts
+    "deepseek_v3",  # latent attention
+    "mamba",  # state-space
+    "bamba",  # state-space and attention in turn
+    "granitemoehybrid",  # whose cache refuses to be built or repeated
+    "minimax",  # linear attention
+)
+"""One of each kind; `make architectures` tries all that transformers has."""
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lib.evidence.results import pages
+from lib.evidence.records import pages
 from lib.evidence.verdicts import criteria
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,8 +9,9 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer
-from transformers import AutoConfig, BitsAndBytesConfig
+from conftest import tiny_model, tiny_tokenizer
+from tiny import tiny_config
+from transformers import BitsAndBytesConfig
 
 from lib.engine import catalogue, loading, memory
 from lib.engine.catalogue import preset
@@ -108,7 +109,7 @@ def test_what_a_call_says_goes_before_what_the_file_says(
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "mixtral"])
 def test_parameters_are_counted_without_loading_them(architecture: str) -> None:
-    config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture])
+    config = tiny_config(architecture)
     expected = sum(parameter.numel() for parameter in tiny_model(architecture).parameters())
     assert count_parameters(config) == expected
     assert weight_bytes(config, torch.bfloat16) == 2 * expected

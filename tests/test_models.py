@@ -9,9 +9,12 @@ import oracle
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
+from tiny import tiny_config
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModel,
+    AutoModelForImageTextToText,
     BertConfig,
     BertLMHeadModel,
     LlamaForCausalLM,
@@ -185,6 +188,28 @@ def test_a_wrapped_model_is_measured_with_its_adapters(wrap: Callable[..., nn.Mo
     state = oracle.block_states(model, [decoder.blocks[0]], [8, 3, 17, 9])[0, [-1]]
     expected = oracle.patched_logits(model, decoder.blocks[0], [prompt], [[-1]], [state])
     assert np.abs(sweep.logits[0, 0] - expected.numpy()).max() < 1e-4
+
+
+@pytest.mark.parametrize(("wrapper", "text"), [("gemma3", "gemma3_text"), ("llava", "llama")])
+def test_of_a_model_that_also_sees_the_part_that_writes_text_is_measured(
+    wrapper: str, text: str
+) -> None:
+    """Also where the part that sees is as deep, and larger."""
+    seeing = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
+    seeing |= {"intermediate_size": 192, "image_size": 16, "patch_size": 8}
+    config = AutoConfig.for_model(
+        wrapper, text_config=tiny_config(text).to_dict(), vision_config=seeing
+    )
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    decoder = load_decoder(model, tokenizer=tiny_tokenizer())
+    assert "Decoder" in type(decoder.blocks[0]).__name__ and decoder.d_model == 32
+    prompt = [5, 9, 4, 33]
+    found = extract_residuals(decoder, [prompt], logits=True)
+    assert found.logits is not None
+    assert torch.allclose(found.logits, oracle.forward(model, [prompt]), atol=1e-4)
+    expected = oracle.block_states(model, decoder.blocks, prompt)[:, -1]
+    assert torch.allclose(found.states[:, 0], expected, atol=1e-5)
 
 
 def test_what_cannot_be_measured_inside_its_wrapper_is_refused() -> None:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lib.engine.weights import fetch_weights
-from lib.evidence.results import ROOT, pages
+from lib.evidence.records import ROOT, pages
 from lib.evidence.verdicts import claim_verdict, criteria
 
 CLAIMS = dict.fromkeys(criterion.claim for criterion in criteria())

@@ -20,6 +20,7 @@ from lib.engine.sites import (
     Site,
     each_head,
     find_parts,
+    head_outputs,
     patch_heads,
     sweep_sites,
 )
@@ -253,6 +254,23 @@ def test_attention_and_mlp_add_up_to_the_step_and_heads_to_the_attention(parted:
             one[..., head, :] = seen["z"].unflatten(-1, (parts.n_heads, -1))[..., head, :]
             summed += parts.projection(one.flatten(-2)) - nothing
         assert (summed - seen["o"]).abs().max() < 1e-4
+
+
+def test_what_heads_add_sums_to_what_the_attention_adds_less_its_bias(parted: Decoder) -> None:
+    cells = [(2, head) for head in range(N_HEADS)]
+    written = head_outputs(parted, PROMPTS, cells)
+    parts = find_parts(parted)[2]
+    seen = outputs_of(parted, parts)
+    if parts.attention is parts.projection:
+        nothing = parts.projection(torch.zeros_like(seen["z"]))
+        expected = parts.multiplier * (seen["o"] - nothing)[0, -1]
+        assert (written[:, 0].sum(0) - expected).abs().max() < 1e-4
+    else:  # a norm behind the projection: each head's part is what is lost without it
+        lost = seen["z"].clone().unflatten(-1, (N_HEADS, -1))
+        lost[..., 1, :] = 0
+        without = parts.attention(parts.projection(lost.flatten(-2)))
+        expected = parts.multiplier * (seen["a"] - without)[0, -1]
+        assert (written[1, 0] - expected).abs().max() < 1e-4
 
 
 def test_parts_are_those_that_their_names_say(parted: Decoder) -> None:

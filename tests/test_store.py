@@ -315,8 +315,8 @@ def stale_after(path: Path) -> list[str]:
 
 
 COMPUTE_STATES = [
-    "batches", "catalogue", "extraction", "loading", "memory", "models", "passes", "progress", "store",
-    "structure", "weights",
+    "batches", "catalogue", "extraction", "loading", "memory", "models", "passes", "progress",
+    "store", "structure", "weights",
 ]  # fmt: skip
 COMPUTE_SWEEPS = ["edits", "replay", "sweeps"]
 

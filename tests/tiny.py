@@ -61,12 +61,13 @@ OTHERWISE: dict[str, dict[str, Any]] = {
         "vocab_size": 260,
         **{f"{name}_config": PART for name in ("patcher", "encoder", "decoder", "global")},
     },
+    "codegen": {"rotary_dim": 4},
     "cohere": {"logit_scale": 2.0},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
     },
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "attn_config": {"clip_qkv": 8, "kv_n_heads": 2, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "dots3_note_text": {"num_key_value_heads": 4, "head_dim": 16, "per_layer_config": {}},
@@ -128,10 +129,17 @@ def text_part(architecture: str) -> str:
 
 def tiny_config(architecture: str) -> Any:
     """Return a small configuration; that of the text part, where there are several."""
-    default = AutoConfig.for_model(architecture).get_text_config(decoder=True)
+    part = text_part(architecture)
+    default = AutoConfig.for_model(part)
+    if part not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or default.get_text_config(
+        decoder=True
+    ).model_type not in (part, architecture):
+        default = default.get_text_config(decoder=True)
     known = {*default.to_dict(), *default.attribute_map}
     given = {name: value for name, value in SIZES.items() if name in known}
-    given |= OTHERWISE.get(default.model_type, {})
+    if "kv_lora_rank" in known:
+        given["num_key_value_heads"] = given["num_attention_heads"]
+    given |= OTHERWISE.get(part, {})
     return type(default)(**given)
 
 

@@ -31,7 +31,7 @@ from lib.science.estimate import (
     mean_over_units,
     unit_weights,
 )
-from lib.science.geometry import angles, distances, jeffreys_divergence
+from lib.science.geometry import angles, jeffreys_divergence
 from lib.science.reader import Reader, fit_reader
 
 FloatArray = NDArray[np.float64]
@@ -323,7 +323,7 @@ def correlate_different(
 
 
 def unembedding_basis(decoder: Decoder) -> FloatArray:
-    """Return orthonormal directions `[d_model, d_model]`, first those that logits differ along most.
+    """Return orthonormal directions `[d_model, d_model]`, those that move logits most first.
 
     Columns are the right singular vectors of the unembedding less its mean row, which moves all
     logits alike and so no prediction.

@@ -86,7 +86,8 @@ def choose_pairs(trial: Trial) -> Pairs | Untested:
 
 def thin(pairs: Pairs, most: int) -> Pairs:
     """Return `most` of the pairs, spread evenly."""
-    return pairs.where(np.unique(np.linspace(0, len(pairs) - 1, min(most, len(pairs))).astype(int)))
+    places = np.linspace(0, len(pairs) - 1, min(most, len(pairs))).round()
+    return pairs.where(np.unique(places.astype(int)))
 
 
 def needed_prompts(task: Task, pairs: Pairs) -> tuple[Task, Pairs]:

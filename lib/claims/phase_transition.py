@@ -6,7 +6,7 @@ The last block counts nowhere. Units are subjects; of untrained twins, seeds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lib.engine.edits import Add, Exchange
+from lib.engine.models import Decoder
 from lib.engine.store import recall_sweep
 from lib.engine.vectors import held_out_centroids, random_directions
 from lib.evidence.tasks import Pairs, Task, exchange_pairs
@@ -24,6 +25,7 @@ from lib.evidence.transfer import (
     Transfer,
     Trial,
     measure_transfer,
+    read_tasks,
 )
 from lib.science import curves
 from lib.science.correlation import correlate
@@ -44,10 +46,13 @@ from lib.science.estimate import (
 from lib.science.geometry import angles, jeffreys_divergence
 
 CLAIM = "phase-transition"
+PAPER_TASK = "months-arithmetic"
 N_DONORS = 1
 """Donors of a subject: with this many subjects a second one says little that is new."""
 CONTROLS = ("random_direction", "covariance_matched", "other_task")
 SEEDS = "seeds"
+TWIN_PAIRS = 12
+"""Pairs of a task that twins are measured on: a seed is one number, and there are many tasks."""
 MOST_LOST = 0.25
 """The place of the switch is judged if at most this share of the tasks has none."""
 _TRAINED_ONLY = Untested("measured where a trained model carries it, not on untrained twins")
@@ -73,6 +78,11 @@ class Arms:
         """The blocks that were measured and count: all but the model's last."""
         measured = next(iter(self.transfers.values())).blocks
         return [block for block in measured if block < self.n_blocks - 1]
+
+    @property
+    def estimates(self) -> dict[Arm, Measured]:
+        """T at each block that was measured, the last one included, by arm."""
+        return {arm: transfer.estimate() for arm, transfer in self.transfers.items()}
 
     def curve(self, arm: Arm) -> Measured:
         """Return T at each of `blocks`."""
@@ -109,13 +119,15 @@ class Arms:
 
 
 def choose_pairs(
-    trial: Trial, *, n_donors: int = N_DONORS, same_answer: bool = False
+    trial: Trial | Untested, *, n_donors: int = N_DONORS, same_answer: bool = False
 ) -> Pairs | Untested:
     """Return the task's pairs, of all prompts, or of the groups that pass the gate.
 
     Transfer needs no right answers. But a task with groups (the offsets of month arithmetic) is
     measured on those that the model masters, and not at all without one.
     """
+    if isinstance(trial, Untested):
+        return trial
     grouped = bool((trial.task.prompts["group"] != "").any())
     if grouped and trial.gate is not None:
         return trial.gate
@@ -152,6 +164,31 @@ def carrying_blocks(n_blocks: int) -> Mapping[Arm, int]:
 
 
 # --- the switch -----------------------------------------------------------------------------------
+
+
+def measure_twin(
+    twin: Decoder, trials: Mapping[str, Trial], pairs: Mapping[str, Pairs]
+) -> dict[str, Arms | Untested]:
+    """Return both arms of an untrained twin by task, on few pairs and every third block.
+
+    Of each task `TWIN_PAIRS` pairs of the trained model's; only their prompts are read.
+    """
+    few = {
+        name: needed_prompts(trials[name].task, own.where(thin(own, TWIN_PAIRS)))
+        for name, own in pairs.items()
+    }
+    read = read_tasks(twin, {name: task for name, (task, _) in few.items()})
+    return {
+        name: one
+        if isinstance(one, Untested)
+        else measure_arms(one, few[name][1], twin_blocks(twin.n_blocks))
+        for name, one in read.items()
+    }
+
+
+def as_twins(arms: Arms, pairs: Pairs) -> Arms:
+    """Return the trained model's arms on the pairs and blocks that its twins are measured on."""
+    return arms.restrict(thin(pairs, TWIN_PAIRS), twin_blocks(arms.n_blocks))
 
 
 def measure_arms(trial: Trial, pairs: Pairs, blocks: Sequence[int] | None = None) -> Arms:
@@ -256,6 +293,14 @@ def beyond_twins(
 
 
 # --- what the donor has to be ---------------------------------------------------------------------
+
+
+def other_task(name: str, names: Collection[str]) -> str:
+    """Return the task whose states stand in for this one's: chosen by names, not by their order."""
+    return min(
+        (other for other in names if other != name),
+        key=lambda other: generator("other task", name, other).random(),
+    )
 
 
 def control_states(
@@ -390,9 +435,14 @@ def alignment(trial: Trial, transfer: Transfer) -> Measured:
     return total / len(found)
 
 
+def rise_width(rho: Measured) -> Measured:
+    """Return the width of the rise of a curve per block, in blocks."""
+    return rho.map(lambda curve: curves.width(curve, rising=True))
+
+
 def width_gap(rho: Measured, arms: Arms) -> Measured:
     """Return the width of ρ(θ, J)'s rise less that of the prediction arm's, in blocks."""
-    return rho.map(lambda curve: curves.width(curve, rising=True)) - _width(arms, "prediction arm")
+    return rise_width(rho) - _width(arms, "prediction arm")
 
 
 # --- shown beside the statistics ------------------------------------------------------------------

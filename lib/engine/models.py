@@ -66,6 +66,11 @@ class Decoder:
         return f"{self.name}, untrained, seed {self.seed}" if self.untrained else self.name
 
     @property
+    def text_config(self) -> Any:
+        """The configuration of the part that writes text."""
+        return self.model.config.get_text_config(decoder=True)
+
+    @property
     def n_blocks(self) -> int:
         """Number of blocks, L."""
         return len(self.blocks)
@@ -73,7 +78,7 @@ class Decoder:
     @property
     def d_model(self) -> int:
         """Width of the residual stream."""
-        return int(self.model.config.get_text_config().hidden_size)
+        return int(self.text_config.hidden_size)
 
     @property
     def d_vocab(self) -> int:
@@ -93,7 +98,7 @@ class Decoder:
     @property
     def context_length(self) -> int | None:
         """Most tokens of a prompt; None where the model sets no limit (ALiBi, state-space)."""
-        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        found = getattr(self.text_config, "max_position_embeddings", None)
         return int(found) if found else None
 
     def final_norm(self, states: Tensor) -> Tensor:
@@ -195,7 +200,7 @@ def _describe(
     model: PreTrainedModel, tokenizer: Any, name: str, untrained: bool, seed: int, revision: str
 ) -> Decoder:
     """Find blocks, final stages and unembedding; check that they behave as a decoder's."""
-    kind, config = type(model).__name__, model.config.get_text_config()
+    kind, config = type(model).__name__, model.config.get_text_config(decoder=True)
     unembedding = model.get_output_embeddings()
     if unembedding is None or not hasattr(unembedding, "weight"):
         raise ValueError(f"{kind} has no unembedding; load it with AutoModelForCausalLM.")
@@ -210,6 +215,12 @@ def _describe(
     tokens = torch.arange(n_tokens, device=device_of(model.get_input_embeddings()))[None]
     with evaluating(model), one_line(f"{kind} cannot be run on a few tokens alone"):
         last_state, stages, logits = watch(model, blocks, unembedding, tokens)
+        if tuple(last_state.shape) != (*tokens.shape, config.hidden_size):
+            raise ValueError(
+                f"{kind}: for {n_tokens} tokens its blocks return {list(last_state.shape)}, not a "
+                f"residual stream [1, {n_tokens}, {config.hidden_size}]. This architecture is not "
+                "supported."
+            )
         decoder = Decoder(
             name=name,
             model=model,

@@ -112,7 +112,7 @@ def _run_shared(
     decoder: Decoder, tokens: Tensor, n_shared: int, blocks: set[int]
 ) -> dict[int, Tensor]:
     """Return `run_blocks` from one pass over the shared tokens and one over the others."""
-    cache = DynamicCache(config=decoder.model.config.get_text_config())
+    cache = DynamicCache(config=decoder.text_config)
     with torch.inference_mode():
         with _capture(decoder, blocks) as before:
             decoder.model.base_model(tokens[:1, :n_shared], past_key_values=cache, use_cache=True)

@@ -94,9 +94,9 @@ def run_prefix(decoder: Decoder, tokens: Tensor, first: int) -> Prefix:
 
         return hook
 
-    cache = FrozenCache(config=decoder.model.config.get_text_config())
+    cache = FrozenCache(config=decoder.text_config)
     with torch.inference_mode():
-        growing = DynamicCache(config=decoder.model.config.get_text_config())
+        growing = DynamicCache(config=decoder.text_config)
         n_shared = count_shared(decoder, tokens[:, :first])
         if n_shared:
             base(tokens[:1, :n_shared], past_key_values=growing, use_cache=True)

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from lib.engine.batches import equal_length_rows
 from lib.engine.edits import exchange
-from lib.engine.extraction import check_blocks, check_prompts
-from lib.engine.models import Decoder
+from lib.engine.extraction import Prompts, check_blocks, check_prompts
+from lib.engine.models import Decoder, evaluated
 from lib.engine.passes import agree
 from lib.engine.replay import FrozenCache, ReplayUnsupportedError, run_prefix
 from lib.engine.structure import untuple
@@ -80,6 +80,7 @@ class Parts:
 _found: WeakKeyDictionary[Decoder, dict[int, Parts | str]] = WeakKeyDictionary()
 
 
+@evaluated
 def find_parts(decoder: Decoder, blocks: Sequence[int] | None = None) -> tuple[Parts, ...]:
     """Return the parts of some blocks, all by default.
 
@@ -107,9 +108,10 @@ def each_head(decoder: Decoder, blocks: Sequence[int] | None = None) -> dict[str
     return {str(head): Site("attention", (head,)) for head in range(n_heads)}
 
 
+@evaluated
 def sweep_sites(
     decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     pairs: np.ndarray,
     sites: Mapping[str, Site],
     *,
@@ -147,8 +149,8 @@ def sweep_sites(
             parts, or tokens that cannot be hidden; the message says which.
     """
     wanted = check_blocks(decoder, blocks)
+    prompts = check_prompts(decoder, prompts)
     where = position_table(prompts, positions)
-    check_prompts(decoder, prompts)
     parts = find_parts(decoder, wanted)
     pairs = np.asarray(pairs)
     _check_sites(decoder, sites, parts)
@@ -190,9 +192,10 @@ def _of_pairs(measure: Measure, n_pairs: int) -> Measure:
     return lambda logits, copy: measure(logits, copy % n_pairs)
 
 
+@evaluated
 def patch_heads(
     decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     pairs: np.ndarray,
     groups: Mapping[str, Sequence[Head]],
     *,
@@ -222,8 +225,8 @@ def patch_heads(
         ValueError: a head, pair or position that does not exist, a model without such parts, or
             tokens that cannot be hidden; the message says which.
     """
+    prompts = check_prompts(decoder, prompts)
     where = position_table(prompts, "last")
-    check_prompts(decoder, prompts)
     pairs = np.asarray(pairs)
     _check_pairs(pairs, len(prompts))
     wanted = tuple(sorted({block for group in groups.values() for block, _ in group}))
@@ -270,6 +273,41 @@ def patch_heads(
                     results[name] = np.full((len(groups), len(pairs)), np.nan)
                 results[name][number, column] = values.double().cpu().numpy()
     return results
+
+
+def head_outputs(decoder: Decoder, prompts: Prompts, heads: Sequence[Head]) -> Tensor:
+    """Return what each head adds to the residual stream at the last token.
+
+    What the attention adds, less what it would add if the head put out nothing: with a plain output
+    projection the head's slice through it, with a norm behind it (Gemma) what that norm makes of
+    the difference.
+
+    Returns:
+        `[n_heads, n_prompts, d_model]`, float32, on the CPU.
+
+    Raises:
+        ValueError: a head that does not exist, or a model without such parts.
+    """
+    prompts = check_prompts(decoder, prompts)
+    where = position_table(prompts, "last")
+    wanted = tuple(sorted({block for block, _ in heads}))
+    parts = dict(zip(wanted, find_parts(decoder, wanted), strict=True))
+    for block, head in heads:
+        _check_sites(decoder, {f"{block}.{head}": Site("attention", (head,))}, [parts[block]])
+    members = np.arange(len(prompts))
+    read = _read_outputs(decoder, prompts, where, members, wanted, tuple(parts.values()), None)
+    outputs = dict(zip(wanted, read, strict=True))
+    alone = _TokensAlone(decoder)
+    written = []
+    for block, head in heads:
+        own, part = outputs[block], parts[block]
+        without = own.heads.clone()
+        without[..., slice_of(part, without.shape[-1], [head])] = 0
+        whole, rest = (
+            alone.attention(block, part, own.entering, given) for given in (own.heads, without)
+        )
+        written.append(part.multiplier * (whole - rest)[:, 0])
+    return torch.stack(written)
 
 
 def _columns(
@@ -410,16 +448,34 @@ class _TokensAlone:
         self, block: int, parts: Parts, entering: Tensor, heads: Tensor, mlp: Tensor | None
     ) -> Tensor:
         """Return the states after the block, of the shape of `entering` `[…, d_model]`."""
+        return self._in_rows(block, parts, entering, heads, mlp)[0]
+
+    def attention(self, block: int, parts: Parts, entering: Tensor, heads: Tensor) -> Tensor:
+        """Return the output of the module `parts.attention`, of the shape of `entering`."""
+        return self._in_rows(block, parts, entering, heads, None)[1]
+
+    def _in_rows(
+        self, block: int, parts: Parts, entering: Tensor, heads: Tensor, mlp: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         rows = [None if part is None else part.flatten(0, -2) for part in (entering, heads, mlp)]
         results = []
         for chosen in torch.arange(len(rows[0])).split(ROWS_AT_ONCE):  # type: ignore[arg-type]
             given = [None if part is None else part[chosen][:, None] for part in rows]
             results.append(self._run(block, parts, *given))  # type: ignore[arg-type]
-        return torch.cat(results).view(entering.shape)
+        states, written = (
+            torch.cat(found).view(entering.shape) for found in zip(*results, strict=True)
+        )
+        return states, written
 
     def _run(
         self, block: int, parts: Parts, entering: Tensor, heads: Tensor, mlp: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """Return the states after the block and what the attention put out `[n, d_model]`."""
+        written: list[Tensor] = []
+
+        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+            written.append(untuple(output).clone())
+
         def put_heads(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (heads.to(args[0]).reshape(args[0].shape), *args[1:])
 
@@ -436,12 +492,17 @@ class _TokensAlone:
         with ExitStack() as stack, torch.inference_mode():
             for handle in (
                 parts.projection.register_forward_pre_hook(put_heads),
+                parts.attention.register_forward_hook(keep),
                 parts.mlp.register_forward_hook(put_mlp),
             ):
                 stack.callback(handle.remove)
             hidden = entering.to(inputs["hidden"].device)
             module = self.decoder.blocks[block]
-            return untuple(module(hidden, **inputs["others"])).float().cpu()[:, 0]
+            states = untuple(module(hidden, **inputs["others"]))
+        first, second = (
+            part.float().cpu().view(len(entering), -1) for part in (states, written[0])
+        )
+        return first, second
 
 
 def _inputs_of_lone_tokens(decoder: Decoder, n: int) -> list[Inputs]:
@@ -626,7 +687,7 @@ def _find(
     alone: _TokensAlone,
 ) -> Parts:
     """Return the parts of a block from what its modules received and put out, and test them."""
-    n_heads = getattr(decoder.model.config.get_text_config(), "num_attention_heads", None)
+    n_heads = getattr(decoder.text_config, "num_attention_heads", None)
     if not isinstance(n_heads, int):
         raise _NotPartsError("its configuration names no number of attention heads")
     before, multiplier, after = _summands(call, ran)

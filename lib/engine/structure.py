@@ -97,18 +97,22 @@ def one_line(what: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, TypeError, AttributeError, LookupError, AssertionError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{what}: {reason} This architecture is not supported.") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(f"{what}: {reason}. This architecture is not supported.") from error
 
 
-def find_blocks(model: nn.Module, n_blocks: int) -> tuple[nn.Module, ...]:
-    """Return the stack of `n_blocks` modules, the one with most parameters.
+def find_blocks(model: PreTrainedModel, n_blocks: int) -> tuple[nn.Module, ...]:
+    """Return the stack of `n_blocks` modules, in the part that writes text if one lies there.
+
+    Of several it is the one with most parameters.
 
     Raises:
         ValueError: there is none.
     """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    stacks: list[list[nn.Module]] = [list(s) for s in lists if len(s) == n_blocks]
+    stacks: list[list[nn.Module]] = []
+    for part in (model.get_decoder(), model):  # an image tower may be as deep, and larger
+        lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
+        stacks = stacks or [list(s) for s in lists if len(s) == n_blocks]
     if not stacks:
         raise ValueError(
             f"{type(model).__name__}: no stack of num_hidden_layers = {n_blocks} blocks was found. "

@@ -284,7 +284,7 @@ def conclude(records: Sequence[Record], decoder: "Decoder | None" = None) -> Non
     for row in rows:
         name = f"{row['statistic']}.{row['place']}{'.twins' if row['untrained'] else ''}"
         name = name.replace(" ", "-")
-        glue(name, _record_text(row))
+        glue(name, record_text(row))
         glue(f"{name}.verdict", row["verdict"])
         glue(f"{name}.n", row["n"])
     found = claim_verdict(rows, claim, model)
@@ -298,7 +298,8 @@ def conclude(records: Sequence[Record], decoder: "Decoder | None" = None) -> Non
     _display(_png(forest(rows)))
 
 
-def _record_text(row: Record) -> str:
+def record_text(row: Record) -> str:
+    """Return a record's number with its interval, or why there is none."""
     if row["estimate"] is None:
         return f"not testable ({row['reason']})"
     return _interval(row["estimate"], row["low"], row["high"])
@@ -328,8 +329,8 @@ def _answer_row(criterion: Criterion, row: Record, twin: Record | None) -> dict[
     return {
         "part": criterion.part,
         "statistic": f"{criterion.text}{place}",
-        "trained": _record_text(row),
-        "untrained twins": twins if twin is None else _record_text(twin),
+        "trained": record_text(row),
+        "untrained twins": twins if twin is None else record_text(twin),
         "criterion": f"{criterion.wanted} {_UNITS.get(criterion.unit, criterion.unit)}".strip(),
         "verdict": verdict_text(row),
     }
@@ -346,7 +347,7 @@ def verdict_table(rows: Sequence[Record]) -> pd.DataFrame:
             "part": row["part"],
             "statistic": row["statistic"].replace("_", " "),
             "place": row["place"] + ("" if row["held_out"] or judged(row) else " (seen)"),
-            "estimate [interval]": _record_text(row),
+            "estimate [interval]": record_text(row),
             "level": f"{100 * row['level']:.0f} %",
             "n": row["n"],
             "model": "untrained twins" if row["untrained"] else row["model"],
