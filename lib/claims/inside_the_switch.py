@@ -16,19 +16,15 @@ from torch import Tensor
 
 from lib.engine.extraction import logit_lens
 from lib.engine.parts import find_parts
-from lib.engine.sites import ATTENTION, MLP, Head, Site, each_head, head_outputs, patch_heads
+from lib.engine.sites import ATTENTION, MLP, Head, Site, each_head, patch_heads
 from lib.engine.store import recall_sites
 from lib.evidence.tasks import Pairs, exchange_pairs
 from lib.evidence.transfer import DivergenceFromDonor, Transfer, Trial, divergence
 from lib.science.estimate import (
     FEWEST_UNITS,
-    Estimate,
     Measured,
     Untested,
     generator,
-    mean_over_units,
-    ratio_of_sums,
-    sums_by_unit,
 )
 
 CLAIM = "inside-the-switch"
