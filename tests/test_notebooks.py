@@ -31,8 +31,8 @@ def plain(text: str) -> str:
 @pytest.mark.parametrize(
     ("myst", "markdown"),
     [
-        ("a {term}`flip rate`.", f"a [flip rate]({SITE}/book/intro.html#term-flip-rate)."),
-        ("{term}`swapped <exchange>`", f"[swapped]({SITE}/book/intro.html#term-exchange)"),
+        ("a {term}`flip rate`.", f"a [flip rate]({SITE}/book/glossary.html#term-flip-rate)."),
+        ("{term}`swapped <exchange>`", f"[swapped]({SITE}/book/glossary.html#term-exchange)"),
         ("so {cite}`one2020`", "so (nobody, 2020)"),
         (
             "{cite}`two2021,many2022`",
@@ -41,6 +41,15 @@ def plain(text: str) -> str:
         ("{cite:t}`two2021` say", "[Beck and van Dam (2021)](https://x.org/2) say"),
         ("```{margin}\nOne.\n\nTwo.\n```", "> One.\n>\n> Two."),
         (":::{margin}\nOne.\n:::\n\nText.", "> One.\n\nText."),
+        (
+            "```{dropdown} Why {term}`donor`?\n:icon: info\nOne.\n```",
+            f"> **Why [donor]({SITE}/book/glossary.html#term-donor)?**\n>\n> One.",
+        ),
+        ("```{glue} answer\n```\n\nText.", "{glued}`answer`\n\nText."),
+        (
+            "```{glue:figure} main\n:alt: Two lines.\n\nThey cross.\n```",
+            "{glued}`main`\n**Figure.** They cross.",
+        ),
         ("[here](norm-code.md)", f"[here]({SITE}/book/norm-code.html)"),
         ("[](norm-code.md#how)", f"[Norm-Code]({SITE}/book/norm-code.html#how)"),
         ("Sweep\n: 32 pairs.", "**Sweep.** 32 pairs."),
@@ -53,7 +62,8 @@ def test_myst_becomes_what_a_notebook_shows(myst, markdown):
 
 
 @pytest.mark.parametrize(
-    "myst", ["{numref}`fig-a`", "```{figure} a.png\n```", "(label)=\n# Title", ":::{note}\nA\n:::"]
+    "myst",
+    ["{numref}`fig-a`", "```{figure} a.png\n```", "(label)=\n# Title", ":::{warning}\nA\n:::"],
 )
 def test_what_a_notebook_cannot_show_is_refused(myst):
     with pytest.raises(ValueError, match="no form in a notebook"):
@@ -69,6 +79,12 @@ kernelspec: {display_name: Python 3, language: python, name: python3}
 # Title
 
 The verdict: {glue:text}`verdict`.
+
+```{glue:figure} main
+:name: fig-main
+
+It rises.
+```
 
 ```{code-cell} ipython3
 :tags: [hide-input]
@@ -112,6 +128,7 @@ def test_computed_text_is_shown_by_cells_in_its_place_but_never_before_the_setup
         ("markdown", ["# Title"]),
         ("code", ["SETUP"]),
         ("code", ["The verdict: {glue:text}`verdict`.", '""")']),
+        ("code", ["**Figure.** It rises.", '""")']),
         ("markdown", ["Before."]),
         ("code", ["In between {glue:text}`n`.", '""")']),
         ("markdown", ["After."]),
@@ -119,7 +136,8 @@ def test_computed_text_is_shown_by_cells_in_its_place_but_never_before_the_setup
         ("code", ["**Figure “some thing”.** {glue:text}`finding` Left: *a*.", '""")']),
     ]
     folded = [cell["metadata"].get("cellView") for cell in cells]
-    assert folded == [None, None, "form", None, "form", None, "form", "form"]
+    assert folded == [None, None, "form", "form", None, "form", None, "form", "form"]
+    assert 'notebook.show_glued("main")' in "".join(cells[3]["source"])
 
 
 def test_a_change_in_one_paragraph_leaves_the_other_cells_ids_alone(chapter):

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 
-from lib.evidence.results import pages
+from lib.evidence.records import pages
 from notebooks import site_address
 
 ROOT = Path(__file__).resolve().parent.parent

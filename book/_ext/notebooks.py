@@ -1,9 +1,10 @@
-"""Writes the notebooks beside the chapters, in the Markdown that Colab and Jupyter show.
+"""Write the notebooks beside the chapters, in the Markdown that Colab and Jupyter show.
 
 Neither knows MyST, so that roles and directives would stand there raw. Terms become links into
 the glossary of the published book, citations links with author and year, margin notes quotations,
 captions text under their figure. Text with computed values becomes a cell of `show_text`, which
-displays it with the values filled in. Whatever has no such form is refused, not passed on.
+displays it with the values filled in; a figure or table that is pasted, one of `show_glued`.
+Whatever has no such form is refused, not passed on.
 """
 
 import re
@@ -20,18 +21,22 @@ from nbformat import NotebookNode
 from pybtex.database import BibliographyData, Person, parse_file
 
 ROLE = re.compile(r"\{([a-z:+-]+)\}`([^`]+)`")
-DIRECTIVE = re.compile(r"^(`{3,}|:{3,})\{([a-z-]+)\}[^\n]*\n(.*?)\n\1$", re.M | re.S)
+DIRECTIVE = re.compile(r"^(`{3,}|:{3,})\{([a-z:-]+)\} *([^\n]*)\n(.*?)^\1$", re.M | re.S)
+OPTIONS = re.compile(r"\A(?::[\w-]+:[^\n]*\n)+")
+ASIDES = ("margin", "admonition", "dropdown", "note", "tip", "seealso")
 DEFINITION = re.compile(r"^(\S.*)\n: +", re.M)
 PAGE_LINK = re.compile(r"\[([^]]*)\]\(([\w-]+)\.md(#[\w-]+)?\)")
 UNKNOWN = re.compile(r"^(?:`{3,}|:{3,})\{.*|^\([\w-]+\)=$", re.M)  # a directive, a label
 
 COMPUTED = "{glue:text}`"
 FOLDED = {"hide-input", "hide-cell", "remove-cell"}
+GLUED = re.compile(r"\{glued\}`([^`]+)`(?:\n(.*))?", re.S)  # a pasted output, with its caption
+SHOWN_OUTPUT = '# What is computed further down.\nnotebook.show_glued("{name}")'
 SHOWN_TEXT = '# Text with the values that were computed.\nnotebook.show_text(r"""\n{text}\n""")'
 
 
 def notebook_text(chapter: Path, first_line: str) -> str:
-    """Returns the notebook of a chapter, as it stands in the file beside it.
+    """Return the notebook of a chapter, as it stands in the file beside it.
 
     Args:
         chapter: the chapter's file, in MyST, in a folder beside _config.yml.
@@ -70,7 +75,7 @@ def plain_markdown(
     bibliography: BibliographyData,
     title_of: Callable[[str], str],
 ) -> str:
-    """Returns MyST as plain Markdown; roles that hold computed values are left for `show_text`.
+    """Return MyST as plain Markdown; roles that hold computed values are left for `show_text`.
 
     Args:
         text: Markdown of a chapter, without code cells.
@@ -83,13 +88,18 @@ def plain_markdown(
     """
 
     def directive(match: re.Match[str]) -> str:
-        if match[2] != "margin":
-            raise ValueError(f"The directive {{{match[2]}}} has no form in a notebook.")
-        return "\n".join(f"> {line}".rstrip() for line in match[3].strip().splitlines())
+        name, title, body = match[2], match[3].strip(), OPTIONS.sub("", match[4]).strip()
+        if name in ("glue", "glue:figure"):
+            caption = "\n**Figure.** " + re.sub(r"\n\s*\n", "\n", body) if body else ""
+            return f"{{glued}}`{title}`{caption}"
+        if name not in ASIDES:
+            raise ValueError(f"The directive {{{name}}} has no form in a notebook.")
+        lines = [*([f"**{title}**", ""] if title else []), *body.splitlines()]
+        return "\n".join(f"> {line}".rstrip() for line in lines)
 
     def role(match: re.Match[str]) -> str:
         name, content = match[1], match[2]
-        if name == "glue:text":
+        if name in ("glue:text", "glued"):
             return match[0]
         if name == "term":
             return _term(content, site)
@@ -115,7 +125,7 @@ def plain_markdown(
 
 
 def site_address(repository: str) -> str:
-    """Returns where GitHub Pages publishes the book of a repository."""
+    """Return where GitHub Pages publishes the book of a repository."""
     owner, name = repository.rstrip("/").split("/")[-2:]
     return f"https://{owner}.github.io/{name}"
 
@@ -149,11 +159,11 @@ def _title(chapter: Path) -> str:
 def _term(content: str, site: str) -> str:
     shown = re.fullmatch(r"(.+?) <(.+)>", content)
     words, term = (shown[1], shown[2]) if shown else (content, content)
-    return f"[{words}]({site}/book/intro.html#{term_anchor(term)})"
+    return f"[{words}]({site}/book/glossary.html#{term_anchor(term)})"
 
 
 def term_anchor(term: str) -> str:
-    """Returns the anchor that Sphinx gives a term of the glossary."""
+    """Return the anchor that Sphinx gives a term of the glossary."""
     plain = unicodedata.normalize("NFKD", term).encode("ascii", "ignore").decode()
     return "term-" + re.sub(r"[^A-Za-z0-9]+", "-", plain).strip("-")
 
@@ -175,17 +185,21 @@ def _authors(people: list[Person]) -> str:
 
 
 def _text_cells(text: str) -> list[NotebookNode]:
-    """Returns Markdown cells, and code cells for the paragraphs with computed values."""
+    """Return Markdown cells, and code cells for what is computed: outputs, text with values."""
     cells: list[NotebookNode] = []
     kept: list[str] = []
     for paragraph in re.split(r"\n{2,}", text.strip()):
-        if COMPUTED not in paragraph:
+        output = GLUED.fullmatch(paragraph)
+        if output is None and COMPUTED not in paragraph:
             kept.append(paragraph)
             continue
         if kept:
             cells.append(nbformat.v4.new_markdown_cell("\n\n".join(kept)))
             kept = []
-        cells.append(_code_cell(SHOWN_TEXT.format(text=paragraph), folded=True))
+        shown = [SHOWN_OUTPUT.format(name=output[1])] if output else []
+        if output is None or output[2]:
+            shown.append(SHOWN_TEXT.format(text=output[2] if output else paragraph))
+        cells.append(_code_cell("\n".join(shown), folded=True))
     if kept:
         cells.append(nbformat.v4.new_markdown_cell("\n\n".join(kept)))
     return cells
@@ -205,7 +219,7 @@ def _code_cell(source: str, *, folded: bool) -> NotebookNode:
 
 
 def _number(cells: list[NotebookNode]) -> None:
-    """Gives each cell an id that depends on its text alone, so that others keep theirs."""
+    """Give each cell an id that depends on its text alone, so that others keep theirs."""
     seen: dict[str, int] = {}
     for cell in cells:
         digest = sha256(cell.source.encode()).hexdigest()[:8]

@@ -1,7 +1,7 @@
 """Carries the repository's address from _config.yml into all files that name it.
 
-Run by `make notebooks`. The setup cell of each chapter is written anew from `lib.reading.notebook`, and
-the chapter's notebook from the chapter; in the other files the address they name so far is
+Run by `make notebooks`. The setup cell of each chapter is written anew from `lib.reading.notebook`,
+and the chapter's notebook from the chapter; in the other files the address they name so far is
 replaced.
 """
 

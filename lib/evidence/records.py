@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
+from lib.engine.catalogue import DEFAULT, find_weights
 from lib.engine.files import BUILD, ROOT, write_atomically
 from lib.evidence.criteria import VERDICTS, Record, is_held_out
 from lib.science.estimate import Measured, Untested
@@ -187,13 +188,12 @@ def run_facts() -> dict[str, str | int]:
     """Return what a build rests on: model, machine, threads, versions of libraries, time."""
     import torch  # late, for it takes seconds: few who need records need the facts of a run
 
-    from lib.engine.embedded import GGUF_SHA256
-
-    model = os.environ.get("MODEL") or "embedded"
+    model = os.environ.get("MODEL") or DEFAULT
+    weights = find_weights(model)
     facts: dict[str, str | int] = {
         "built": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "model": model,
-        "model_sha256": GGUF_SHA256 if model == "embedded" else "not recorded",
+        "model_sha256": weights.sha256 if weights else "not recorded",
         "threads": torch.get_num_threads(),
         "processors": os.cpu_count() or 1,
         "platform": platform.platform(),

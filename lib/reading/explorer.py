@@ -1,4 +1,4 @@
-"""What the depth explorer shows of a task: map, causal curves, correlation, top predictions."""
+"""What the depth explorer shows of a task: map, transfer, correlation, top predictions."""
 
 from __future__ import annotations
 
@@ -8,137 +8,164 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
-from lib.angular_code.angular import correlate_sets, measure_sets
-from lib.angular_code.angular_views import MAPPED
-from lib.angular_code.depth import ANGLE
-from lib.angular_code.geometry import task_items
-from lib.angular_code.maps import DepthMap, Panel, depth_positions
 from lib.engine.extraction import logit_lens
 from lib.engine.models import Decoder
-from lib.evidence.arms import ARMS, Trial
-from lib.phase_transition.switch import find_transitions, measure_arms, prepare_trials
-from lib.science.stats import bootstrap_weights
+from lib.engine.store import recall_residuals
+from lib.evidence.tasks import exchange_pairs, load_tasks
+from lib.evidence.transfer import ARMS, Trial, measure_transfer, read_tasks
+from lib.science.correlation import correlate
+from lib.science.curves import crossing
+from lib.science.estimate import Estimate, Measured
+from lib.science.geometry import angles, jeffreys_divergence
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-N_TOP = 5
-TWIN = f"{ANGLE.name}, untrained"
+TASKS = ("continents", "animals", "capitals")
+N_SHOWN, N_TOP = 30, 5
+ANGLE, TWIN = "angle", "angle, untrained"
 
 
 @dataclass(frozen=True, eq=False)
 class Exploration:
-    """One task at every block.
+    """One task at every block: prompts of its first template.
 
     Attributes:
-        texts: the prompts, in the order of the map's items.
-        depth_map: the map of their representations; one panel, the trained model.
+        name: the task.
+        texts: the prompts shown `[n_items]`.
+        answers: each prompt's right answer `[n_items]`.
+        positions: where each lies on the map, −1 … 1 `[n_blocks, n_items, 2]`.
+        shown: share of the directions' spread that the map's plane shows `[n_blocks]`.
         curves: columns `curve` (both arms, the angle's correlation, the same untrained), `block`,
             `estimate`, `low`, `high`.
+        transition: ℓ*, or None where the arms do not cross.
         top_tokens: the most probable next tokens that the logit lens reads at the last token, best
-            first, ``[n_blocks, n_items, N_TOP]``.
+            first `[n_blocks, n_items, N_TOP]`.
         top_probabilities: their probabilities over the full vocabulary, the same shape.
-        answers: each prompt's right answer, a token ``[n_items]``.
+        right_tokens: the token that each right answer begins with `[n_items]`.
         words: how each of these tokens is written.
     """
 
+    name: str
     texts: Sequence[str]
-    depth_map: DepthMap
+    answers: Sequence[str]
+    positions: FloatArray
+    shown: FloatArray
     curves: pd.DataFrame
+    transition: float | None
     top_tokens: IntArray
     top_probabilities: FloatArray
-    answers: IntArray
+    right_tokens: IntArray
     words: Mapping[int, str]
 
 
 def explore_tasks(
-    decoder: Decoder,
-    twin: Decoder,
-    names: Sequence[str] = MAPPED,
-    *,
-    n_tasks: int = 2,
-    donors_per_prompt: int | None = 2,
-    n_draws: int = 200,
-    seed: int = 0,
+    decoder: Decoder, twin: Decoder, names: Sequence[str] = TASKS
 ) -> list[Exploration]:
-    """Return the first tasks among `names` that can be explored; none if the model passes none.
-
-    Args:
-        decoder: the model.
-        twin: its untrained twin.
-        names: tasks, in the order in which they are tried.
-        n_tasks: how many are wanted.
-        donors_per_prompt: of the exchange; with the phase-transition chapter's number its sweeps
-            are recalled, not measured again.
-        n_draws: bootstrap draws behind the intervals.
-        seed: of the draws.
-    """
-    found: list[Exploration] = []
-    for name in names:
-        if len(found) == n_tasks:
-            break
-        trials, _ = prepare_trials(decoder, [name])
-        if name in trials:
-            try:
-                found.append(
-                    explore_trial(
-                        trials[name],
-                        twin,
-                        donors_per_prompt=donors_per_prompt,
-                        n_draws=n_draws,
-                        seed=seed,
-                    )
-                )
-            except ValueError:
-                continue  # Too few prompts are left to compare.
-    return found
+    """Return the tasks among `names` that this model's tokenizer allows."""
+    trials = read_tasks(decoder, load_tasks(decoder, names))
+    return [explore_trial(trial, twin) for trial in trials.values() if isinstance(trial, Trial)]
 
 
-def explore_trial(
-    trial: Trial, twin: Decoder, *, donors_per_prompt: int | None, n_draws: int, seed: int
-) -> Exploration:
+def explore_trial(trial: Trial, twin: Decoder) -> Exploration:
     """Return what the explorer shows of one task.
 
-    States and sweeps come from the store that the chapters share. All curves and the map are those
-    of all templates, and so are the twin's, unless it does not tell the prompts apart.
+    The arms are those of all pairs, as the phase-transition chapter measures them, so that its
+    sweeps are recalled; map, predictions and correlation are those of the first template, the
+    correlation over all of its prompts, map and predictions of every so many.
 
     Raises:
-        ValueError: too few usable prompts, or a measure that is undefined on them.
+        ValueError: fewer than three prompts, a state without a direction.
     """
     decoder, task = trial.decoder, trial.task
-    items = task_items(task, trial.usable)
-    weights = bootstrap_weights(task.n_prompts, n_draws, np.random.default_rng(seed))
-    arms = measure_arms({task.name: trial}, donors_per_prompt=donors_per_prompt)
-    switch = find_transitions(arms, {task.name: weights})[task.name]
-    curves = [arms[task.name][arm].curve(weights)[0].assign(curve=arm) for arm in ARMS]
-    measured, reasons = measure_sets(decoder, {task.name: items})
-    correlated, undefined = correlate_sets(measured, n_draws=n_draws, seed=seed)
-    if task.name not in correlated:
-        raise ValueError({**reasons, **undefined}[task.name])
-    twins, _ = correlate_sets(measure_sets(twin, {task.name: items})[0], n_draws=n_draws, seed=seed)
-    for name, one in ((ANGLE.name, correlated), (TWIN, twins)):
-        tables = [found.to_frame() for found in one.values()]
-        curves += [table[table["curve"] == ANGLE.name].assign(curve=name) for table in tables]
-    positions, shown = depth_positions(measured[task.name].states)
-    panel = Panel("trained", positions, shown, correlated[task.name].values[ANGLE.name][0])
-    templates = items.strata.tolist()
-    place = switch.block if switch.found else None
-    states = torch.as_tensor(measured[task.name].states)
-    tokens, probabilities = top_predictions(decoder, states)
-    ids = dict(zip(task.answers, task.answer_ids.tolist(), strict=True))
-    answers = np.array([ids[answer] for answer in items.answers])
+    pairs = exchange_pairs(task)
+    arms = {arm: measure_transfer(trial, pairs, site).estimate() for arm, site in ARMS.items()}
+    rows = np.flatnonzero(task.prompts["template"] == task.prompts["template"].iloc[0])
+    tokens = [task.tokens[row] for row in rows]
+    states = recall_residuals(decoder, tokens).states
+    curves: dict[str, Measured] = dict(arms)  # type: ignore[arg-type]
+    curves[ANGLE] = _code(decoder, states, task.units)
+    curves[TWIN] = _code(twin, recall_residuals(twin, tokens).states, task.units)
+    found = [
+        one.to_frame().assign(curve=c) for c, one in curves.items() if isinstance(one, Estimate)
+    ]
+    context, prediction = arms.values()
+    place = None
+    if isinstance(context, Estimate) and isinstance(prediction, Estimate):
+        crossed = crossing(context.value, prediction.value)
+        place = None if np.isnan(crossed) else crossed
+    chosen = np.unique(np.linspace(0, len(rows) - 1, min(N_SHOWN, len(rows))).round().astype(int))
+    prompts = task.prompts.iloc[rows[chosen]]
+    positions, shown = depth_positions(states[:, chosen])
+    top, probabilities = top_predictions(decoder, states[:, chosen])
+    right = task.answer_ids[prompts["answer_index"]]
     return Exploration(
-        texts=items.texts,
-        depth_map=DepthMap(task.name, items.labels, items.answers, templates, [panel], place),
-        curves=pd.concat(curves)[["curve", "block", "estimate", "low", "high"]],
-        top_tokens=tokens,
+        name=task.name,
+        texts=prompts["text"].tolist(),
+        answers=prompts["answer"].tolist(),
+        positions=positions,
+        shown=shown,
+        curves=pd.concat(found)[["curve", "block", "estimate", "low", "high"]],
+        transition=place,
+        top_tokens=top,
         top_probabilities=probabilities,
-        answers=answers,
-        words={token: _word(decoder, token) for token in {*tokens.ravel().tolist(), *ids.values()}},
+        right_tokens=right,
+        words={t: _word(decoder, t) for t in {*top.ravel().tolist(), *right.tolist()}},
     )
+
+
+def _code(decoder: Decoder, states: Tensor, units: str) -> Measured:
+    """Return ρ(θ, J) at each block, of states `[n_blocks, n_items, d_model]`."""
+    divergence = jeffreys_divergence(logit_lens(decoder, states[-1]).numpy())
+    return correlate([angles(block.numpy()) for block in states], divergence, units)
+
+
+def depth_positions(states: ArrayLike) -> tuple[FloatArray, FloatArray]:
+    """Return each block's items in the plane that shows most of how their directions differ.
+
+    The two first principal components of the centred directions h / |h|. A block's plane may be
+    turned and mirrored at will, so each is turned to lie as near as it can to the next block's
+    (orthogonal Procrustes), from the last block backwards; each is scaled to fill its map.
+
+    Args:
+        states: `[n_blocks, n_items, d_model]`.
+
+    Returns:
+        Positions `[n_blocks, n_items, 2]` in −1 … 1, and the share of the spread that the plane
+        shows `[n_blocks]`.
+
+    Raises:
+        ValueError: fewer than three items, a zero state, directions that are all equal.
+    """
+    blocks = np.asarray(states, dtype=np.float64)
+    if blocks.shape[1] < 3:
+        raise ValueError(f"A map needs at least 3 items; got {blocks.shape[1]}.")
+    positions = np.zeros((*blocks.shape[:2], 2))
+    shown = np.zeros(len(blocks))
+    following: FloatArray | None = None
+    for block in reversed(range(len(blocks))):
+        norms = np.linalg.norm(blocks[block], axis=1, keepdims=True)
+        if not norms.all():
+            raise ValueError(f"block {block}: item {int(np.argmin(norms))} has norm 0.")
+        directions = blocks[block] / norms
+        centred = directions - directions.mean(axis=0)
+        left, values, _ = np.linalg.svd(centred, full_matrices=False)
+        if values[0] < 1e-9:
+            raise ValueError(f"block {block}: all directions are equal; there is nothing to map.")
+        plane = left[:, :2] * values[:2]
+        if following is None:
+            signs = np.sign(plane[np.abs(plane).argmax(axis=0), [0, 1]])
+            plane = plane * np.where(signs == 0, 1, signs)
+        else:
+            plane = plane @ orthogonal_procrustes(plane, following)[0]
+        following = plane / np.abs(plane).max()
+        positions[block] = following
+        shown[block] = np.square(values[:2]).sum() / np.square(values).sum()
+    return positions, shown
 
 
 def top_predictions(
@@ -148,11 +175,11 @@ def top_predictions(
 
     Args:
         decoder: the model.
-        states: the residual stream after each block, ``[n_blocks, n_items, d_model]``.
+        states: the residual stream after each block `[n_blocks, n_items, d_model]`.
         n_top: how many tokens.
 
     Returns:
-        Tokens and their probabilities over the full vocabulary, ``[n_blocks, n_items, n_top]``.
+        Tokens and their probabilities over the full vocabulary `[n_blocks, n_items, n_top]`.
     """
     best = [logit_lens(decoder, block).double().softmax(-1).topk(n_top) for block in states]
     probabilities, tokens = (torch.stack(parts).numpy() for parts in zip(*best, strict=True))

@@ -1,24 +1,45 @@
 """The depth explorer's page: one slider that moves all that `lib.reading.explorer` found, together.
 
-Like `lib.angular_code.maps`, from which the map comes, one piece of HTML that needs nothing else:
-inline SVG, the browser's own controls, a short script, and all data inside.
+One piece of HTML that needs nothing else: inline SVG, the browser's own controls, a short script,
+and all data inside. What is shown stands in the address, so that a view can be linked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from lib.angular_code.depth import ANGLE
-from lib.angular_code.maps import SIZE, fill_page, legend_html, marks_svg, pixels
-from lib.evidence.arms import ARMS
-from lib.reading.explorer import TWIN, Exploration
+from lib.engine.files import DATA
+from lib.evidence.transfer import ARMS
+from lib.reading.explorer import ANGLE, TWIN, Exploration
 from lib.reading.figures import style_of
 
+SIZE = 360
+"""Width and height of a map in the drawing's own units."""
+
+_MARGIN = 22
+LOWEST = -0.5
+"""Where the axis of curves ends at the latest; what lies below is drawn there."""
+# Okabe and Ito's colours, told apart with any colour vision, and the text colour to write on each.
+_COLOURS = (
+    ("#0072b2", "#fff"),
+    ("#e69f00", "#000"),
+    ("#009e73", "#000"),
+    ("#cc79a7", "#000"),
+    ("#d55e00", "#000"),
+    ("#56b4e9", "#000"),
+    ("#f0e442", "#000"),
+    ("#333333", "#fff"),
+)
+# The ends and the middle of cividis, for more answers than that.
+_ORDERED = ((0, 34, 78), (124, 123, 120), (254, 232, 56))
 # Size of a plot of curves and its margins: left, right, top, bottom, in the drawing's own units.
 _PLOT, _MARGINS = (360, 150), (30, 10, 10, 26)
 # Each curve's mark: the same shapes as in the book's other figures.
@@ -43,13 +64,12 @@ def explorer_html(explorations: Sequence[Exploration], *, start: int | None = No
         return "<p>No task is testable on this model, so there is nothing to explore.</p>"
     n_blocks = len(explorations[0].top_tokens)
     if start is None:
-        place = explorations[0].depth_map.transition
+        place = explorations[0].transition
         start = n_blocks - 1 if place is None else int(np.ceil(place))
     start = min(max(start, 0), n_blocks - 1)
     parts = {
         "OPTIONS": "".join(
-            f'<option value="{k}">{escape(one.depth_map.name)}</option>'
-            for k, one in enumerate(explorations)
+            f'<option value="{k}">{escape(one.name)}</option>' for k, one in enumerate(explorations)
         ),
         "LAST": str(n_blocks - 1),
         "START": str(start),
@@ -57,22 +77,21 @@ def explorer_html(explorations: Sequence[Exploration], *, start: int | None = No
     }
     for name, curve in (("CONTEXT", "context arm"), ("PREDICTION", "prediction arm")):
         parts[name] = style_of(curve)["color"]
-    parts["ANGLE"] = style_of(ANGLE.name)["color"]
-    return fill_page("explorer.html", [_data(one) for one in explorations], parts)
+    parts["ANGLE"] = style_of(ANGLE)["color"]
+    return _fill_page("explorer.html", [_data(one) for one in explorations], parts)
 
 
 def _task_html(one: Exploration, number: int, block: int) -> str:
-    name = escape(one.depth_map.name)
+    name = escape(one.name)
     options = "".join(
         f'<option value="{k}">{escape(text)} …</option>' for k, text in enumerate(one.texts)
     )
-    panel = one.depth_map.panels[0]
     return (
         f'<div class="task"{" hidden" if number else ""}><div class="panels"><figure class="map">'
         f"<figcaption>Prompts by the direction of their state, "
         f'<span class="read"></span></figcaption><svg viewBox="0 0 {SIZE} {SIZE}" role="img" '
         f'aria-label="Map of the {len(one.texts)} prompts of {name}; those that lie close have '
-        f'states of similar direction.">{marks_svg(one.depth_map, panel, block)}'
+        f'states of similar direction.">{_marks_svg(one, block)}'
         f'<circle class="ring" r="14"/></svg></figure><div class="plots">'
         f"{''.join(_plot_html(one, plot) for plot in _plots(one))}"
         '</div><div class="predictions"><label>Prompt '
@@ -81,7 +100,7 @@ def _task_html(one: Exploration, number: int, block: int) -> str:
         + '<li><span class="word"></span><span class="bar"><i></i></span>'
         '<span class="share"></span></li>'
         * one.top_tokens.shape[2]
-        + f"</ol></div></div>{legend_html(one.depth_map)}</div>"
+        + f"</ol></div></div>{_legend_html(one)}</div>"
     )
 
 
@@ -95,12 +114,14 @@ class _Plot(NamedTuple):
 def _plots(one: Exploration) -> list[_Plot]:
     plots = []
     for title, quantity, names in (
-        ("Answers moved by an exchange", "flip rate", tuple(ARMS)),
-        ("Angle and prediction, ρ(θ, J)", "rank correlation", (ANGLE.name, TWIN)),
+        ("Transfer of an exchange, T", "transfer", tuple(ARMS)),
+        ("Angle and prediction, ρ(θ, J)", "rank correlation", (ANGLE, TWIN)),
     ):
         chosen = one.curves[one.curves["curve"].isin(names)]
         there = [name for name in names if (chosen["curve"] == name).any()]
-        plots.append(_Plot(title, quantity, there, min(0.0, float(chosen["low"].min()))))
+        plots.append(
+            _Plot(title, quantity, there, max(LOWEST, min(0.0, float(chosen["low"].min()))))
+        )
     return plots
 
 
@@ -108,7 +129,7 @@ def _curve(one: Exploration, name: str) -> pd.DataFrame:
     rows = one.curves[one.curves["curve"] == name].sort_values("block")
     whole = rows["block"].tolist() == list(range(len(one.top_tokens)))
     if not whole or rows[["estimate", "low", "high"]].isna().any(axis=None):
-        raise ValueError(f"{one.depth_map.name}: {name} needs one value at each block.")
+        raise ValueError(f"{one.name}: {name} needs one value at each block.")
     return rows
 
 
@@ -147,8 +168,8 @@ def _plot_html(one: Exploration, plot: _Plot) -> str:
             f'<span class="entry"><span class="glyph {kind}" aria-hidden="true">{glyph}</span> '
             f'{shown} <b class="value"></b></span>'
         )
-    if one.depth_map.transition is not None:
-        at = _x(one.depth_map.transition, n_blocks)
+    if one.transition is not None:
+        at = _x(one.transition, n_blocks)
         parts.append(
             f'<line class="switch" x1="{at}" x2="{at}" y1="{top}" y2="{floor}"/>'
             f'<text x="{at - 4}" y="{(top + floor) / 2}" text-anchor="end">ℓ*</text>'
@@ -163,9 +184,9 @@ def _plot_html(one: Exploration, plot: _Plot) -> str:
 
 def _data(one: Exploration) -> dict[str, object]:
     n_blocks, n_items, n_top = one.top_tokens.shape
-    panel, transition = one.depth_map.panels[0], one.depth_map.transition
-    if panel.positions.shape[:2] != (n_blocks, n_items) or len(one.texts) != n_items:
-        raise ValueError(f"{one.depth_map.name}: map and predictions differ in length.")
+    transition = one.transition
+    if one.positions.shape[:2] != (n_blocks, n_items) or len(one.texts) != n_items:
+        raise ValueError(f"{one.name}: map and predictions differ in length.")
     curves = [
         {
             "name": name,
@@ -176,12 +197,12 @@ def _data(one: Exploration) -> dict[str, object]:
         for name in plot.names
         for values in [_curve(one, name)["estimate"]]
     ]
-    tokens = sorted({*one.top_tokens.ravel().tolist(), *one.answers.tolist()})
+    tokens = sorted({*one.top_tokens.ravel().tolist(), *one.right_tokens.tolist()})
     place = {token: k for k, token in enumerate(tokens)}
     best = np.vectorize(place.__getitem__)(one.top_tokens)
     return {
-        "at": pixels(panel.positions).reshape(n_blocks, -1).tolist(),
-        "shown": [f"{share:.0%} of their spread shown" for share in panel.shown],
+        "at": _pixels(one.positions).reshape(n_blocks, -1).tolist(),
+        "shown": [f"{share:.0%} of their spread shown" for share in one.shown],
         "x": [_x(block, n_blocks) for block in range(n_blocks)],
         "curves": curves,
         "side": [
@@ -189,7 +210,7 @@ def _data(one: Exploration) -> dict[str, object]:
             for block in range(n_blocks)
         ],
         "words": [one.words[token] for token in tokens],
-        "answers": [place[token] for token in one.answers.tolist()],
+        "answers": [place[token] for token in one.right_tokens.tolist()],
         "top": best.transpose(1, 0, 2).reshape(n_items, -1).tolist(),
         "permille": np.rint(1000 * one.top_probabilities.transpose(1, 0, 2))
         .astype(int)
@@ -206,4 +227,59 @@ def _x(block: float, n_blocks: int) -> float:
 
 def _y(value: float, lowest: float) -> float:
     top, bottom = _MARGINS[2:]
-    return round(top + (_PLOT[1] - top - bottom) * (1 - value) / (1 - lowest), 1)
+    return round(top + (_PLOT[1] - top - bottom) * (1 - max(value, lowest)) / (1 - lowest), 1)
+
+
+def _fill_page(template: str, data: list[dict[str, object]], parts: Mapping[str, str]) -> str:
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    script = (DATA / "slider.js").read_text(encoding="utf-8")
+    filled = {**parts, "DATA": text, "SLIDER": script}
+    page = (DATA / template).read_text(encoding="utf-8")
+    return re.sub(r"\[\[([A-Z]+)\]\]", lambda found: filled[found[1]], page)
+
+
+def _palette(answers: Sequence[str]) -> Mapping[str, tuple[str, str]]:
+    """Return fill and text colour of each answer, in order of appearance."""
+    names = list(dict.fromkeys(answers))
+    if len(names) <= len(_COLOURS):
+        return dict(zip(names, _COLOURS, strict=False))
+    places = np.linspace(0, 2, len(names))
+    mixed = np.stack(
+        [np.interp(places, [0, 1, 2], channel) for channel in zip(*_ORDERED, strict=True)]
+    ).T
+    return {
+        name: ("#{:02x}{:02x}{:02x}".format(*map(int, rgb)), "#fff" if place < 0.9 else "#000")
+        for name, rgb, place in zip(names, mixed, places, strict=True)
+    }
+
+
+def _pixels(positions: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return positions in −1 … 1 as places in a drawing of width and height `SIZE`."""
+    half = SIZE / 2
+    flipped = positions * np.array([1, -1])  # y grows downwards on a screen
+    return np.rint(half + flipped * (half - _MARGIN)).astype(np.int64)
+
+
+def _marks_svg(one: Exploration, block: int) -> str:
+    """Return a mark for each prompt where it lies at a block, coloured and lettered by answer."""
+    palette = _palette(one.answers)
+    marks = []
+    for (x, y), text, answer in zip(
+        _pixels(one.positions[block]), one.texts, one.answers, strict=True
+    ):
+        fill, ink = palette[answer]
+        marks.append(
+            f'<g class="item" style="transform:translate({x}px,{y}px)" fill="{fill}">'
+            f'<title>{escape(text)} → {escape(answer)}</title><circle r="10"/>'
+            f'<text fill="{ink}">{escape(answer[:3])}</text></g>'
+        )
+    return "".join(marks)
+
+
+def _legend_html(one: Exploration) -> str:
+    keys = "".join(
+        f'<li><span class="key" style="background:{fill};color:{ink}">{escape(answer[:3])}</span> '
+        f"{escape(answer)}</li>"
+        for answer, (fill, ink) in _palette(one.answers).items()
+    )
+    return f'<ul class="legend" aria-label="Colours">{keys}</ul>'

@@ -1,11 +1,14 @@
 """Sphinx extension: what makes this book's build honest about the code that it runs.
 
-- `freshness`: a chapter is executed again when lib/, the data, the environment or an earlier
-  chapter's records change, and a build that warned or failed does so again until mended.
+- `freshness`: a chapter is executed again when a module that it imports, its data, the environment
+  or what an earlier chapter hands on changes, and a build that warned or failed does so again until
+  mended.
 - `progress`: shows at the terminal how far the chapters' loops have come.
 - `results`: collects the chapters' records into `_build/results/results.json`.
 - `run_facts`: what the build rested on, in `_build/results/run.json` and on a page.
-- `scorecard`: the table of verdicts on the landing page.
+- `scorecard`: the answer at a glance on the landing page.
+- `first_registration`: the first registration's criteria and verdicts, and why they left.
+- `chapter_figure`: a chapter's figure on another page.
 - `comparison`: the models' runs side by side.
 - `mathjax`: puts MathJax into the book, so that pages need no network.
 - `plotting`: gives Matplotlib a folder that it can write, for it complains where a home is not.
@@ -21,7 +24,9 @@ from sphinx.application import Sphinx
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # lib, which the chapters import too
 
 from executable_book import (
+    chapter_figure,
     comparison,
+    first_registration,
     freshness,
     mathjax,
     plotting,
@@ -34,10 +39,10 @@ from executable_book import (
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Connects the parts to the build. Reading runs in one process, in the order of the book."""
+    """Connect the parts to the build. Reading runs in one process, in the order of the book."""
     for part in (
         *(mathjax, plotting, progress, results, freshness),
-        *(run_facts, scorecard, comparison, theme),
+        *(run_facts, scorecard, comparison, first_registration, chapter_figure, theme),
     ):
         part.setup(app)
     return {"parallel_read_safe": False, "parallel_write_safe": True}

@@ -1,27 +1,31 @@
 """The appendix that lays the models' runs side by side, as soon as there are several."""
 
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from executable_book.tables import table
-from lib.evidence.runs import read_runs, relative_depths
+from lib.evidence.criteria import claim_verdict, criteria
+from lib.evidence.records import SIGNS, read_runs
+from lib.evidence.transition import CLAIM, STATISTIC
 
 ONE = "There is one run so far, that of {model}; with a second one its depths will stand beside it."
 NONE = "There is no run yet."
 
 
 class ModelComparison(SphinxDirective):
-    """Shows what the runs were and, for several, where on relative depth each task's switch lies.
-
-    It reads what the phase-transition chapter kept of each model in `_build/runs`.
-    """
+    """Show the runs kept: each model's verdicts, where its switches lie, and what the run was."""
 
     def run(self) -> list[nodes.Node]:
-        """Returns the tables, or a sentence where there is nothing to compare."""
+        """Return the tables, or a sentence where there is nothing to compare."""
         runs = read_runs()
         if not runs:
             return [nodes.paragraph("", NONE)]
+        models = [run["model"] for run in runs]
         head = ["Model", "Revision", "Dtype", "Device", "Blocks", "Versions"]
         facts = [
             [
@@ -30,26 +34,66 @@ class ModelComparison(SphinxDirective):
             ]
             for run in runs
         ]
-        found: list[nodes.Node] = [_text_table(head, facts)]
+        found = [
+            _text_table(["Claim, part", *models], verdict_rows(runs)),
+            _text_table(["Task", *models], depth_rows(runs)),
+            _text_table(head, facts),
+        ]
         if len(runs) == 1:
-            return [nodes.paragraph("", ONE.format(model=runs[0]["model"])), *found]
-        depths = relative_depths(runs)
-        models = [run["model"] for run in runs]
-        cells = {
-            (row.task, row.model): f"{row.depth:.2f} [{row.low:.2f}, {row.high:.2f}], n = {row.n}"
-            for row in depths.itertuples()
-        }
-        tasks = sorted(set(depths["task"]))
-        rows = [[task, *(cells.get((task, model), "–") for model in models)] for task in tasks]
-        medians = depths.groupby("model")["depth"].median()
-        rows.append(["median", *(f"{medians[m]:.2f}" if m in medians else "–" for m in models)])
-        return [_text_table(["Task", *models], rows), *found]
+            return [nodes.paragraph("", ONE.format(model=models[0])), *found]
+        return found
+
+
+def verdict_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return a row for each claim and each of its parts: its name, and a verdict a model."""
+    rows = []
+    for claim in dict.fromkeys(one.claim for one in criteria()):
+        found = []
+        for run in runs:
+            there = any(row["claim"] == claim and row["criterion"] for row in run["records"])
+            found.append(claim_verdict(run["records"], claim, run["model"]) if there else None)
+        if not any(found):
+            continue
+        rows.append([claim, *(_words(one.verdict) if one else "–" for one in found)])
+        for part in dict.fromkeys(one.part for one in criteria(claim)):
+            cells = [_words(one.parts[part]) if one else "–" for one in found]
+            rows.append([f"\N{NO-BREAK SPACE}\N{NO-BREAK SPACE}{part}", *cells])
+    return rows
+
+
+def _words(verdict: str) -> str:
+    return f"{SIGNS[verdict]} {verdict}"
+
+
+def depth_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return each task's transition as a share of each model's depth, ℓ* / (L − 1), and medians."""
+    cells: dict[str, dict[str, str]] = {}
+    medians = []
+    for run in runs:
+        last = run["n_blocks"] - 1
+        own = [
+            row
+            for row in run["records"]
+            if (row["claim"], row["statistic"]) == (CLAIM, STATISTIC)
+            and not row["untrained"]
+            and row["estimate"] is not None
+        ]
+        for row in own:
+            middle, low, high = (row[field] / last for field in ("estimate", "low", "high"))
+            text = f"{middle:.2f} [{low:.2f}, {high:.2f}], n = {row['n']}"
+            cells.setdefault(row["place"], {})[run["model"]] = text
+        medians.append(f"{median(row['estimate'] / last for row in own):.2f}" if own else "–")
+    rows = [
+        [task, *(by_model.get(run["model"], "–") for run in runs)]
+        for task, by_model in sorted(cells.items())
+    ]
+    return [*rows, ["median", *medians]]
 
 
 def _text_table(head: list[str], rows: list[list[str]]) -> nodes.Node:
-    return table(head, [[[nodes.Text(cell)] for cell in row] for row in rows], "scorecard")
+    return table(head, [[[nodes.Text(cell)] for cell in row] for row in rows], "models")
 
 
 def setup(app: Sphinx) -> None:
-    """Connects this part to the build."""
+    """Connect this part to the build."""
     app.add_directive("model-comparison", ModelComparison)

@@ -3,8 +3,8 @@
 The execution cache knows a chapter by its code cells alone. Here each chapter gets a cache folder
 named after a digest of all else that its results depend on: the modules that its cells import, and
 what these import, the data that they name, the environment, the model, and the transitions that an
-earlier chapter hands on. A failed or warning build is made to look at every page again next time, so
-that no second run passes in silence.
+earlier chapter hands on. A failed or warning build is made to look at every page again next time,
+so that no second run passes in silence.
 """
 
 import hashlib
@@ -151,11 +151,9 @@ def finish(app: Sphinx, exception: Exception | None) -> None:
 
 
 def _remove_old_caches(folder: Path) -> None:
-    caches = (
-        sorted(folder.iterdir(), key=lambda cache: cache.stat().st_mtime) if folder.is_dir() else []
-    )
-    for cache in caches[:-KEPT_CACHES]:
-        shutil.rmtree(cache, ignore_errors=True)
+    kept = sorted(folder.glob("*"), key=lambda one: one.stat().st_mtime)
+    for one in kept[:-KEPT_CACHES]:
+        shutil.rmtree(one, ignore_errors=True)
 
 
 def setup(app: Sphinx) -> None:

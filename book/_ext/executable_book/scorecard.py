@@ -1,100 +1,197 @@
-"""The landing page's table of verdicts: a row for each claim, a column for each model."""
+"""The landing page's answer at a glance: each claim's verdict and the forest of its effects."""
 
+from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 
 from docutils import nodes
-from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from executable_book.results import records_of
-from executable_book.tables import table
-from lib.evidence.results import Record, pages
-from lib.evidence.verdicts import claim_verdict
+from executable_book.results import collect
+from lib.evidence.criteria import Criterion, Record, claim_verdict, criteria, judged
+from lib.evidence.records import SIGNS, pages, read_runs
+from lib.reading.words import record_text, verdict_text
 
 COMING = "chapter to come"
 NO_RESULT = "no result"
+MODEL_COLOURS, TWIN = ("#0173b2", "#d55e00", "#029e73", "#cc78bc"), "#7f7f7f"
+AXIS = (-0.25, 1.25)
+"""Ends of the forest's axis; a number beyond them is drawn at the end that it passes."""
+_WIDTH, _LINE = 240, 16
 
 
 class Scorecard(SphinxDirective):
-    """Shows the verdict on each claim, for each model and its untrained twin.
+    """Show the verdict on each claim, and the effects that it rests on, with all models kept.
 
-    Each line of the content names a claim, which is also the name of its chapter, and says it in
-    words::
+    Each line of the content names a claim, which is also the name of its chapter, says it in words,
+    and names the statistics that stand for it, with the section to link to where there is one::
 
         ```{scorecard}
-        phase-transition: Depth switches sharply from context to prediction.
+        phase-transition | Depth switches sharply. | context_early#controls, prediction_last_sixth
         ```
 
-    Beside the verdict stands that on the tasks alone that were not seen while the criteria were
-    chosen. The verdicts come from the records that the chapters glued, so the page with the
-    scorecard has to be read after all chapters.
+    The verdicts come from the records that the chapters glued, so the page with the scorecard has
+    to be read after all chapters.
     """
 
     has_content = True
 
     def run(self) -> list[nodes.Node]:
-        """Returns the table."""
-        claims = dict(self._claim(line) for line in self.content if line.strip())
+        """Return the table."""
+        runs = all_records(collect(self.env))
         chapters = {Path(page).name: page for page in pages(Path(self.env.srcdir))[1:]}
-        records = {
-            claim: records_of(self.env, chapters[claim]) for claim in claims if claim in chapters
-        }
-        models = sorted({_model(row) for rows in records.values() for row in rows})
         rows = []
-        for claim, words in claims.items():
-            if claim in chapters:
-                first = [self._link(chapters[claim], words)]
-                cells = [self._verdict(claim, records[claim], model) for model in models]
-                cells = cells or [NO_RESULT]
-            else:
-                first = [nodes.Text(words)]
-                cells = [COMING] * max(1, len(models))
-            rows.append([first, *([nodes.Text(cell)] for cell in cells)])
-        heads = [model_text(model) for model in models] or ["Verdict"]
-        return [table(["Claim", *heads], rows, "scorecard")]
-
-    def _claim(self, line: str) -> tuple[str, str]:
-        claim, separator, words = line.partition(":")
-        if not separator:
-            raise self.error(f"Expected 'claim: the claim in words', got {line!r}.")
-        return claim.strip(), words.strip()
-
-    def _verdict(self, claim: str, rows: list[Record], model: tuple[str, bool]) -> str:
-        if not any(_model(row) == model for row in rows):
-            return NO_RESULT
-        try:
-            found = claim_verdict(rows, claim, *model)
-            held_out = claim_verdict(rows, claim, *model, held_out_only=True)
-        except ValueError as problem:
-            raise self.error(str(problem)) from problem
-        parts = "; ".join(f"{part}: {verdict}" for part, verdict in found.parts.items())
-        verdict = f"{found.verdict} ({parts})" if len(found.parts) > 1 else found.verdict
-        return f"{verdict}; on held-out tasks alone: {held_out.verdict}"
-
-    def _link(self, page: str, words: str) -> nodes.Node:
-        link = addnodes.pending_xref(
-            refdomain="std",
-            reftype="doc",
-            reftarget=f"/{page}",
-            refdoc=self.env.docname,
-            refexplicit=True,
-            refwarn=True,
+        for line in filter(str.strip, self.content):
+            parts = [part.strip() for part in line.split("|")]
+            if len(parts) != 3:
+                raise self.error(f"Expected 'claim | words | statistics', got {line!r}.")
+            claim, words, statistics = parts
+            href = self._address(chapters.get(claim))
+            rows.append(_claim_row(claim, words, href, runs))
+            known = {one.statistic: one for one in criteria(claim)}
+            for name in filter(None, map(str.strip, statistics.split(","))):
+                statistic, _, section = name.partition("#")
+                if statistic not in known:
+                    raise self.error(f"{claim} has no statistic {statistic!r} in its criteria.")
+                link = f"{href}#{section}" if href and section else href
+                rows += _effect_rows(known[statistic], link, runs)
+        html = (
+            '<div class="table-scroll" role="region" tabindex="0" aria-label="The answer at a '
+            'glance"><table class="scorecard"><thead><tr><th scope="col">Claim, effect</th>'
+            f'<th scope="col">{_scale()}</th><th scope="col">Number [interval]</th>'
+            '<th scope="col">Wanted</th><th scope="col">Verdict</th></tr></thead>'
+            f"<tbody>{''.join(rows)}</tbody></table></div>"
         )
-        link += nodes.inline("", words)
-        return link
+        return [nodes.raw("", _legend(list(runs)) + html, format="html")]
+
+    def _address(self, page: str | None) -> str | None:
+        if page is None:
+            return None
+        return str(self.env.app.builder.get_relative_uri(self.env.docname, page))
 
 
-def model_text(model: tuple[str, bool]) -> str:
-    """Returns the head of a model's column."""
-    name, untrained = model
-    return f"{name}, untrained" if untrained else name
+def all_records(own: Sequence[Record]) -> dict[str, list[Record]]:
+    """Return this build's records by model, followed by those kept of other models' runs."""
+    found: dict[str, list[Record]] = {}
+    for row in own:
+        found.setdefault(row["model"], []).append(row)
+    for run in read_runs():
+        if run["model"] not in found and run["records"]:
+            found[run["model"]] = run["records"]
+    return found
 
 
-def _model(row: Record) -> tuple[str, bool]:
-    return row["model"], row["untrained"]
+def _claim_row(claim: str, words: str, href: str | None, runs: dict[str, list[Record]]) -> str:
+    lines = []
+    for model, rows in runs.items():
+        if any((row["claim"], row["model"]) == (claim, model) for row in rows):
+            verdict = claim_verdict(rows, claim, model).verdict
+            named = f"{escape(model)}: " if len(runs) > 1 else ""
+            lines.append(f"<div>{named}{SIGNS[verdict]} {verdict}</div>")
+    shown = "".join(lines) or (NO_RESULT if href else COMING)
+    words = escape(words)
+    head = f'<a href="{href}">{words}</a>' if href else words
+    return f'<tr class="claim"><th scope="row" colspan="4">{head}</th><td>{shown}</td></tr>'
+
+
+def _effect_rows(
+    criterion: Criterion, href: str | None, runs: dict[str, list[Record]]
+) -> list[str]:
+    found = {
+        (row["place"], row["untrained"], model): row
+        for model, rows in runs.items()
+        for row in rows
+        if (row["claim"], row["statistic"]) == (criterion.claim, criterion.statistic)
+        and judged(row)
+    }
+    result = []
+    for place in dict.fromkeys(place for place, _, _ in found):
+        own = [row for (at, _, _), row in found.items() if at == place]
+        text = escape(criterion.text) + ("" if place == "model" else f" ({place})")
+        head = f'<a href="{href}">{text}</a>' if href else text
+        numbers, verdicts = [], []
+        for row in own:
+            who = "untrained twins" if row["untrained"] else row["model"]
+            numbers.append(f"<div>{escape(who)}: {escape(record_text(row))}</div>")
+            verdicts.append(f"<div>{escape(verdict_text(row))}</div>")
+        result.append(
+            f'<tr><th scope="row">{head}</th><td>{_forest(own, criterion, list(runs))}</td>'
+            f"<td>{''.join(numbers)}</td><td>{escape(criterion.wanted)}</td>"
+            f"<td>{''.join(verdicts)}</td></tr>"
+        )
+    return result
+
+
+def _forest(rows: Sequence[Record], criterion: Criterion, models: Sequence[str]) -> str:
+    """Return intervals on one axis as an inline drawing, a line each."""
+    height = _LINE * len(rows)
+    parts = [f'<line class="zero" x1="{_x(0)}" x2="{_x(0)}" y1="0" y2="{height}"/>']
+    ends = [criterion.threshold]
+    if criterion.relation == "within":
+        ends.append(-criterion.threshold)
+    for at in map(_x, ends):
+        parts.append(f'<line class="threshold" x1="{at}" x2="{at}" y1="0" y2="{height}"/>')
+    for place, row in enumerate(rows):
+        if row["estimate"] is None:
+            continue
+        y = _LINE * (place + 0.5)
+        colour = TWIN if row["untrained"] else colour_of(row["model"], models)
+        fill = colour if row["verdict"] == "supported" else "var(--pst-color-background, #fff)"
+        low, high, at = (_x(row[field]) for field in ("low", "high", "estimate"))
+        parts.append(
+            f'<line x1="{low}" x2="{high}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2"/>'
+            f'<circle cx="{at}" cy="{y}" r="4.5" fill="{fill}" stroke="{colour}" stroke-width="2"/>'
+        )
+        if row["verdict"] == "undecided":
+            parts.append(
+                f'<path d="M{at} {y - 4.5}a4.5 4.5 0 0 0 0 9Z" fill="{colour}" stroke="none"/>'
+            )
+    said = "; ".join(
+        f"{'untrained twins' if row['untrained'] else row['model']}: {record_text(row)}"
+        for row in rows
+    )
+    label = escape(f"Estimates with intervals on an axis from {AXIS[0]} to {AXIS[1]}: {said}")
+    return (
+        f'<svg class="forest" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}" '
+        f'role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    )
+
+
+def _scale() -> str:
+    marks = "".join(
+        f'<text x="{_x(value)}" y="12" text-anchor="middle">{value:g}</text>'
+        for value in (0, 0.5, 1)
+    )
+    return (
+        f'<svg class="forest" viewBox="0 0 {_WIDTH} 16" width="{_WIDTH}" height="16" role="img" '
+        f'aria-label="Axis from {AXIS[0]} to {AXIS[1]}">{marks}</svg>'
+    )
+
+
+def _legend(models: Sequence[str]) -> str:
+    keys = [(model, colour_of(model, models)) for model in models]
+    keys.append(("untrained twins", TWIN))
+    entries = "".join(
+        f'<span class="key"><span aria-hidden="true" style="background:{colour}"></span> '
+        f"{escape(name)}</span>"
+        for name, colour in keys
+    )
+    signs = ", ".join(f"{SIGNS[one]} {one}" for one in list(SIGNS)[:4])
+    return f'<p class="scorecard-legend">{entries} {signs}; dashed: what is wanted.</p>'
+
+
+def colour_of(model: str, models: Sequence[str]) -> str:
+    """Return a model's colour; the same on all rows."""
+    return MODEL_COLOURS[list(models).index(model) % len(MODEL_COLOURS)]
+
+
+def _x(value: float) -> float:
+    low, high = AXIS
+    inside = min(max(value, low), high)
+    return round(6 + (_WIDTH - 12) * (inside - low) / (high - low), 1)
 
 
 def setup(app: Sphinx) -> None:
-    """Connects this part to the build."""
+    """Connect this part to the build."""
     app.add_directive("scorecard", Scorecard)

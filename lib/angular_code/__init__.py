@@ -1,1 +1,0 @@
-"""The angular code: what its chapter measures, maps and judges."""

@@ -1,1 +1,0 @@
-"""Causal control: what its chapter measures and judges."""

@@ -1,1 +1,0 @@
-"""The norm code: what its chapter measures and judges."""

@@ -1,1 +1,0 @@
-"""The phase transition: what its chapter measures and judges."""
