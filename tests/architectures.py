@@ -108,6 +108,9 @@ def main() -> None:
     for name in sys.argv[1:] or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         try:
             part = text_part(name)
+        except Exception:
+            part = name  # it says why when it is built
+        try:
             row = examine(name) if part == name else {"outcome": "see text part", "reason": part}
         except Exception as error:
             row = {"outcome": "failed", "reason": _line(error)}
