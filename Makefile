@@ -43,7 +43,8 @@ help:  ## list the commands
 
 book: model  ## build the book, executing the chapters that changed
 	@$(BIN)/jupyter-book build . --warningiserror --keep-going
-	@echo "The book is at $(CURDIR)/_build/html/index.html"
+	@echo; cat _build/results/scorecard.txt
+	@echo; echo "The book is at $(CURDIR)/_build/html/index.html"
 
 test: $(TESTS_READY) model  ## run the tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
