@@ -37,7 +37,7 @@ N_DONORS = 6
 """Donors of a subject before halving; those of the other half are left out."""
 N_CHOOSING, N_TESTING = 16, 48
 """Most pairs of a task on which parts are chosen and tested."""
-N_BLOCKS = 3
+N_BLOCKS = 5
 """Blocks, those of most attention transfer, in which a task's heads are looked for."""
 FEW = 3
 """Heads that the criteria speak of."""
