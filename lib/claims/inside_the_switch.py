@@ -7,7 +7,7 @@ untrained twins, seeds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -271,10 +271,8 @@ def heads_of_seen_tasks(opened: Mapping[str, Opened]) -> list[Head] | Untested:
 
 
 def random_heads(opened: Opened, n: int) -> list[Head]:
-    """Return n other heads of the blocks in which the n best lie, drawn by the task's name."""
-    best = opened.chosen.best(n)
-    own = sorted({block for block, _ in best})
-    others = [head for head in every_head(opened.trial.decoder, own) if head not in best]
+    """Return n of the heads that were looked at but the n best, drawn by the task's name."""
+    others = list(opened.chosen.heads)[n:]
     order = generator("random heads", opened.trial.task.name).permutation(len(others))
     return [others[place] for place in order[:n]]
 
@@ -291,7 +289,7 @@ def transfer_on_testing_half(
     """Return T on the testing half, by what is exchanged.
 
     `attention`: the chosen block's attention output. `best n`: the n chosen heads. `random 3`:
-    other heads of the same blocks. `elsewhere`: three heads that other tasks chose.
+    others of the same five blocks. `elsewhere`: three heads that other tasks chose.
     """
     trial, pairs, chosen = opened.trial, opened.halves.testing, opened.chosen
     groups = {f"best {n}": chosen.best(n) for n in COUNTS}
@@ -303,15 +301,30 @@ def transfer_on_testing_half(
     return {"elsewhere": elsewhere, **found} if isinstance(elsewhere, Untested) else found
 
 
-def statistics(tested: Mapping[str, Mapping[str, Measured]]) -> dict[str, dict[str, Measured]]:
+def statistics(
+    tested: Mapping[str, Mapping[str, Measured] | Untested],
+) -> dict[str, dict[str, Measured]]:
     """Return the claim's statistics by task; heads of the seen tasks only on the held-out ones."""
+
+    def of(what: str) -> dict[str, Measured]:
+        return {
+            name: one if isinstance(one, Untested) else one[what] for name, one in tested.items()
+        }
+
     return {
-        "attention_transfer": {name: one["attention"] for name, one in tested.items()},
-        "three_heads": {name: one[f"best {FEW}"] for name, one in tested.items()},
+        "attention_transfer": of("attention"),
+        "three_heads": of(f"best {FEW}"),
         "three_heads_held_out": {
-            name: one["elsewhere"] for name, one in tested.items() if is_held_out(name)
+            name: one for name, one in of("elsewhere").items() if is_held_out(name)
         },
     }
+
+
+def twin_tasks(names: Collection[str]) -> list[str]:
+    """Return the tasks that twins are measured on: the seen ones, and held-out ones by their name."""
+    held_out = [name for name in names if is_held_out(name)]
+    held_out.sort(key=lambda name: generator("twin tasks", name).random())
+    return [name for name in names if not is_held_out(name)] + held_out[:TWIN_HELD_OUT]
 
 
 def measure_twin(
