@@ -321,7 +321,7 @@ def statistics(
 
 
 def twin_tasks(names: Collection[str]) -> list[str]:
-    """Return the tasks that twins are measured on: the seen ones, and held-out ones by their name."""
+    """Return the tasks that twins are measured on: the seen ones and some held out."""
     held_out = [name for name in names if is_held_out(name)]
     held_out.sort(key=lambda name: generator("twin tasks", name).random())
     return [name for name in names if not is_held_out(name)] + held_out[:TWIN_HELD_OUT]
