@@ -42,6 +42,12 @@ STYLES: Mapping[str, Mapping[str, Any]] = {
     "random direction": {"color": _COLOURS[4], "marker": "*"},
     "random plane": {"color": _COLOURS[9], "marker": "*"},
     "own answer": {"color": "#333333", "marker": "p"},
+    # parts of a block
+    "attention": {"color": "#332288", "marker": "o"},
+    "mlp": {"color": "#999933", "marker": "s"},
+    "head": {"color": "#332288", "marker": "d"},
+    "random heads": {"color": TWIN, "marker": "*"},
+    "elsewhere heads": {"color": _COLOURS[0], "marker": "P"},
     # sites of an edit
     "subject": {"color": _COLOURS[0], "marker": "o"},
     "subject to second last": {"color": _COLOURS[9], "marker": "<"},
