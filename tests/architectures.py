@@ -102,9 +102,7 @@ def main() -> None:
             row = {"outcome": "failed", "reason": repr(error)}
         row = {"architecture": name} | row
         rows.append(row)
-        print(
-            {key: f"{v:.1e}" if isinstance(v, float) else v for key, v in row.items()}, flush=True
-        )
+        print(*(f"{v:.1e}" if isinstance(v, float) else v for v in row.values()), flush=True)
     if not sys.argv[1:]:
         table = pd.DataFrame(rows)
         table.to_csv(DATA / "architectures.csv", index=False, float_format="%.1e")

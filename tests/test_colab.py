@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lib.evidence.verdicts import criteria
 
 from lib.evidence.records import pages
-from lib.evidence.verdicts import criteria
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = ROOT / "build" / "colab-venv" / "bin" / "python"

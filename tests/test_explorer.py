@@ -13,14 +13,14 @@ import pandas as pd
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
+from lib.angular_code.maps import SIZE, depth_positions
+from lib.evidence.arms import Trial, prepare_trial, sweep_site
+from lib.phase_transition.switch import measure_arms
 from scipy.stats import spearmanr
 
-from lib.angular_code.maps import SIZE, depth_positions
 from lib.engine import store
 from lib.engine.models import Decoder, load_decoder
-from lib.evidence.arms import Trial, prepare_trial, sweep_site
 from lib.evidence.tasks import build_task, gate
-from lib.phase_transition.switch import measure_arms
 from lib.reading.explorer import (
     N_TOP,
     TWIN,

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from lib.science.metrics import entropy, kl_divergence, log_probabilities
 from scipy.optimize import minimize_scalar
 
 from lib.engine.edits import add, exchange
 from lib.engine.models import Decoder
 from lib.engine.readouts import DistributionMeasure, fit_temperature
 from lib.engine.sweeps import sweep_blocks
-from lib.science.metrics import entropy, kl_divergence, log_probabilities
 
 GENERATOR = torch.Generator().manual_seed(3)
 CLEAN = torch.randn(5, 200, generator=GENERATOR) * 4

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import torch
+from lib.evidence.criteria import claim_verdict, criteria
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lib.engine.weights import fetch_weights
 from lib.evidence.records import ROOT, pages
-from lib.evidence.verdicts import claim_verdict, criteria
 
 CLAIMS = dict.fromkeys(criterion.claim for criterion in criteria())
 SMALLER = {"N_DRAWS": 100, "N_PERMUTATIONS": 40, "N_CONTEXTS": 120}  # in the parameter cells

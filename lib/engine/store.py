@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from lib.engine.extraction import (
 from lib.engine.files import BUILD
 from lib.engine.keys import NoKeyError, key_of
 from lib.engine.models import Decoder
+from lib.engine.sites import Site, sweep_sites
 from lib.engine.sources import digest_of_files, imported_files
 from lib.engine.sweeps import Sweep, sweep_blocks
 
@@ -123,11 +124,45 @@ def recall_sweep(
     Raises:
         ValueError: as `sweep_blocks`.
     """
-    path = _sweep_path(decoder, prompts, pairs, edits, options)
+    return _recall(sweep_blocks, "sweeps", decoder, prompts, pairs, edits, options)
+
+
+def recall_sites(
+    decoder: Decoder,
+    prompts: Prompts,
+    pairs: np.ndarray,
+    sites: Mapping[str, Site],
+    **options: Any,
+) -> Sweep:
+    """Return `sweep_sites` of these arguments, kept as `recall_sweep` keeps sweeps.
+
+    Args:
+        decoder: the model.
+        prompts: as `sweep_sites`.
+        pairs: as `sweep_sites`.
+        sites: as `sweep_sites`.
+        **options: as `sweep_sites`.
+
+    Raises:
+        ValueError: as `sweep_sites`.
+    """
+    return _recall(sweep_sites, "sites", decoder, prompts, pairs, sites, options)
+
+
+def _recall(
+    compute: Callable[..., Sweep],
+    module: str,
+    decoder: Decoder,
+    prompts: Prompts,
+    pairs: np.ndarray,
+    what: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Sweep:
+    path = _sweep_path(module, decoder, prompts, pairs, what, options)
     kept = None if path is None else _read_sweep(path)
     if kept is not None:
         return kept
-    sweep = sweep_blocks(decoder, prompts, pairs, edits, **options)
+    sweep = compute(decoder, prompts, pairs, what, **options)
     if path is not None:
         _write_sweep(path, sweep)
     return sweep
@@ -227,19 +262,20 @@ def _write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) 
 
 
 def _sweep_path(
+    module: str,
     decoder: Decoder,
     prompts: Prompts,
     pairs: np.ndarray,
-    edits: Mapping[str, Edit],
+    what: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> Path | None:
-    """Return where a sweep is kept; None if it has no safe name."""
-    folder = _folder(decoder, "sweeps")
+    """Return where a sweep that a module makes is kept; None if it has no safe name."""
+    folder = _folder(decoder, module)
     if folder is None:
         return None
     told = {name: value for name, value in options.items() if name != "description"}
     try:
-        name = key_of(check_prompts(decoder, prompts), np.asarray(pairs), edits, told)
+        name = key_of(check_prompts(decoder, prompts), np.asarray(pairs), what, told)
     except NoKeyError:
         return None
     return folder / f"sweep-{name[:24]}.safetensors"

@@ -18,8 +18,6 @@ from matplotlib.lines import Line2D
 
 _COLOURS = sns.color_palette("colorblind").as_hex()
 TWIN = "#7f7f7f"
-MODEL_COLOURS = (_COLOURS[0], _COLOURS[3], _COLOURS[2], _COLOURS[4])
-"""Colours of several models in one picture, in the order of their runs."""
 STYLES: Mapping[str, Mapping[str, Any]] = {
     # arms
     "context arm": {"color": _COLOURS[0], "marker": "o"},

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.isotonic import isotonic_regression
+from scipy.optimize import isotonic_regression
 
 from lib.science.estimate import Measured, stack
 
@@ -92,7 +92,7 @@ def transition(context: Measured, prediction: Measured) -> Measured:
 def _monotone(curve: ArrayLike, *, rising: bool) -> FloatArray:
     """Return the isotonic regression of a rising curve, or of a falling one turned over."""
     values = np.asarray(curve, dtype=np.float64)
-    fit: FloatArray = isotonic_regression(values if rising else -values)
+    fit: FloatArray = isotonic_regression(values if rising else -values).x
     return fit
 
 

@@ -267,7 +267,8 @@ def sums_by_unit(values: ArrayLike, unit: ArrayLike, n_units: int) -> FloatArray
 def pool(estimates: Mapping[str, Measured]) -> Measured:
     """Return the mean over tasks, its draws the mean of the tasks' draws; untested ones left out.
 
-    Tasks share no units, so their draws are independent. Untested if none was measured.
+    Tasks share no units, so their draws are independent; twins' tasks share the seeds, and are
+    paired. Untested if none was measured.
     """
     found = {name: one for name, one in estimates.items() if isinstance(one, Estimate)}
     if not found:
@@ -276,10 +277,11 @@ def pool(estimates: Mapping[str, Measured]) -> Measured:
     if len(found) == 1:
         return next(iter(found.values()))
     parts = list(found.values())
+    samples = {part.units: part.n_units for part in parts}
     return Estimate(
         np.mean([part.draws for part in parts], axis=0),
-        " + ".join(sorted(part.units for part in parts)),
-        sum(part.n_units for part in parts),
+        " + ".join(sorted(samples)),
+        sum(samples.values()),
         n_least=min(part.n_least for part in parts),
         share=all(part.share for part in parts),
     )

@@ -83,15 +83,11 @@ def fit_reader(
         )
     held_out = text % HELD_OUT == 0
     fitted = _Ridge.of(x[~held_out], y[~held_out])
-    target = y[held_out]
-    scores = fitted.scores(x[held_out])
-    errors = [
-        float(np.square(fitted.read(scores, penalty) - target).sum()) for penalty in penalties
-    ]
+    errors = fitted.errors(x[held_out], y[held_out], penalties)
     best = int(np.argmin(errors))
-    total = float(np.square(target - y[~held_out].mean(axis=0)).sum())
+    total = float(np.square(y[held_out] - fitted.mean_y).sum())
     weights, offset = _Ridge.of(x, y).coefficients(penalties[best])
-    return Reader(weights, offset, penalties[best], 1 - errors[best] / total)
+    return Reader(weights, offset, penalties[best], 1 - float(errors[best]) / total)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,11 +111,19 @@ class _Ridge:
         moments = vectors.T @ (centred.T @ (y - mean_y)) / len(x)
         return cls(mean_x, mean_y, np.clip(values / scale, 0, None), vectors, moments / scale)
 
-    def scores(self, x: FloatArray) -> FloatArray:
-        return (x - self.mean_x) @ self.vectors
+    def errors(self, x: FloatArray, y: FloatArray, penalties: Sequence[float]) -> FloatArray:
+        """Return the summed squared error on other data at each penalty.
 
-    def read(self, scores: FloatArray, penalty: float) -> FloatArray:
-        return (scores / (self.values + penalty)) @ self.moments + self.mean_y
+        With D = 1 / (eigenvalues + penalty) and scores S of x, |S·D·moments − y|² is a quadratic
+        form in D, so that a penalty costs d_model² and not n · d_model².
+        """
+        scores, target = (x - self.mean_x) @ self.vectors, y - self.mean_y
+        squares = (scores.T @ scores) * (self.moments @ self.moments.T)
+        cross = ((scores.T @ target) * self.moments).sum(axis=1)
+        shrunk = 1 / (self.values + np.asarray(penalties)[:, None])
+        quadratic = np.einsum("pi,ij,pj->p", shrunk, squares, shrunk, optimize=True)
+        found: FloatArray = quadratic - 2 * shrunk @ cross + np.square(target).sum()
+        return found
 
     def coefficients(self, penalty: float) -> tuple[FloatArray, FloatArray]:
         weights: FloatArray = (self.vectors / (self.values + penalty)) @ self.moments

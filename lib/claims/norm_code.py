@@ -1,0 +1,440 @@
+"""The norm code: norms carry context that does not determine the prediction.
+
+Every statistic that the claim's criteria name. r is the norm of a residual stream at the last
+token; units are texts, subjects and, of untrained twins, seeds.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lib.engine.edits import (
+    Edit,
+    Scale,
+    TurnLikeNormExchange,
+    exchange_direction,
+    exchange_norm,
+)
+from lib.engine.extraction import logit_lens, tokenize
+from lib.engine.models import Decoder
+from lib.engine.readouts import DistributionMeasure
+from lib.engine.store import recall_residuals, recall_sweep
+from lib.evidence.criteria import TEXTS
+from lib.evidence.transfer import DivergenceFromDonor, Trial, divergence
+from lib.science.correlation import correlate
+from lib.science.decoding import decoding_gain, residuals, thirds
+from lib.science.estimate import (
+    Estimate,
+    Measured,
+    Untested,
+    generator,
+    mean_over_units,
+    pool,
+    ratio_of_sums,
+    sums_by_unit,
+)
+from lib.science.geometry import angles, entropy, jeffreys_divergence, log_norm_differences
+
+CLAIM = "norm-code"
+FEWEST_OF_A_TOKEN = 3
+Attribute = Literal["template", "subject"]
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """Texts as a model reads them.
+
+    Attributes:
+        decoder: the model.
+        tokens: token ids of each text.
+        kinds: what kind of text each is `[n_texts]`.
+        states: residual streams at the last token `[n_blocks, n_texts, d_model]`.
+        logits: next-token logits `[n_texts, d_vocab]`.
+    """
+
+    decoder: Decoder
+    tokens: list[list[int]]
+    kinds: np.ndarray
+    states: Tensor
+    logits: Tensor
+
+
+def read_texts(decoder: Decoder, texts: Sequence[str], kinds: Sequence[str]) -> Reading:
+    """Return texts as the model reads them, at the last token."""
+    tokens = tokenize(decoder, list(texts))
+    states = recall_residuals(decoder, tokens, description="texts").states
+    return Reading(decoder, tokens, np.asarray(kinds), states, logit_lens(decoder, states[-1]))
+
+
+# --- carries context -----------------------------------------------------------------------------
+
+
+def log_norms(states: Tensor, blocks: Sequence[int]) -> np.ndarray:
+    """Return log r `[n_items, n_blocks]` of the states of all blocks `[…, n_items, d_model]`."""
+    found: np.ndarray = states[list(blocks)].double().norm(dim=-1).log().T.numpy()
+    return found
+
+
+def nuisances(logits: Tensor, last_tokens: Sequence[int]) -> np.ndarray:
+    """Return what is regressed out of log r `[n_items, n_columns]`.
+
+    Entropy (nats) and top-1 log-probability of the prediction, and an indicator for each last token
+    that ends three items or more.
+    """
+    log_p = torch.log_softmax(logits.double(), -1).numpy()
+    _, place, count = np.unique(last_tokens, return_inverse=True, return_counts=True)
+    common = np.flatnonzero(count >= FEWEST_OF_A_TOKEN)
+    indicators = (place[:, None] == common[None, :]).astype(np.float64)
+    return np.column_stack([entropy(log_p), log_p.max(axis=1), indicators])
+
+
+def text_attributes(reading: Reading, blocks: Sequence[int]) -> dict[str, Measured]:
+    """Return how well log r at some blocks tells each attribute of a text, beyond shuffled labels.
+
+    The kind of text; the last token's position, and its id, which byte-pair vocabularies number by
+    frequency, both in thirds.
+    """
+    last = [tokens[-1] for tokens in reading.tokens]
+    left = residuals(log_norms(reading.states, blocks), nuisances(reading.logits, last))
+    labels: Mapping[str, Sequence[object] | np.ndarray] = {
+        "kind of text": reading.kinds,
+        "position": thirds([len(tokens) for tokens in reading.tokens]),
+        "token frequency": thirds(last),
+    }
+    found: dict[str, Measured] = {}
+    for name, label in labels.items():
+        gain = decoding_gain(left, label, np.arange(len(last)), generator("decoding", name))
+        found[name] = gain if isinstance(gain, Untested) else mean_over_units(gain, TEXTS)
+    return found
+
+
+def task_attribute(
+    trial: Trial, blocks: Sequence[int], attribute: Attribute, *, within_answer: bool = False
+) -> Measured:
+    """Return how well log r tells a prompt's template or subject, beyond shuffled labels.
+
+    Folds never split a subject. So the subject itself is told as the third of the subjects in which
+    its norm lies in the *other* templates.
+
+    Args:
+        trial: the task as the model reads it.
+        blocks: the blocks whose log r are the features.
+        attribute: which.
+        within_answer: take log r relative to its mean over the prompts of the same answer.
+    """
+    task = trial.task
+    template = task.prompts["template"].to_numpy()
+    if len(np.unique(template)) < 2:
+        return Untested("one template alone")
+    last = [tokens[-1] for tokens in task.tokens]
+    left = residuals(log_norms(trial.states("last"), blocks), nuisances(trial.logits, last)[:, :2])
+    if within_answer:
+        if len(task.answers) == task.n_units:
+            return Untested("every answer has one subject")
+        left = left - _means(left, task.answer_index)
+    rng = generator("decoding", attribute, task.name, str(within_answer))
+    label, strata = template, task.unit
+    if attribute == "subject":
+        left = left - _means(left, template)
+        label, strata = _elsewhere(left.mean(axis=1), task.unit, template), template
+    gain = decoding_gain(left, label, task.unit, rng, strata=strata)
+    if isinstance(gain, Untested):
+        return gain
+    by_unit = np.bincount(task.unit, gain, minlength=task.n_units) / np.bincount(task.unit)
+    return mean_over_units(by_unit, task.units)
+
+
+def _means(values: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Return each item's mean over the items of its label `[n_items, n_columns]`."""
+    sums = np.zeros((int(label.max()) + 1, values.shape[1]))
+    np.add.at(sums, label, values)
+    found: np.ndarray = (sums / np.maximum(np.bincount(label), 1)[:, None])[label]
+    return found
+
+
+def _elsewhere(values: np.ndarray, unit: np.ndarray, template: np.ndarray) -> np.ndarray:
+    """Return in which third each unit's mean value over the other templates lies `[n_items]`."""
+    total, count = np.bincount(unit, values), np.bincount(unit)
+    others = (total[unit] - values) / (count[unit] - 1)
+    label = np.empty(len(values), dtype=np.int64)
+    for one in np.unique(template):
+        label[template == one] = thirds(others[template == one])
+    return label
+
+
+def attribute_gains(
+    reading: Reading, trials: Mapping[str, Trial], blocks: Sequence[int]
+) -> tuple[dict[str, Measured], dict[str, Measured]]:
+    """Return the gain of each attribute, and of those told within groups of the same answer.
+
+    Template and subject are pooled over tasks.
+    """
+    everywhere = text_attributes(reading, blocks)
+    within: dict[str, Measured] = {}
+    attributes: tuple[Attribute, ...] = ("template", "subject")
+    for attribute in attributes:
+        for found, apart in ((everywhere, False), (within, True)):
+            found[attribute] = pool(
+                {
+                    name: task_attribute(trial, blocks, attribute, within_answer=apart)
+                    for name, trial in trials.items()
+                }
+            )
+    return everywhere, within
+
+
+def ranked(gains: Mapping[str, Measured], place: int) -> Measured:
+    """Return the gain that stands at a place, 0 the largest; Untested where there is none."""
+    found = [one for one in gains.values() if isinstance(one, Estimate)]
+    if len(found) <= place:
+        return Untested(f"{len(found)} attributes could be decoded")
+    return sorted(found, key=float, reverse=True)[place]
+
+
+# --- does not determine --------------------------------------------------------------------------
+
+
+def partial_on_texts(reading: Reading, blocks: Sequence[int]) -> Measured:
+    """Return partial ρ(|Δ log r|, J | θ) over texts at each block `[n_blocks]`."""
+    return _partial(reading.states, reading.logits, blocks, TEXTS)
+
+
+def partial_on_task(trial: Trial, blocks: Sequence[int]) -> Measured:
+    """Return the same within templates, a mean over them `[n_blocks]`; subjects are drawn."""
+    task, states, logits = trial.task, trial.states("last"), trial.logits
+    total: Measured | None = None
+    groups = task.prompts.groupby(["template", "group"]).indices
+    for rows in groups.values():
+        order = torch.as_tensor(rows[np.argsort(task.unit[rows])])
+        one = _partial(states[:, order], logits[order], blocks, task.units)
+        total = one if total is None else total + one
+    assert total is not None
+    return total * (1 / len(groups))
+
+
+def _partial(states: Tensor, logits: Tensor, blocks: Sequence[int], units: str) -> Measured:
+    divergences = jeffreys_divergence(logits)
+    own = [states[block].double().numpy() for block in blocks]
+    return correlate(
+        [log_norm_differences(block) for block in own],
+        divergences,
+        units,
+        given=[[angles(block) for block in own]],
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class TwoDivergences:
+    """A measure: KL(p_y ‖ q) from the donor and KL(p_x ‖ q) from the recipient, in nats.
+
+    Attributes:
+        logits: next-token logits of all items `[n_items, d_vocab]`.
+        pairs: recipient and donor of each pair `[n_pairs, 2]`.
+    """
+
+    logits: Tensor
+    pairs: np.ndarray
+
+    def __call__(self, edited: Tensor, pair: Tensor) -> dict[str, Tensor]:
+        """Return `from_donor` and `from_recipient` `[n_rows]` of logits `[n_rows, d_vocab]`."""
+        donor, recipient = (DivergenceFromDonor(self.logits, self.pairs[:, k]) for k in (1, 0))
+        return {
+            "from_donor": donor(edited, pair)["kl_nats"],
+            "from_recipient": recipient(edited, pair)["kl_nats"],
+        }
+
+
+@dataclass(frozen=True)
+class NormExchange:
+    """What an exchange of norms does on texts.
+
+    Attributes:
+        transfer: T of the norm exchange `[n_blocks]`.
+        cost_ratio: KL(p_x ‖ edited) of the norm exchange over that of a turn towards the same donor
+            by the same distance `[n_blocks]`.
+        direction: T of an exchange of directions with the same donors `[n_blocks]`.
+    """
+
+    transfer: Measured
+    cost_ratio: Measured
+    direction: Measured
+
+
+def exchange_norms(reading: Reading, late: Sequence[int], blocks: Sequence[int]) -> NormExchange:
+    """Exchange every text's norm with one of the longest and one of the shortest states'.
+
+    Args:
+        reading: the texts.
+        late: blocks over which log r is averaged; donors are of its outer tenths.
+        blocks: after which the exchange is made.
+    """
+    pairs = outer_pairs(log_norms(reading.states, late).mean(axis=1))
+    edits: dict[str, Edit] = {
+        "norm": exchange_norm,
+        "turn": TurnLikeNormExchange(),
+        "direction": exchange_direction,
+    }
+    sweep = recall_sweep(
+        reading.decoder,
+        reading.tokens,
+        pairs,
+        edits,
+        positions="last",
+        donors=reading.states[list(blocks)],
+        blocks=list(blocks),
+        measure=TwoDivergences(reading.logits, pairs),
+        description="texts: norm exchange",
+    )
+    n_texts = len(reading.tokens)
+    before = divergence(reading.logits, pairs[:, 1], pairs[:, 0])
+    whole = sums_by_unit(np.tile(before, (len(blocks), 1)), pairs[:, 0], n_texts)
+    norm, _, direction = (
+        sums_by_unit(one, pairs[:, 0], n_texts) for one in sweep.measures["from_donor"]
+    )
+    cost, turn, _ = (
+        sums_by_unit(one, pairs[:, 0], n_texts) for one in sweep.measures["from_recipient"]
+    )
+    return NormExchange(
+        transfer=ratio_of_sums(whole - norm, whole, TEXTS),
+        cost_ratio=ratio_of_sums(cost, turn, TEXTS),
+        direction=ratio_of_sums(whole - direction, whole, TEXTS),
+    )
+
+
+def outer_pairs(log_norm: np.ndarray) -> np.ndarray:
+    """Return two pairs an item: a donor of the lowest tenth of norms and one of the highest.
+
+    Args:
+        log_norm: `[n_items]`.
+
+    Returns:
+        Recipients and donors `[2 · n_items, 2]`; no item is its own donor.
+    """
+    order = np.argsort(log_norm, kind="stable")
+    n_items, n_outer = len(order), max(2, len(order) // 10)
+    rng = generator("norm donors", str(n_items))
+    pairs = []
+    for outer in (order[:n_outer], order[-n_outer:]):
+        for item, drawn in enumerate(rng.permutation(np.resize(np.arange(n_outer), n_items))):
+            donor = outer[drawn] if outer[drawn] != item else outer[(drawn + 1) % n_outer]
+            pairs.append((item, int(donor)))
+    return np.array(pairs, dtype=np.int64)
+
+
+# --- dose and response (shown, no verdict) --------------------------------------------------------
+
+
+def scale_norms(reading: Reading, block: int, factors: Sequence[float]) -> pd.DataFrame:
+    """Return what h → c·h after a block does to every text's prediction, a row a factor.
+
+    Columns `factor`; the means over texts of `kl_nats` from the unedited prediction, of
+    `kl_left_nats`, what no temperature accounts for, and the median `temperature` that fits best.
+    """
+    n_texts = len(reading.tokens)
+    pairs = np.repeat(np.arange(n_texts)[:, None], 2, axis=1)
+    sweep = recall_sweep(
+        reading.decoder,
+        reading.tokens,
+        pairs,
+        {f"× {factor:g}": Scale(factor) for factor in factors},
+        positions="last",
+        donors=reading.states[[block]],
+        blocks=[block],
+        measure=DistributionMeasure(reading.logits, pairs[:, 0], temperature=True),
+        description="texts: scaled norms",
+    )
+    return pd.DataFrame(
+        {
+            "factor": factors,
+            "kl_nats": sweep.measures["kl_nats"][:, 0].mean(axis=1),
+            "kl_left_nats": sweep.measures["kl_left_nats"][:, 0].mean(axis=1),
+            "temperature": np.median(sweep.measures["temperature"][:, 0], axis=1),
+        }
+    )
+
+
+# --- all of it -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NormCode:
+    """All that the chapter measures on one model.
+
+    Attributes:
+        gains: by attribute, decoded from log r beyond shuffled labels.
+        gains_within: the same within groups of the same answer.
+        partials: partial ρ(|Δ log r|, J | θ) at each late block, by place.
+        exchange: what an exchange of norms does on texts.
+        blocks: after which norms were exchanged.
+        late: the late blocks.
+    """
+
+    gains: Mapping[str, Measured]
+    gains_within: Mapping[str, Measured]
+    partials: Mapping[str, Measured]
+    exchange: NormExchange
+
+    blocks: tuple[int, ...]
+    late: tuple[int, ...]
+
+    def statistics(self) -> dict[str, Measured | Mapping[str, Measured]]:
+        """Return what the criteria name."""
+        return {
+            "second_attribute_gain": ranked(self.gains, 1),
+            "within_answer_gain": ranked(self.gains_within, 0),
+            "partial_given_angle": self.partials,
+            "norm_exchange_transfer": {TEXTS: self.exchange.transfer},
+            "norm_cost_ratio": {TEXTS: self.exchange.cost_ratio},
+        }
+
+
+def measure_norm_code(
+    reading: Reading, trials: Mapping[str, Trial | Untested], late: Sequence[int]
+) -> NormCode:
+    """Measure the norm code of one model at the late blocks.
+
+    Exchanges are made after the first, the middle and the last of them.
+    """
+    able = {name: trial for name, trial in trials.items() if isinstance(trial, Trial)}
+    partials: dict[str, Measured] = {TEXTS: partial_on_texts(reading, late)}
+    for name, trial in trials.items():
+        partials[name] = trial if isinstance(trial, Untested) else partial_on_task(trial, late)
+    chosen = sorted({late[0], late[len(late) // 2], late[-1]})
+    gains, within = attribute_gains(reading, able, late)
+    done = exchange_norms(reading, late, chosen)
+    return NormCode(gains, within, partials, done, tuple(chosen), tuple(late))
+
+
+def over_twins(twins: Sequence[NormCode]) -> dict[str, Measured | Mapping[str, Measured]]:
+    """Return the statistics of several untrained twins, whose seeds are the units.
+
+    Each twin's own number is the pooled one.
+    """
+    found: dict[str, Measured | Mapping[str, Measured]] = {}
+    every = [twin.statistics() for twin in twins]
+    for name, first in every[0].items():
+        if not isinstance(first, Mapping):
+            found[name] = _over_seeds([one[name] for one in every])  # type: ignore[misc]
+            continue
+        by_place = [one[name] for one in every]
+        places = {TEXTS: [one[TEXTS] for one in by_place]}  # type: ignore[index]
+        if len(first) > 1:
+            places["twins"] = [_pooled(one) for one in by_place]  # type: ignore[arg-type]
+        found[name] = {place: _over_seeds(values) for place, values in places.items()}
+    return found
+
+
+def _pooled(by_place: Mapping[str, Measured]) -> Measured:
+    return pool({place: one for place, one in by_place.items() if place != TEXTS})
+
+
+def _over_seeds(values: Sequence[Measured]) -> Measured:
+    for value in values:
+        if isinstance(value, Untested):
+            return value
+    return mean_over_units([one.value for one in values if isinstance(one, Estimate)], "seeds")

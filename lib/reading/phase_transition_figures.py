@@ -1,0 +1,216 @@
+"""Figures of the phase transition: the hand-over, task by task, its content, two widths."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lib.reading.figures import (
+    STYLES,
+    TWIN,
+    WIDTH,
+    draw_curve,
+    mark_last_block,
+    mark_transition,
+    nothing_to_show,
+    shared_legend,
+    style_of,
+    use_theme,
+)
+from lib.science.estimate import Estimate, Measured, pool
+
+ALL_TASKS = "all tasks"
+ARMS = ("context arm", "prediction arm")
+
+
+def by_block(
+    estimates: Mapping[str, Measured], blocks: Sequence[int], *, tasks: bool = True
+) -> pd.DataFrame:
+    """Return numbers per block as a tidy table: each task's, and those pooled over all tasks.
+
+    Args:
+        estimates: by task `[n_blocks]`; untested ones are left out.
+        blocks: what the entries are.
+        tasks: whether to keep the tasks' own rows.
+
+    Returns:
+        Columns `task`, `block`, `estimate`, `low`, `high`, `n`.
+    """
+    shown = dict(estimates) if tasks else {}
+    frames = [
+        one.to_frame().assign(task=name, block=list(blocks))
+        for name, one in {**shown, ALL_TASKS: pool(estimates)}.items()
+        if isinstance(one, Estimate)
+    ]
+    columns = ["task", "block", "estimate", "low", "high", "n"]
+    return pd.concat(frames)[columns] if frames else pd.DataFrame(columns=columns)
+
+
+def hand_over(
+    table: pd.DataFrame,
+    twins: pd.DataFrame,
+    *,
+    n_blocks: int,
+    transition: tuple[float, float, float] | None,
+) -> Figure:
+    """Return the main figure: both arms over depth, a panel a measure.
+
+    Args:
+        table: columns `measure`, `arm`, `task`, `block`, `estimate`, `low`, `high`; the rows of
+            "all tasks" are drawn thick, with their band, the tasks' thin.
+        twins: columns `measure`, `arm`, `seed`, `block`, `estimate`, drawn as a band over seeds.
+        n_blocks: depth of the model.
+        transition: median, smallest and largest ℓ* of the tasks, in blocks.
+    """
+    use_theme()
+    if len(table) == 0:
+        return nothing_to_show()
+    measures = list(dict.fromkeys(table["measure"]))
+    figure, grid = plt.subplots(1, len(measures), figsize=(WIDTH, 3.3), sharey=True, squeeze=False)
+    for axes, measure in zip(grid.flat, measures, strict=True):
+        own = table[table["measure"] == measure]
+        _twin_bands(axes, twins[twins["measure"] == measure])
+        for arm in ARMS:
+            chosen = own[own["arm"] == arm]
+            for _, one in chosen[chosen["task"] != ALL_TASKS].groupby("task"):
+                colour = STYLES[arm]["color"]
+                axes.plot(one["block"], one["estimate"], color=colour, alpha=0.22, linewidth=0.8)
+            draw_curve(axes, chosen[chosen["task"] == ALL_TASKS], arm)
+        if transition:
+            mark_transition(axes, *transition)
+        mark_last_block(axes, n_blocks)
+        axes.set_title(measure, fontsize="small")
+        axes.set_xlabel("block")
+        axes.set_xlim(-0.5, n_blocks - 0.5)
+    grid[0, 0].set_ylim(-0.3, 1.08)
+    shared_legend(figure, grid.flat)
+    return figure
+
+
+def _twin_bands(axes: Axes, twins: pd.DataFrame) -> None:
+    """Draw each arm of the twins as a thin band from the least seed to the largest."""
+    for arm, own in twins.groupby("arm"):
+        ends = own.groupby("block")["estimate"].agg(["min", "mean", "max"])
+        axes.fill_between(ends.index, ends["min"], ends["max"], color=TWIN, alpha=0.3, linewidth=0)
+        style = style_of(str(arm), untrained=True) | {"linewidth": 1.0, "markersize": 3}
+        axes.plot(ends.index, ends["mean"], label=f"{arm}, untrained", **style)
+
+
+def task_panels(
+    table: pd.DataFrame,
+    *,
+    n_blocks: int,
+    transitions: Mapping[str, tuple[float, float, float]],
+    columns: int = 4,
+) -> Figure:
+    """Return small multiples: both arms of each task with their bands and its ℓ*.
+
+    Args:
+        table: columns `arm`, `task`, `block`, `estimate`, `low`, `high`.
+        n_blocks: depth of the model.
+        transitions: ℓ* and its interval by task.
+        columns: panels side by side.
+    """
+    use_theme()
+    tasks = [name for name in dict.fromkeys(table["task"]) if name != ALL_TASKS]
+    if not tasks:
+        return nothing_to_show()
+    rows = -(-len(tasks) // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(WIDTH, 1.25 * rows + 0.6), sharex=True, sharey=True, squeeze=False
+    )
+    for axes, name in zip(grid.flat, tasks, strict=False):
+        for arm in ARMS:
+            draw_curve(axes, table[(table["task"] == name) & (table["arm"] == arm)], arm)
+        if name in transitions:
+            middle, low, high = transitions[name]
+            axes.axvspan(low, high, color="#bbbbbb", alpha=0.35, linewidth=0)
+            axes.axvline(middle, color="#444444", linestyle=":", linewidth=1)
+        axes.set_title(name, fontsize="x-small", pad=2)
+        axes.tick_params(labelsize="x-small")
+        axes.set_xlim(-0.5, n_blocks - 0.5)
+    grid[0, 0].set_ylim(-0.3, 1.08)
+    for axes in grid.flat[len(tasks) :]:
+        axes.set_axis_off()
+    figure.supylabel("transfer T", fontsize="small")
+    figure.supxlabel("block", fontsize="small")
+    shared_legend(figure, grid.flat)
+    return figure
+
+
+def content(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Figure:
+    """Return what each kind of donor does where the arms carry: a row a donor, a dot a task.
+
+    Args:
+        table: columns `panel`, `donor`, `arm`, `task`, `estimate`; the diamond is their mean.
+        thresholds: by panel, the criterion that its controls have to stay below.
+    """
+    use_theme()
+    if len(table) == 0:
+        return nothing_to_show()
+    panels = list(dict.fromkeys(table["panel"]))
+    rows = {panel: list(dict.fromkeys(table[table["panel"] == panel]["donor"])) for panel in panels}
+    figure, grid = plt.subplots(
+        len(panels),
+        1,
+        figsize=(WIDTH, 0.5 * sum(map(len, rows.values())) + 1.6),
+        height_ratios=[len(rows[panel]) + 0.4 for panel in panels],
+        squeeze=False,
+    )
+    for axes, panel in zip(grid.flat, panels, strict=True):
+        for (donor, arm), own in table[table["panel"] == panel].groupby(["donor", "arm"]):
+            y = rows[panel].index(str(donor)) + (-0.17 if arm == ARMS[0] else 0.17)
+            style = STYLES[str(arm)]
+            dots = {"linestyle": "none", "color": style["color"]}
+            axes.plot(
+                own["estimate"],
+                [y] * len(own),
+                marker=style["marker"],
+                alpha=0.4,
+                label=arm,
+                **dots,
+            )
+            axes.plot([own["estimate"].mean()], [y], marker="D", markersize=8, **dots)
+        axes.axvline(thresholds[panel], color="#b00020", linestyle="--", linewidth=1)
+        axes.axvline(0, color="#444444", linewidth=0.8)
+        axes.set_yticks(range(len(rows[panel])), rows[panel])
+        axes.set_ylim(len(rows[panel]) - 0.5, -0.5)
+        axes.set_xlabel(panel)
+    shared_legend(figure, grid.flat)
+    return figure
+
+
+def two_widths(curves: pd.DataFrame, widths: pd.DataFrame, *, n_blocks: int) -> Figure:
+    """Return the geometry's rise beside the prediction arm's: curves, and widths task by task.
+
+    Args:
+        curves: columns `quantity` (a key of the book's styles), `block`, `estimate`, `low`, `high`.
+        widths: columns `quantity`, `task`, `estimate`, `low`, `high`, in blocks.
+        n_blocks: depth of the model.
+    """
+    use_theme()
+    if len(curves) == 0:
+        return nothing_to_show()
+    tasks = list(dict.fromkeys(widths["task"]))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, max(3.2, 0.2 * len(tasks) + 1.2)))
+    for name, curve in curves.groupby("quantity", sort=False):
+        draw_curve(left, curve, str(name))
+    mark_last_block(left, n_blocks)
+    left.set_xlim(-0.5, n_blocks - 0.5)
+    left.set_xlabel("block")
+    left.set_ylabel("T, ρ(θ, J)")
+    left.set_title("mean over tasks", fontsize="small")
+    for name, own in widths.groupby("quantity", sort=False):
+        y = [tasks.index(task) for task in own["task"]]
+        errors = [own["estimate"] - own["low"], own["high"] - own["estimate"]]
+        style = style_of(str(name)) | {"linestyle": "none"}
+        right.errorbar(own["estimate"], y, xerr=errors, capsize=2, elinewidth=1, **style)
+    right.set_yticks(range(len(tasks)), tasks, fontsize="x-small")
+    right.set_ylim(len(tasks) - 0.5, -0.5)
+    right.set_xlim(left=0)
+    right.set_xlabel("width of the rise in blocks")
+    right.set_title("task by task", fontsize="small")
+    shared_legend(figure, [left])
+    return figure
