@@ -8,11 +8,12 @@ from conftest import ARCHITECTURES
 from lib.engine.files import DATA
 
 TABLE = pd.read_csv(DATA / "architectures.csv").set_index("architecture")
-UNTRIED = {"gemma4_assistant", "gemma4_unified_assistant"}  # drafters, which read another's states
+NOT_BUILT = {"gemma4_assistant", "qwen4_exp_text"}  # whose configurations nothing small satisfies
 
 
 def test_every_architecture_is_exact_or_refused_with_a_reason() -> None:
-    tried = TABLE.drop(index=list(UNTRIED & set(TABLE.index)))
+    tried = TABLE[TABLE["outcome"] != "not built"]
+    assert set(TABLE.index) - set(tried.index) <= NOT_BUILT
     assert set(tried["outcome"]) <= {"exact", "refused", "see text part"}
     assert tried.loc[tried["outcome"] != "exact", "reason"].str.len().gt(0).all()
     exact = tried[tried["outcome"] == "exact"]

@@ -509,6 +509,29 @@ def test_a_task_without_groups_needs_no_right_answer(trial):
     assert len(claim.choose_pairs(trial)) == 12
 
 
+def test_the_second_operand_is_exchanged_at_its_own_token(tiny):
+    decoder = tiny["tiny"].decoder
+    rows = [(f"s{i}", ANSWERS[(i + k) % 4], f"t{k}") for i in range(12) for k in (0, 1, 2)]
+    items = pd.DataFrame(rows, columns=["subject", "answer", "group"])
+    task = build_task("sums", items, ["t1 t4 {group} t3 {subject} t5"], decoder)
+    sums = read_tasks(decoder, {"sums": task})["sums"]
+    pairs = exchange_pairs(task, n_donors=3)
+    other, own = claim.second_operand(sums, pairs)
+    prompts = task.prompts
+    for (x, y), unit in zip(own.prompts, own.unit, strict=True):
+        assert prompts["subject"][x] == prompts["subject"][y]
+        assert prompts["group"][x] != prompts["group"][y]
+        assert unit == prompts["unit"][x]
+        assert task.tokens[x][2] == WORDS.index(prompts["group"][x])
+    assert (other.task.subject_positions == 2).all()
+    arms = claim.measure_arms(other, own.where(np.arange(6)), [1])
+    states = [block_states(decoder.model, decoder.blocks, tokens)[1, 2] for tokens in task.tokens]
+    for index, (x, y) in enumerate(own.prompts[:6]):
+        edited = recompute(sums, x, 2, 1, states[y])
+        found = arms.transfers["context arm"].after[0, index]
+        assert found == pytest.approx(kl(clean(sums, y), edited), rel=1e-3, abs=1e-6)
+
+
 def every_statistic(arms, twins):
     """The claim's statistics where controls carry nothing and the geometry is slow."""
     ramp = np.clip((np.arange(L - 1) - 8) / 10, 0, 1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lib.engine.edits import Add, Exchange
-from lib.engine.extraction import extract_residuals
+from lib.engine.extraction import extract_residuals, tokenize
 from lib.engine.models import Decoder
 from lib.engine.store import recall_sweep
 from lib.engine.vectors import held_out_centroids, random_directions
@@ -648,6 +648,45 @@ def measure_steering(trial: Trial, pairs: Pairs, arm: Arm, blocks: Sequence[int]
         blocks=blocks,
         description=f"{task.name}: steering, {arm}",
     )
+
+
+def second_operand(trial: Trial, pairs: Pairs) -> tuple[Trial, Pairs]:
+    """Return a task with groups as one whose subject is the group, and its pairs.
+
+    In month arithmetic: the offset is exchanged instead of the base month. Recipient and donor
+    share template and month; each recipient of `pairs` gets the next of the offsets in use.
+
+    Raises:
+        ValueError: a tokenizer that joins the group's word with what stands before it.
+    """
+    prompts = trial.task.prompts
+    starts, ends = [], []
+    for text, group, tokens in zip(
+        prompts["text"], prompts["group"], prompts["tokens"], strict=True
+    ):
+        at = text.rindex(group)
+        before, upto = tokenize(trial.decoder, [text[:at].rstrip(), text[:at] + group])
+        if tokens[: len(upto)] != upto or not len(before) < len(upto):
+            raise ValueError(f"The tokens of {group!r} cannot be found in {text!r}.")
+        starts.append(len(before))
+        ends.append(len(upto) - 1)
+    groups = sorted(set(prompts["group"].iloc[pairs.prompts.ravel()]))
+    rows = {
+        key: row
+        for row, key in enumerate(
+            zip(prompts["template"], prompts["unit"], prompts["group"], strict=True)
+        )
+    }
+    found = []
+    for x in np.unique(pairs.prompts[:, 0]):
+        template, unit, group = (prompts[name].iloc[x] for name in ("template", "unit", "group"))
+        other = groups[(groups.index(group) + 1) % len(groups)]
+        donor = rows.get((template, unit, other))
+        if donor is not None and other != group:
+            found.append((x, donor, unit))
+    table = np.array(found, dtype=np.int64).reshape(-1, 3)
+    task = replace(trial.task, prompts=prompts.assign(subject_start=starts, subject_position=ends))
+    return replace(trial, task=task), Pairs(table[:, :2], table[:, 2])
 
 
 # --- all of them ----------------------------------------------------------------------------------
