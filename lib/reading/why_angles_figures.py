@@ -63,7 +63,8 @@ def language(truths: Mapping[str, FloatArray], title: str) -> Figure:
         title: the question.
     """
     use_theme()
-    figure, axes = plt.subplots(figsize=(WIDTH * 0.75, 3.4), subplot_kw={"projection": "polar"})
+    figure = plt.figure(figsize=(WIDTH * 0.75, 3.4))
+    axes: Any = figure.add_subplot(projection="polar")
     colours = plt.get_cmap("cividis")(np.linspace(0, 0.85, len(truths)))
     marks = "osD^"
     for (word, p), colour, mark in zip(truths.items(), colours, marks, strict=False):
@@ -71,9 +72,8 @@ def language(truths: Mapping[str, FloatArray], title: str) -> Figure:
         axes.plot(around, [*p, p[0]], color=colour, marker=mark, markersize=3, label=word)
     axes.set_theta_zero_location("N")
     axes.set_theta_direction(-1)
-    axes.set_xticks(
-        2 * np.pi * np.arange(0, 24, 3) / 24, [f"{hour:02d}h" for hour in range(0, 24, 3)]
-    )
+    named = np.arange(0, 24, 3)
+    axes.set_xticks(2 * np.pi * named / 24, [f"{hour:02d}h" for hour in named])
     axes.set_rlabel_position(250)
     axes.set_title(title, loc="center", fontsize="medium")
     axes.legend(loc="center left", bbox_to_anchor=(1.15, 0.5))
