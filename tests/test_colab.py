@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from lib.evidence.verdicts import criteria
 
 from lib.evidence.criteria import criteria
 from lib.evidence.records import pages

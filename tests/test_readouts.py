@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from lib.science.metrics import entropy, kl_divergence, log_probabilities
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, rel_entr
 from scipy.stats import entropy as scipy_entropy

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import torch
-from lib.evidence.criteria import claim_verdict, criteria
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lib.engine.weights import fetch_weights
