@@ -34,7 +34,7 @@ def test_an_absence_is_falsely_supported_or_refuted_at_the_margin_in_five_per_ce
 
 
 def _weight(wanted: float) -> float:
-    """Return the weight of the norm's difference at which the partial ρ of many items is `wanted`."""
+    """Return the weight of the norm's difference at which the partial ρ is `wanted`."""
     rng = np.random.default_rng(1)
     low, high = 0.0, 2.0
     norm, turn = rng.normal(size=(2, 1500, 1))
