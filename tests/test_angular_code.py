@@ -34,10 +34,6 @@ from lib.science.geometry import angles, distances
 from lib.science.reader import fit_reader
 
 
-def at_block(value):
-    return mean_over_units([value] * 3, "tasks")
-
-
 def planted(n_items=40, n_blocks=8, d=6, seed=1, units="texts"):
     """States that turn towards the latent place that the divergence is read from, with depth."""
     rng = np.random.default_rng(seed)
@@ -184,20 +180,22 @@ def test_an_angle_that_a_reader_reads_whole_says_nothing_beyond_it():
 
 
 def test_windows_lie_around_the_transition_and_leave_out_the_last_block():
-    found = find_windows(30, at_block(22.5))
+    found = find_windows(30, 22.5)
     assert (found.early, found.late) == (range(8, 16), range(23, 29))
     assert (found.before, found.after) == (range(20, 23), range(23, 26))
-    assert find_windows(30, at_block(26.0)).after == range(26, 29)
+    assert find_windows(30, 26).after == range(26, 29)
     for place in (2.0, 26.5, 28.0):
-        assert "fewer than 3 blocks" in find_windows(30, at_block(place)).reason
+        assert "fewer than 3 blocks" in find_windows(30, place).reason
     assert find_windows(30, Untested("no curve falls")).reason == "no curve falls"
 
 
 def test_statistics_are_the_differences_that_their_names_say():
     items = planted(n_blocks=16)
     angle, distance = correlate_items([items]), correlate_items([items], distances)
-    windows = find_windows(16, at_block(10.2))
-    found = statistics({"texts": angle}, {"texts": distance}, at_block(0.3), windows)
+    windows = find_windows(16, 10.2)
+    found = statistics(
+        {"texts": angle}, {"texts": distance}, mean_over_units([0.3] * 3, "texts"), windows
+    )
     a, d = angle.value, distance.value
     expected = {
         "late_correlation": a[11:15].mean(),
@@ -219,7 +217,7 @@ def network(seed, n_blocks=16, transition=10.2):
     sets = {"texts": [texts], **tasks}
     angle = {name: correlate_items(parts) for name, parts in sets.items()}
     distance = {name: correlate_items(parts, distances) for name, parts in sets.items()}
-    windows = find_windows(n_blocks, at_block(transition))
+    windows = find_windows(n_blocks, transition)
     read = {b: distances(texts.states[b]) for b in windows.late}
     return statistics(angle, distance, correlate_beyond(texts, read, windows.late), windows)
 

@@ -71,7 +71,7 @@ def book(seed, n_texts, n_tasks, n_subjects, n_templates):
         ]
         angle[f"task {task}"], distance[f"task {task}"] = curves(templates)
     beyond = correlate_beyond(texts, {2: distances(texts.states[4])}, [2], distances)
-    windows = find_windows(N_BLOCKS, mean_over_units([TRANSITION] * 3, "tasks"))
+    windows = find_windows(N_BLOCKS, TRANSITION)
     trained = statistics(angle, distance, beyond, windows)
     truth = {"set_in": 0.0, "beyond_reader": 0.15}  # the thresholds beyond the twins are 0.05 and 0
     seeds = rng.normal(size=(5, 2)) * SEED_SPREAD

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,18 +20,20 @@ from lib.engine.extraction import iterate_states, logit_lens
 from lib.engine.models import Decoder
 from lib.engine.store import recall_residuals
 from lib.evidence.criteria import TEXTS
-from lib.evidence.transfer import Trial
+from lib.evidence.tasks import Task
+from lib.evidence.transfer import Trial, read_tasks
 from lib.science.correlation import correlate
 from lib.science.curves import early_blocks, late_blocks
 from lib.science.estimate import (
     Estimate,
     Measured,
     Untested,
+    generator,
     independent_difference,
     mean_over_units,
     unit_weights,
 )
-from lib.science.geometry import angles, jeffreys_divergence
+from lib.science.geometry import angles, distances, jeffreys_divergence
 from lib.science.reader import Reader, fit_reader
 
 FloatArray = NDArray[np.float64]
@@ -41,6 +43,9 @@ Statistics = Mapping[str, Mapping[str, Measured]]
 CLAIM = "angular-code"
 AROUND = 3
 """Blocks before and after the transition that tell whether the relation sets in there."""
+TWIN_SUBJECTS = 20
+"""Subjects of a task that twins are measured on: a seed is one number, over many tasks."""
+RANDOM_DRAWS = 3
 COMPARED = ("set_in", "beyond_reader")
 """Statistics that the untrained twins' are subtracted from."""
 
@@ -55,24 +60,24 @@ class Windows:
     late: range
 
 
-def find_windows(n_blocks: int, transition: Measured) -> Windows | Untested:
+def find_windows(n_blocks: int, transition: float | Untested) -> Windows | Untested:
     """Return the blocks that count; Untested where there is no ℓ*, or too little depth around it.
 
     After ℓ*: the three blocks from ⌈ℓ*⌉ on. Before: the three below. The last block is in none.
     """
     if isinstance(transition, Untested):
         return transition
-    first = math.ceil(float(transition))
+    first = math.ceil(transition)
     if first < AROUND or first + AROUND > n_blocks - 1:
         return Untested(
-            f"a transition at block {float(transition):.1f} of {n_blocks} leaves fewer than "
+            f"a transition at block {transition:.1f} of {n_blocks} leaves fewer than "
             f"{AROUND} blocks before or after it"
         )
     return Windows(
         early_blocks(n_blocks),
         range(first - AROUND, first),
         range(first, first + AROUND),
-        late_blocks(n_blocks, float(transition)),
+        late_blocks(n_blocks, transition),
     )
 
 
@@ -209,6 +214,89 @@ def correlate_beyond(
     return curve.over(range(len(blocks)))
 
 
+# --- one network ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """What the geometry of one network says of its own predictions.
+
+    Attributes:
+        texts: the texts as it reads them.
+        tasks: the tasks as it reads them, a list of templates each.
+        angle: ρ(θ, J) at each block, by place: "texts" and the tasks.
+        distance: ρ(d, J), the same.
+        readers: the affine reader of some blocks.
+        read: J between what the reader predicts for the texts, by block.
+        lens: J between what the logit lens predicts for them, by block.
+    """
+
+    texts: Items
+    tasks: Mapping[str, list[Items] | Untested]
+    angle: Mapping[str, Measured]
+    distance: Mapping[str, Measured]
+    readers: Mapping[int, Reader]
+    read: Mapping[int, FloatArray]
+    lens: Mapping[int, FloatArray]
+
+
+def measure_network(
+    decoder: Decoder,
+    texts: Sequence[Sequence[int]],
+    tasks: Mapping[str, Task | Untested],
+    *,
+    learn: Sequence[Sequence[int]],
+    reader_blocks: Sequence[int],
+) -> Network:
+    """Return what the geometry of a network says of its predictions.
+
+    Args:
+        decoder: trained or not; each has readers of its own.
+        texts: token ids of the texts that are judged.
+        tasks: the tasks, or a part of them.
+        learn: token ids of the texts that readers learn from.
+        reader_blocks: blocks to read.
+
+    Raises:
+        ValueError: as `learn_readers`.
+    """
+    items = read_items(decoder, texts, TEXTS)
+    parts = {name: items_by_template(one) for name, one in read_tasks(decoder, tasks).items()}
+    sets: Mapping[str, list[Items] | Untested] = {TEXTS: [items], **parts}
+    readers = learn_readers(decoder, learn, reader_blocks, judged=texts)
+    return Network(
+        items,
+        parts,
+        {name: correlate_items(found) for name, found in sets.items()},
+        {name: correlate_items(found, distances) for name, found in sets.items()},
+        readers,
+        {b: read_divergence(decoder, items.states[b], one) for b, one in readers.items()},
+        {b: read_divergence(decoder, items.states[b]) for b in readers},
+    )
+
+
+def thin_tasks(tasks: Mapping[str, Task | Untested]) -> dict[str, Task | Untested]:
+    """Return the tasks with one template, one group and about `TWIN_SUBJECTS` subjects each."""
+    return {name: one if isinstance(one, Untested) else _thin(one) for name, one in tasks.items()}
+
+
+def _thin(task: Task) -> Task:
+    kept = np.arange(task.n_units)[:: max(1, task.n_units // TWIN_SUBJECTS)]
+    rows = task.prompts
+    first = rows[rows["unit"].isin(kept)].sort_values(["template", "group"]).iloc[0]
+    rows = rows[
+        rows["unit"].isin(kept)
+        & (rows["template"] == first["template"])
+        & (rows["group"] == first["group"])
+    ]
+    place = {unit: index for index, unit in enumerate(kept.tolist())}
+    return replace(
+        task,
+        prompts=rows.assign(unit=rows["unit"].map(place)).reset_index(drop=True),
+        subjects=tuple(task.subjects[unit] for unit in kept),
+    )
+
+
 # --- the statistics of the claim -----------------------------------------------------------------
 
 
@@ -231,7 +319,7 @@ def statistics(
         own = _of_curves(angle[place], distance[place], windows)
         for name, value in own.items():
             result.setdefault(name, {})[place] = value
-    result["beyond_reader"] = {TEXTS: beyond_reader}
+    result["beyond_reader"] = {TEXTS: windows if isinstance(windows, Untested) else beyond_reader}
     return result
 
 
@@ -328,10 +416,35 @@ def unembedding_basis(decoder: Decoder) -> FloatArray:
     Columns are the right singular vectors of the unembedding less its mean row, which moves all
     logits alike and so no prediction.
     """
-    rows = decoder.unembedding_rows(range(decoder.d_vocab))[0].double().cpu()
+    rows = decoder.unembedding_rows(range(decoder.d_vocab))[0].detach().double().cpu()
     rows = rows - rows.mean(dim=0)
     basis: FloatArray = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1).numpy()
     return basis
+
+
+def beyond_by_rivals(
+    decoder: Decoder, network: Network, blocks: Sequence[int], k: int
+) -> dict[str, Measured]:
+    """Return the partial ρ with J, given the affine reader, of the angle and of its rivals.
+
+    The rivals are the distance, and angles within the k directions of the state that move logits
+    most, within all others, and within k random directions (mean of `RANDOM_DRAWS`).
+    """
+    basis = unembedding_basis(decoder)
+    rng = generator("random directions")
+    shape = (RANDOM_DRAWS, decoder.d_model, k)
+    random = [np.linalg.qr(one)[0] for one in rng.normal(size=shape)]
+
+    def beyond(dissimilarity: Dissimilarity) -> Measured:
+        return correlate_beyond(network.texts, network.read, blocks, dissimilarity)
+
+    return {
+        "angle": beyond(angles),
+        "distance": beyond(distances),
+        f"angle, top {k} of the unembedding": beyond(within(basis[:, :k])),
+        "angle, all other directions": beyond(within(basis[:, k:])),
+        f"angle, {k} random directions": mean_of([beyond(within(one)) for one in random]),
+    }
 
 
 def within(basis: FloatArray) -> Dissimilarity:
