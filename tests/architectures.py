@@ -27,6 +27,10 @@ from lib.engine.sweeps import sweep_blocks
 PROMPTS = [[5, 9, 4, 33, 12, 8, 51], [5, 9, 17, 20, 6, 44, 9], [11, 30, 22, 7, 35]]
 PAIRS = np.array([[0, 1], [1, 2], [2, 0]])
 SITES = {"last": [6, 6, 4], "earlier": [3, 2, 2]}
+COLUMNS = [
+    "architecture", "model_class", "outcome", "last_path", "earlier_path", "extraction", "lens",
+    "last", "earlier", "reason",
+]  # fmt: skip
 EDITS = {"exchange": exchange, "direction": exchange_direction}
 
 
@@ -35,7 +39,10 @@ def examine(architecture: str) -> dict[str, Any]:
 
     `reason` says why it is refused; differences are those of the largest logit or coordinate.
     """
-    model = tiny_model(architecture)
+    try:
+        model = tiny_model(architecture)
+    except Exception as error:  # no small configuration of it is known
+        return {"architecture": architecture, "outcome": "not built", "reason": _line(error)}
     row: dict[str, Any] = {"architecture": architecture, "model_class": type(model).__name__}
     try:
         decoder = load_decoder(model, tokenizer=tiny_tokenizer())
@@ -87,6 +94,10 @@ def _recomputed(
             yield torch.cat(logits)
 
 
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
 
@@ -97,16 +108,17 @@ def main() -> None:
     for name in sys.argv[1:] or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         try:
             part = text_part(name)
+        except Exception:
+            part = name  # it says why when it is built
+        try:
             row = examine(name) if part == name else {"outcome": "see text part", "reason": part}
         except Exception as error:
-            row = {"outcome": "failed", "reason": repr(error)}
+            row = {"outcome": "failed", "reason": _line(error)}
         row = {"architecture": name} | row
         rows.append(row)
-        print(
-            {key: f"{v:.1e}" if isinstance(v, float) else v for key, v in row.items()}, flush=True
-        )
+        print(*(f"{v:.1e}" if isinstance(v, float) else v for v in row.values()), flush=True)
     if not sys.argv[1:]:
-        table = pd.DataFrame(rows)
+        table = pd.DataFrame(rows, columns=COLUMNS)
         table.to_csv(DATA / "architectures.csv", index=False, float_format="%.1e")
         print(table["outcome"].value_counts().to_string())
 

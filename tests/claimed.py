@@ -16,7 +16,9 @@ def number(value: float, units: str, spread: float = 0.01) -> Measured:
     return mean_over_units(value + noise - noise.mean(), units)
 
 
-def invented(claim: str, model: str = "m", *, met: bool = True, twins_met: bool = False) -> list[Record]:
+def invented(
+    claim: str, model: str = "m", *, met: bool = True, twins_met: bool = False
+) -> list[Record]:
     """Return a claim's records on a model that meets every criterion, or none."""
     own = [one for one in criteria(claim) if not one.comparative]
     statistics = {one.statistic: _measured(one, met) for one in criteria(claim)}

@@ -12,13 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from claimed import number
 
 import executable_book.freshness as freshness
 import notebooks
 import picture
 import setup_cells
 from executable_book.progress import Display, Follower, describe
-from lib.evidence.records import pages
+from lib.engine import sources
+from lib.evidence.records import pages, shown, write_records
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = setup_cells.chapters()
@@ -327,70 +329,103 @@ def test_the_readmes_picture_says_its_finding_is_small_and_shows_on_dark_pages()
     assert set(corners) == {(255, 255, 255, 255)}
 
 
-def test_the_picture_is_the_figure_of_the_executed_chapter(tmp_path):
-    outputs = [{"data": {"text/plain": ""}}, {"data": {"image/png": "AAEC"}}]
-    cells = [
-        {"metadata": {}, "source": "text"},
-        {"metadata": {"mystnb": {"figure": {"name": "other"}}}, "outputs": [outputs[1]]},
-        {"metadata": {"mystnb": {"figure": {"name": "fig-a"}}}, "outputs": outputs},
-    ]
-    cells[1]["outputs"] = [{"data": {"image/png": "AQEB"}}]
-    executed = tmp_path / "one.ipynb"
+def test_the_picture_is_the_figure_that_the_chapter_glued(tmp_path):
+    glued = tmp_path / "one.glue.json"
     with pytest.raises(FileNotFoundError, match="make book"):
-        picture.figure_png(executed, "fig-a")
-    executed.write_text(json.dumps({"cells": cells}))
-    assert picture.figure_png(executed, "fig-a") == bytes([0, 1, 2])
-    with pytest.raises(FileNotFoundError, match="no picture of fig-b"):
-        picture.figure_png(executed, "fig-b")
+        picture.figure_png(glued, "main")
+    text = {"data": {"text/plain": "'a'"}}
+    glued.write_text(json.dumps({"main": {"data": {"image/png": "AAEC"}}, "word": text}))
+    assert picture.figure_png(glued, "main") == bytes([0, 1, 2])
+    for name in ("word", "gone"):
+        with pytest.raises(FileNotFoundError, match=f"no picture of {name}"):
+            picture.figure_png(glued, name)
 
 
 # When chapters are executed again
 
 
 @pytest.fixture
-def small_project(tmp_path):
+def small_project(tmp_path, monkeypatch):
+    """A lib of three modules and two tables, and a chapter that imports one of them."""
     (tmp_path / "lib" / "data").mkdir(parents=True)
-    (tmp_path / "lib" / "metrics.py").write_text("a = 1\n")
-    (tmp_path / "lib" / "data" / "tasks.csv").write_text("x\n")
-    for name in freshness.ENVIRONMENT_FILES:
-        (tmp_path / name).write_text("torch\n")
-    (tmp_path / "_toc.yml").write_text(
-        "format: jb-book\nroot: book/intro\nparts:\n- chapters:\n  - file: book/b\n    sections:\n"
-        "    - file: book/a\n- chapters:\n  - file: book/c\n"
-    )
+    (tmp_path / "book").mkdir()
+    files = {
+        "lib/used.py": "from lib.below import a\n",
+        "lib/below.py": "a = 'read.csv'\n",
+        "lib/other.py": "b = 1\n",
+        "lib/data/read.csv": "x\n",
+        "lib/data/unread.csv": "x\n",
+        "book/a.md": "---\njupytext: {text_representation: {extension: .md, format_name: myst}}\n"
+        "kernelspec: {display_name: Python 3, language: python, name: python3}\n---\n\n# A\n\n"
+        "```{code-cell} ipython3\n---\nmystnb: {figure: {caption: Old.}}\n---\n"
+        "from lib.used import a\n```\n",
+        "_toc.yml": "format: jb-book\nroot: book/intro\nparts:\n- chapters:\n  - file: book/b\n"
+        "    sections:\n    - file: book/a\n- chapters:\n  - file: book/c\n",
+    }
+    files |= dict.fromkeys(freshness.ENVIRONMENT_FILES, "torch\n")
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    for module in (freshness, sources):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(freshness, "DATA", tmp_path / "lib" / "data")
+    monkeypatch.setattr(freshness, "claim_file", lambda claim: tmp_path / f"{claim}.json")
     return tmp_path
 
 
-@pytest.mark.parametrize("file", ["lib/metrics.py", "lib/data/tasks.csv", "requirements.txt"])
-def test_a_change_of_code_data_or_environment_makes_chapters_run_again(small_project, file):
-    before = freshness.common_digest(small_project)
-    (small_project / file).write_text("changed\n")
-    assert freshness.common_digest(small_project) != before
+@pytest.mark.parametrize(
+    "file", ["lib/used.py", "lib/below.py", "lib/data/read.csv", "requirements.txt"]
+)
+def test_a_change_of_what_a_chapter_uses_makes_it_run_again(small_project, file):
+    before = freshness.chapter_digest("book/a")
+    with (small_project / file).open("a") as text:
+        text.write("# changed\n")
+    assert freshness.chapter_digest("book/a") != before
+
+
+@pytest.mark.parametrize("file", ["lib/other.py", "lib/data/unread.csv"])
+def test_a_change_of_what_it_does_not_use_runs_nothing(small_project, file):
+    before = freshness.chapter_digest("book/a")
+    (small_project / file).write_text("# changed\n")
+    assert freshness.chapter_digest("book/a") == before
+
+
+def test_a_reworded_caption_runs_nothing(small_project):
+    before = freshness.chapter_digest("book/a")
+    chapter = small_project / "book" / "a.md"
+    chapter.write_text(chapter.read_text().replace("Old.", "A new caption."))
+    assert freshness.chapter_digest("book/a") == before
+
+
+def test_an_import_of_what_is_not_there_names_the_chapter(small_project):
+    chapter = small_project / "book" / "a.md"
+    chapter.write_text(chapter.read_text().replace("lib.used", "lib.gone"))
+    with pytest.raises(ValueError, match=r"book/a: lib\.gone\S* is imported"):
+        freshness.chapter_digest("book/a")
 
 
 def test_another_model_makes_chapters_run_again(small_project, monkeypatch):
     monkeypatch.setenv("MODEL", "embedded")
-    before = freshness.common_digest(small_project)
+    before = freshness.chapter_digest("book/a")
     monkeypatch.delenv("MODEL")
-    assert freshness.common_digest(small_project) == before
+    assert freshness.chapter_digest("book/a") == before
     monkeypatch.setenv("MODEL", "other")
-    assert freshness.common_digest(small_project) != before
+    assert freshness.chapter_digest("book/a") != before
 
 
-def test_compiled_files_do_not_make_chapters_run_again(small_project):
-    before = freshness.common_digest(small_project)
-    (small_project / "lib" / "__pycache__").mkdir()
-    (small_project / "lib" / "__pycache__" / "metrics.pyc").write_bytes(b"x")
-    assert freshness.common_digest(small_project) == before
-
-
-def test_changed_records_of_an_earlier_chapter_make_later_ones_run_again(tmp_path):
-    file = tmp_path / "phase-transition.json"
-    digests = {freshness.chapter_digest("common", []), freshness.chapter_digest("common", [file])}
-    for text in ("[1]", "[2]"):
-        file.write_text(text)
-        digests.add(freshness.chapter_digest("common", [file]))
-    assert len(digests) == 4
+def test_other_transitions_make_run_again_what_reads_them_alone(small_project, monkeypatch):
+    (small_project / "lib" / "below.py").write_text("a = 1\n")
+    reader = small_project / "lib" / "transition.py"
+    reader.write_text("")
+    monkeypatch.setattr(freshness.transition, "__file__", str(reader))
+    before = freshness.chapter_digest("book/a")
+    rows = shown("phase-transition", "m", "transition", {"capitals": number(22.5, "subjects")})
+    write_records(small_project / "phase-transition.json", rows)
+    assert freshness.chapter_digest("book/a") == before
+    (small_project / "lib" / "below.py").write_text("import lib.transition\n")
+    first = freshness.chapter_digest("book/a")
+    rows = shown("phase-transition", "m", "transition", {"capitals": number(21.5, "subjects")})
+    write_records(small_project / "phase-transition.json", rows)
+    assert freshness.chapter_digest("book/a") != first
 
 
 def test_pages_are_read_in_the_order_of_the_book_and_the_landing_page_last(small_project):
@@ -477,48 +512,62 @@ mystnb:
   figure: {{caption: "It rises, {{glue:text}}`words`.", name: figure-{claim}}}
 ---
 import matplotlib.pyplot as plt
-import pandas as pd
 from lib.engine.progress import track
 
 with open("runs-{claim}", "a") as runs:
     runs.write("x")
 steps = [step for step in track(range(3), "counting the steps")]
-SEED = 5
-earlier = notebook.read_records("phase-transition")
-seen = 0.0 if earlier is None else earlier["estimate"][0]
-notebook.glue("words", notebook.estimate_text(0.5, 0.4, 0.6, 9))
 plt.plot(steps);
 ```
 
 ```{{code-cell}} ipython3
-row = {{"claim": "{claim}", "part": "p", "task": "t", "model": "small", "statistic": "s",
-       "estimate": {estimate} + seen, "ci_low": 0.4, "ci_high": 0.6, "criterion": "> 0", "n": 9}}
-twin = row | {{"untrained": True, "verdict": "not supported"}}
-notebook.record(pd.DataFrame([row | {{"untrained": False, "verdict": "supported"}}, twin]))
+from lib.evidence.criteria import judge
+from lib.evidence.records import shown
+from lib.science.estimate import mean_over_units
+{reads}
+
+value = {estimate} + seen
+spread = [value - 0.01, value, value + 0.01] * 10
+estimate = mean_over_units(spread, "texts")
+notebook.glue_estimates({{"words": estimate}})
+notebook.glue_figure("main", plt.figure())
+twins = {{"s": mean_over_units([0.0, 0.1, -0.1], "seeds")}}
+records = judge("{claim}", "small", {{"s": estimate}}, twins)
+records += shown("{claim}", "small", "transition", {{"t": estimate}})
+notebook.conclude(records)
 ```
 """
+READS = {
+    "phase-transition": "seen = 0.0",
+    "angular-code": "from lib.evidence.records import claim_file, read_records\n"
+    "from lib.evidence.transition import CLAIM\n"
+    "seen = read_records(claim_file(CLAIM))[-1]['estimate']",
+}
 CRITERION = """
 [[criterion]]
 claim = "{claim}"
 part = "p"
 statistic = "s"
-scope = "task"
-bound = "low"
 relation = ">="
 threshold = 0.3
-text = "lower bound ≥ 0.3"
-date = 2026-11-23
-reason = "An example."
+places = "model"
+unit = "T"
+text = "the one number"
 """
 INTRO = """\
 # Intro
 
 The claims {cite}`haim2026depthwise`, {glue:text}`phase-transition.md::words:s`.
 
+```{chapter-figure} phase-transition main
+:alt: An empty figure.
+
+What *it* shows.
+```
+
 ```{scorecard}
-phase-transition: Depth switches.
-angular-code: Angles code.
-norm-code: Norms do not.
+phase-transition | Depth switches. | s
+angular-code | Angles code. | s#angular-code
 ```
 
 ```{bibliography}
@@ -537,21 +586,8 @@ class SmallBook:
         for name in ("book/_ext", "book/_static"):
             shutil.copytree(ROOT / name, folder / name)
         shutil.copy(ROOT / "book/references.bib", folder / "book")
-        (folder / "lib").mkdir()
-        for module in (
-            *(
-                "__init__",
-                "embedded",
-                "files",
-                "notebook",
-                "progress",
-                "results",
-                "runs",
-                "verdicts",
-            ),
-        ):
-            shutil.copy(ROOT / "lib" / f"{module}.py", folder / "lib")
-        (folder / "lib" / "data").mkdir()
+        ignored = shutil.ignore_patterns("__pycache__", "first-registration")
+        shutil.copytree(ROOT / "lib", folder / "lib", ignore=ignored)
         (folder / "lib" / "data" / "criteria.toml").write_text(
             "[material]\nseen_tasks = []\n"
             + CRITERION.format(claim="phase-transition")
@@ -560,14 +596,17 @@ class SmallBook:
         (folder / "_toc.yml").write_text(
             "format: jb-book\nroot: book/intro\nchapters:\n"
             "- file: book/phase-transition\n- file: book/angular-code\n- file: book/how-computed\n"
+            "- file: book/glossary\n"
         )
-        shutil.copy(ROOT / "book" / "how-computed.md", folder / "book")
+        for page in ("how-computed", "glossary"):
+            shutil.copy(ROOT / "book" / f"{page}.md", folder / "book")
         (folder / "book" / "intro.md").write_text(INTRO)
         for claim in ("phase-transition", "angular-code"):
             self.write(claim, "0.5")
 
     def write(self, claim: str, estimate: str) -> None:
-        text = CHAPTER.format(claim=claim, estimate=estimate, setup=setup_cells.setup_cell())
+        setup = setup_cells.setup_cell()
+        text = CHAPTER.format(claim=claim, estimate=estimate, setup=setup, reads=READS[claim])
         (self.folder / "book" / f"{claim}.md").write_text(text)
 
     def build(self, *, strict: bool = True) -> subprocess.CompletedProcess[str]:
@@ -590,9 +629,10 @@ class SmallBook:
         first, second = (len(file.read_text()) for file in files)
         return first, second
 
-    def results(self) -> list[tuple[str, bool, float]]:
+    def results(self) -> list[tuple[str, float]]:
         rows = json.loads((self.folder / "_build" / "results" / "results.json").read_text())
-        return [(row["claim"], row["untrained"], row["estimate"]) for row in rows]
+        own = [row for row in rows if row["statistic"] == "s" and not row["untrained"]]
+        return [(row["claim"], round(row["estimate"], 6)) for row in own]
 
     def page(self, name: str) -> str:
         return (self.folder / "_build" / "html" / "book" / f"{name}.html").read_text()
@@ -605,12 +645,7 @@ def test_a_small_book_lives_through_builds_failures_and_changes(tmp_path):
     done = book.build()
     assert done.returncode == 0, done.stdout + done.stderr
     assert book.runs() == (1, 1)
-    expected = [
-        ("phase-transition", False, 0.5),
-        ("phase-transition", True, 0.5),
-        ("angular-code", False, 1.0),
-        ("angular-code", True, 1.0),
-    ]
+    expected = [("phase-transition", 0.5), ("angular-code", 1.0)]
     assert book.results() == expected
     assert "phase-transition: counting the steps 3/3 (100 %)" in done.stderr
     for name in ("intro", "phase-transition", "angular-code"):
@@ -621,22 +656,21 @@ def test_a_small_book_lives_through_builds_failures_and_changes(tmp_path):
         assert "_static/tex-svg-full.js" in page
     assert (tmp_path / "_build/html/_static/tex-svg-full.js").stat().st_size > 1_000_000
     assert 'alt="Line that rises."' in book.page("angular-code")
-    assert "0.5 [0.40" not in book.page("intro")
-    assert "0.50 [0.40, 0.60], n = 9 prompts" in book.page("intro")
+    assert '<span class="pasted-text">0.50 [0.50, 0.50]</span>.' in book.page("intro")
     card = re.sub(r"<[^>]+>", " ", book.page("intro"))
-    assert re.search(
-        r"Depth switches\.\s+supported; on held-out tasks alone: supported\s+not supported;", card
-    )
-    assert re.search(r"Norms do not\.\s+chapter to come", card)
+    assert re.search(r"Depth switches\.\s+● supported\s+the one number\s+small: 0\.50 \[", card)
+    assert "○ refuted" in card  # the twins
+    assert 'href="angular-code.html#angular-code"' in book.page("intro")
+    assert 'alt="An empty figure."' in book.page("intro")
+    written = (tmp_path / "_build" / "results" / "scorecard.txt").read_text()
+    assert re.search(r"phase-transition +● supported +○ refuted\n", written)
 
     facts = json.loads((tmp_path / "_build/results/run.json").read_text())
-    assert facts["python"] == platform.python_version()
+    assert facts["version_of_python"] == platform.python_version()
     assert facts["version_of_torch"].split("+")[0] == pins("requirements.in")["torch"]
-    assert facts["seed_of_phase-transition"] == 5
     assert len(facts["model_sha256"]) == 64
-    shown = re.sub(r"<[^>]+>", " ", book.page("how-computed"))
-    assert re.search(r"seed of phase-transition\s+5\s", shown)
-    assert all(str(value) in html.unescape(shown) for value in facts.values())
+    told = html.unescape(re.sub(r"<[^>]+>", " ", book.page("how-computed")))
+    assert all(str(value) in told for value in facts.values())
 
     # Nothing changed: nothing is executed, the results are written all the same.
     shutil.rmtree(tmp_path / "_build" / "results")
@@ -644,16 +678,22 @@ def test_a_small_book_lives_through_builds_failures_and_changes(tmp_path):
     assert book.runs() == (1, 1)
     assert book.results() == expected
 
-    # The library changes, a later chapter breaks: the earlier one is executed again, the build
+    # A module that no chapter imports changes: nothing is executed.
+    with (tmp_path / "lib" / "reading" / "explorer.py").open("a") as file:
+        file.write("# changed\n")
+    assert book.build().returncode == 0
+    assert book.runs() == (1, 1)
+
+    # One that they do changes, a later chapter breaks: the earlier one is executed again, the build
     # fails every time, and the broken chapter's old records are gone.
-    with (tmp_path / "lib" / "files.py").open("a") as file:
+    with (tmp_path / "lib" / "engine" / "files.py").open("a") as file:
         file.write("# changed\n")
     book.write("angular-code", "1 / 0")
     for strict in (True, False):
         done = book.build(strict=strict)
         assert done.returncode != 0
         assert "ZeroDivisionError" in done.stdout + done.stderr
-        assert book.results() == expected[:2]
+        assert book.results() == expected[:1]
         assert "no result" in book.page("intro")
     assert book.runs() == (2, 3)
 
@@ -667,5 +707,5 @@ def test_a_small_book_lives_through_builds_failures_and_changes(tmp_path):
         done = book.build()
         assert done.returncode != 0
         assert "missing.md" in done.stdout + done.stderr
-        assert [estimate for *_, estimate in book.results()] == [0.25, 0.25, 0.75, 0.75]
+        assert [estimate for _, estimate in book.results()] == [0.25, 0.75]
     assert book.runs() == (3, 4)

@@ -15,7 +15,7 @@ from lib.evidence.criteria import POOLED, criteria, judge
 from lib.evidence.transfer import Transfer
 from lib.science.estimate import Estimate, mean_over_units, ratio_of_sums, stack
 
-N_RUNS = 400
+N_RUNS = 200
 FEW_RUNS = 100
 L = 30
 SUBJECTS = (69, 75, 64, 66, 51, 67, 72, 61, 70, 46, 69, 60, 59, 51, 56, 12)
@@ -245,6 +245,13 @@ def test_states_without_content(statistic, truth):
     assert supported <= 0.05
     assert refuted <= (0.05 if truth[1] < 0 else 0.075)  # two numbers may each be refuted
     assert rates(statistic, controls(0.0, 0.0), 60)[0] >= 0.95
+
+
+def test_margin_of_the_donor():
+    supported, refuted = rates("content_margin", controls(0.5, 0.9))
+    assert supported <= 0.05
+    assert refuted <= 0.05
+    assert rates("content_margin", controls(0.65, 0.65), 60)[0] >= 0.95
 
 
 def disturbance(truth):

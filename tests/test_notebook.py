@@ -1,21 +1,26 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from claimed import TASKS, invented, number
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
 from lib.engine.progress import PROGRESS_CHAPTER, PROGRESS_FILE, track
-from lib.evidence import results
-from lib.evidence.results import read_records, to_json, to_rows
+from lib.evidence import records
+from lib.evidence.records import shown
 from lib.reading import notebook
-from lib.reading.notebook import estimate_text, glue, record, table_html
+from lib.reading.notebook import answer_table, conclude, glue, table_html, verdict_table
+from lib.reading.words import estimate_text
+from lib.science.estimate import Estimate, Untested
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,23 +29,6 @@ ROOT = Path(__file__).resolve().parent.parent
 def shell() -> Iterator[InteractiveShell]:
     yield InteractiveShell.instance(history_length=0)
     InteractiveShell.clear_instance()
-
-
-def one_record(**changes: object) -> dict[str, object]:
-    return {
-        "claim": "phase-transition",
-        "part": "switch",
-        "task": "capitals",
-        "model": "embedded",
-        "untrained": False,
-        "statistic": "width",
-        "estimate": 0.1,
-        "ci_low": 0.05,
-        "ci_high": 0.2,
-        "criterion": "upper bound ≤ 0.25",
-        "n": 96,
-        "verdict": "supported",
-    } | changes
 
 
 def glued(output: object) -> tuple[str, dict[str, str]]:
@@ -89,26 +77,65 @@ def test_glue_refuses_a_whole_table():
 
 
 def test_chapters_run_where_the_book_builder_is_absent():
-    code = "import sys; sys.modules['myst_nb'] = None; from lib.reading.notebook import glue; glue('a', 1)"
+    code = "import sys; sys.modules['myst_nb'] = None\n"
+    code += "from lib.reading.notebook import glue; glue('a', 1)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def estimate_of(value: float, half_width: float) -> Estimate:
+    """Return an estimate whose percentile interval is value ± half_width."""
+    draws = value + half_width / 0.95 * np.linspace(-1, 1, 4001)
+    return Estimate(np.concatenate([[value], draws]), "texts", 10**6)
+
+
 def test_estimate_reads_as_prose_quotes_it():
-    assert estimate_text(0.62, 0.55, 0.68, 96) == "0.62 [0.55, 0.68], n = 96 prompts"
-    assert estimate_text(3.9, 3, 4.25, 5, "nats", items="contexts", decimals=1) == (
-        "3.9 nats [3.0, 4.2], n = 5 contexts"
+    assert estimate_text(estimate_of(0.62, 0.06)) == "0.62 [0.56, 0.68]"
+    assert estimate_text(Untested("accuracy 0.31, 0.8 is needed")) == (
+        "not testable (accuracy 0.31, 0.8 is needed)"
     )
 
 
 def test_small_and_negative_numbers_do_not_become_zero_or_hyphens():
-    assert estimate_text(0.0004, -0.001, 0.2, 7) == "0.0004 [\u22120.001, 0.20], n = 7 prompts"
-    assert estimate_text(0.0, 0.0, 0.0, 7) == "0.00 [0.00, 0.00], n = 7 prompts"
+    assert estimate_text(estimate_of(0.0004, 0.2)) == "0.0004 [\u22120.20, 0.20]"
 
 
-@pytest.mark.parametrize("numbers", [(float("nan"), 0, 1), (0.5, 0.6, 0.4)])
-def test_estimate_with_impossible_interval_is_refused(numbers):
-    with pytest.raises(ValueError, match=r"Expected finite|reversed"):
-        estimate_text(*numbers, 10)
+def test_an_estimate_of_several_numbers_is_refused():
+    many = Estimate(np.zeros((3, 4)), "texts", 5)
+    with pytest.raises(ValueError, match="over texts holds 4 numbers"):
+        estimate_text(many)
+
+
+def test_estimates_are_glued_by_their_names(shell):
+    with capture_output() as captured:
+        notebook.glue_estimates({"late": estimate_of(0.5, 0.1), "none": Untested("too few")})
+    assert [glued(output) for output in captured.outputs] == [
+        ("late", {"application/papermill.record/text/plain": "'0.50 [0.40, 0.60]'"}),
+        ("none", {"application/papermill.record/text/plain": "'not testable (too few)'"}),
+    ]
+
+
+def test_a_glued_figure_is_carried_as_a_picture_and_not_shown(shell):
+    with capture_output() as captured:
+        notebook.glue_figure("main", plt.figure())
+    (output,) = captured.outputs
+    name, data = glued(output)
+    assert name == "main"
+    assert set(data) == {
+        f"application/papermill.record/{kind}" for kind in ("image/png", "text/plain")
+    }
+    assert data["application/papermill.record/image/png"].startswith("iVBORw0KGgo")
+    assert plt.get_fignums() == []
+
+
+def test_where_prose_pastes_nothing_the_figure_is_shown_once_it_is_there(shell):
+    with capture_output() as captured:
+        notebook.show_glued("later")
+        notebook.glue_figure("later", plt.figure())
+        notebook.show_glued("later")
+    note, carried, first, second = captured.outputs
+    assert "further down" in note.data["text/markdown"]
+    assert glued(carried)[0] == "later"
+    assert "image/png" in first.data and first.data == second.data
 
 
 # Prose in the notebooks for Colab
@@ -150,55 +177,78 @@ def test_cell_run_twice_before_its_values_are_known_is_completed_once(shell):
 # Records
 
 
-def test_recorded_rows_come_back_unchanged(shell, tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "RESULTS", tmp_path)
-    monkeypatch.setattr(notebook, "records_file", lambda claim: tmp_path / f"{claim}.json")
-    records = pd.DataFrame([one_record(), one_record(untrained=True, verdict="not supported")])
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    rows = invented("angular-code", twins_met=True)
+    return rows + shown("angular-code", "m", "gap", {"capitals": number(22.5, "subjects")})
+
+
+def test_conclude_writes_records_and_glues_each_by_its_name(shell, rows):
     with capture_output() as captured:
-        record(records)
-    hidden, shown = captured.outputs
-    name, data = glued(hidden)
-    assert name == notebook.RECORDS_KEY
-    assert json.loads(data["application/papermill.record/text/plain"]) == records.to_dict("records")
-    monkeypatch.setattr(results, "records_file", lambda claim: tmp_path / f"{claim}.json")
-    pd.testing.assert_frame_equal(read_records("phase-transition"), records)
-    assert "not supported" in shown.data["text/html"]
+        conclude(rows)
+    assert records.read_records(records.claim_file("angular-code")) == rows
+    named = {
+        output.metadata["scrapbook"]["name"]: output.data
+        for output in captured.outputs
+        if "scrapbook" in output.metadata
+    }
+    plain = "application/papermill.record/text/plain"
+    assert json.loads(named["records"][plain]) == rows
+    told = {name: data[plain].strip("'") for name, data in named.items()}
+    row = next(r for r in rows if (r["statistic"], r["place"]) == ("late_correlation", "texts"))
+    number_, low, high = (f"{row[field]:.2f}" for field in ("estimate", "low", "high"))
+    assert told["late_correlation.texts"] == f"{number_} [{low}, {high}]"
+    assert told["late_correlation.texts.verdict"] == "supported"
+    assert told["late_correlation.all-tasks.n"] == "120"
+    assert told["late_correlation.continents"] == "not testable (accuracy 0.31, 0.8 is needed)"
+    assert told["late_correlation.texts.twins.verdict"] == "supported"
+    assert told["gap.capitals"].startswith("22.50 [")
+    assert told["verdict"] == "supported"
+    assert told["sets-in-at-the-switch.verdict"] == "supported"
+    assert "<table>" in named["answer"]["application/papermill.record/text/html"]
 
 
-def test_a_claim_that_has_not_run_has_no_records(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "records_file", lambda claim: tmp_path / f"{claim}.json")
-    assert read_records("norm-code") is None
+def test_conclude_shows_the_table_and_the_forest(shell, rows):
+    with capture_output() as captured:
+        conclude(rows)
+    outputs = [output.data for output in captured.outputs if "scrapbook" not in output.metadata]
+    assert "● supported, architecture" in outputs[-2]["text/html"]
+    assert "image/png" in outputs[-1]
 
 
-def test_missing_numbers_become_null_where_nothing_could_be_tested():
-    untestable = one_record(estimate=np.nan, ci_low=None, ci_high=pd.NA, verdict="not testable")
-    (row,) = to_rows(pd.DataFrame([untestable]))
-    assert [row["estimate"], row["ci_low"], row["ci_high"]] == [None, None, None]
-    assert json.loads(to_json([row])) == [row]
+def test_conclude_takes_one_claim_on_one_model(shell, rows):
+    for others in (invented("why-angles"), invented("angular-code", "other")):
+        with pytest.raises(ValueError, match="records of one claim on one model"):
+            conclude([*rows, *others])
+    with pytest.raises(ValueError, match="got none"):
+        conclude([])
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"verdict": "proved"}, "none of 'supported', 'not supported', 'not testable'"),
-        ({"estimate": np.nan}, "needs an estimate"),
-        ({"estimate": np.inf}, "infinite"),
-        ({"untrained": "no"}, "untrained"),
-        ({"n": 3.5}, "whole number"),
-    ],
-)
-def test_record_that_means_nothing_is_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        to_rows(pd.DataFrame([one_record(**changes)]))
+def test_answer_has_a_row_for_each_judged_number_beside_its_twins(rows):
+    table = answer_table(rows, "angular-code")
+    assert table["part"].drop_duplicates().tolist() == [
+        "strength",
+        "sets in at the switch",
+        "angle, not distance",
+        "beyond a fair reader",
+    ]
+    assert len(table) == 12 and not table["statistic"].str.contains("capitals").any()
+    first = table.iloc[0]
+    assert first["criterion"] == "≥ 0.4"
+    assert first["trained"] == first["untrained twins"]
+    assert first["verdict"] == "● supported, architecture"
+    compared = table[table["untrained twins"] == "compared"]
+    assert compared["verdict"].tolist() == ["● supported"] * 3
 
 
-def test_records_of_two_claims_or_with_a_column_missing_are_refused():
-    with pytest.raises(ValueError, match="one claim"):
-        to_rows(pd.DataFrame([one_record(), one_record(claim="norm-code")]))
-    with pytest.raises(ValueError, match="lack the columns n"):
-        to_rows(pd.DataFrame([one_record()]).drop(columns="n"))
-    with pytest.raises(ValueError, match="recorded twice"):
-        to_rows(pd.DataFrame([one_record(), one_record(estimate=0.2)]))
+def test_all_records_stand_in_the_table_the_judged_ones_first(rows):
+    table = verdict_table(rows)
+    assert len(table) == len(rows)
+    judged = table["place"].isin(["texts", "all tasks", "model"]) & (table["model"] == "m")
+    assert judged.tolist() == sorted(judged, reverse=True)
+    assert "capitals (seen)" in set(table["place"]) and TASKS[2] in set(table["place"])
+    assert "– not testable" in set(table["verdict"])
 
 
 def test_table_says_verdicts_in_words_and_escapes_what_it_shows():
@@ -230,15 +280,14 @@ def run_setup_cell(folder: Path, before: str = "", **environment: str) -> str:
 
 
 def test_setup_cell_finds_the_project_from_a_folder_inside_it():
-    assert run_setup_cell(ROOT / "book") == str(ROOT / "lib" / "notebook.py")
+    assert run_setup_cell(ROOT / "book") == str(ROOT / "lib" / "reading" / "notebook.py")
 
 
 def test_setup_cell_clones_the_project_on_colab_and_works_twice(tmp_path):
     origin, home = tmp_path / "origin", tmp_path / "home"
     home.mkdir()
-    (origin / "lib").mkdir(parents=True)
-    for file in (ROOT / "lib").glob("*.py"):
-        (origin / "lib" / file.name).write_bytes(file.read_bytes())
+    ignored = shutil.ignore_patterns("__pycache__", "*.csv")
+    shutil.copytree(ROOT / "lib", origin / "lib", ignore=ignored)
     (origin / "requirements.txt").write_bytes((ROOT / "requirements.txt").read_bytes())
     git = ["git", "-C", str(origin), "-c", "user.name=a", "-c", "user.email=a@example.org"]
     for command in (["init", "-q", "-b", "main"], ["add", "."], ["commit", "-qm", "start"]):
@@ -249,7 +298,7 @@ def test_setup_cell_clones_the_project_on_colab_and_works_twice(tmp_path):
         "GIT_CONFIG_KEY_0": f"url.{origin.as_uri()}.insteadOf",
         "GIT_CONFIG_VALUE_0": "https://example.org/owner/project",
     }
-    expected = str(home / "project" / "lib" / "notebook.py")
+    expected = str(home / "project" / "lib" / "reading" / "notebook.py")
     assert run_setup_cell(home, colab, **redirect) == expected
     assert run_setup_cell(home, colab) == expected  # nothing is cloned again
     twice = notebook.SETUP_CELL.replace("{repository}", "https://example.org/owner/project")
@@ -274,7 +323,7 @@ def test_colab_installs_only_what_is_missing_and_never_numpy_or_torch(monkeypatc
     (command,) = commands
     assert "--no-deps" in command
     pins = [argument for argument in command if "==" in argument]
-    assert sorted(pin.split("==")[0] for pin in pins) == ["gguf", "scikit-dimension"]
+    assert sorted(pin.split("==")[0] for pin in pins) == ["gguf"]
     monkeypatch.setattr(notebook, "find_spec", lambda name: object())
     notebook.prepare()
     assert len(commands) == 1

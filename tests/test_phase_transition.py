@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
+from oracle import block_states
 from scipy.spatial.distance import pdist
 from scipy.stats import spearmanr, t
 
@@ -50,6 +51,10 @@ def trial(tiny):
 @pytest.fixture(scope="module")
 def pairs(trial):
     return claim.choose_pairs(trial, n_donors=3)
+
+
+def choose_all(trials):
+    return {name: claim.choose_pairs(one) for name, one in trials.items()}
 
 
 def recompute(trial, row, position, block, state):
@@ -253,7 +258,7 @@ def test_over_seeds_names_the_reason_of_a_lost_seed():
 def test_twins_are_measured_on_pairs_of_the_trained_model(trial, pairs):
     kept = claim.thin(pairs, 8)
     assert len(set(pairs.unit[kept])) == len(kept) == 8
-    task, few = claim.needed_prompts(trial.task, pairs.where(kept))
+    task, (few,) = claim.needed_prompts(trial.task, pairs.where(kept))
     for own, whole in zip(few.prompts.ravel(), pairs.prompts[kept].ravel(), strict=True):
         assert task.tokens[own] == trial.task.tokens[whole]
     assert task.n_prompts == len(np.unique(pairs.prompts[kept]))
@@ -269,94 +274,155 @@ def test_twins_are_measured_on_pairs_of_the_trained_model(trial, pairs):
 # --- what the donor has to be ---------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def contents(tiny):
+    return claim.measure_content(tiny, choose_all(tiny))
+
+
 @pytest.mark.parametrize("arm", NAMES)
-def test_disturbance_equals_a_full_recompute(trial, pairs, arm):
-    few = pairs.where(np.arange(0, len(pairs), 7))
-    found = claim.disturbance(trial, few, arm, 1)
-    site = "subject" if arm == "context arm" else "last"
-    states = trial.states(site)
-    for (x, y), value in zip(few.prompts, found, strict=True):
-        edited = recompute(trial, x, place(trial, x, arm), 1, states[1, y])
-        assert value == pytest.approx(kl(clean(trial, x), edited), rel=1e-3, abs=1e-6)
+def test_states_put_in_equal_a_full_recompute(trial, pairs, arm):
+    few = pairs.prompts[::7]
+    third = few[::-1, 1]
+    states = claim.states_at(trial, arm, [1])[0][torch.as_tensor(few[:, 1])]
+    toward = {"recipient": few[:, 0], "donor": few[:, 1], "third": third}
+    found = claim.put_in(trial, toward, states, arm, 1)
+    for row, (x, y) in enumerate(few):
+        edited = recompute(trial, x, place(trial, x, arm), 1, states[row])
+        for name, k in (("recipient", x), ("donor", y), ("third", third[row])):
+            expected = kl(clean(trial, k), edited)
+            assert found[name][row] == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
-def test_self_donor_changes_nothing(trial, embedded):
-    assert claim.self_donor(trial) <= 1e-5
-    task = load_tasks(embedded, ["capitals"])["capitals"]
-    few, _ = claim.needed_prompts(task, exchange_pairs(task).where(np.arange(2)))
-    real = read_tasks(embedded, {"capitals": few})["capitals"]
-    assert claim.self_donor(real, 2) <= 1e-5
+@pytest.mark.parametrize("arm", NAMES)
+def test_states_are_those_of_the_whole_prompt(trial, arm):
+    found = claim.states_at(trial, arm, [0, 2])
+    for row in range(0, trial.task.n_prompts, 5):
+        own = block_states(trial.decoder.model, trial.decoder.blocks, trial.task.tokens[row])
+        assert torch.allclose(found[:, row], own[[0, 2], place(trial, row, arm)], atol=1e-4)
 
 
-def test_same_answer_ratio_is_one_of_sums_over_subjects(trial, pairs):
-    found = claim.same_answer_disturbance(trial, pairs)
-    alike = claim.choose_pairs(trial, same_answer=True)
-    assert len(alike) == 12
+def test_transfer_of_the_donor_is_that_of_the_exchange(trial, contents):
+    pairs = claim.choose_pairs(trial)
+    arms = claim.measure_arms(trial, pairs)
     blocks = claim.carrying_blocks(trial.decoder.n_blocks)
-    for index, (arm, block) in enumerate(blocks.items()):
-        sums = []
-        for chosen in (alike, pairs):
-            values = claim.disturbance(trial, chosen, arm, block)
-            sums.append(sum(values[chosen.unit == unit].mean() for unit in range(12)))
-        assert found.value[index] == pytest.approx(sums[0] / sums[1])
-    assert found.n_units == 12
-    assert found.units == trial.task.units
+    expected = [float(arms.estimates[arm].at(block)) for arm, block in blocks.items()]
+    assert contents["tiny"].transfer["donor"].value == pytest.approx(expected, abs=1e-4)
+    assert contents["tiny"].transfer["donor"].units == arms.estimates["context arm"].units
 
 
-def test_donors_of_the_same_answer_have_it(trial):
-    alike = claim.choose_pairs(trial, same_answer=True)
-    answers = trial.task.answer_index[alike.prompts]
-    assert (answers[:, 0] == answers[:, 1]).all()
-    assert (alike.prompts[:, 0] != alike.prompts[:, 1]).all()
+def test_self_donor_changes_nothing(contents, embedded):
+    assert contents["tiny"].self_donor <= 1e-5
+    tasks = load_tasks(embedded, ["capitals", "months-sequence"])
+    few = {
+        name: claim.needed_prompts(task, exchange_pairs(task, n_donors=1).where(np.arange(4)))
+        for name, task in tasks.items()
+    }
+    real = read_tasks(embedded, {name: task for name, (task, _) in few.items()})
+    found = claim.measure_content(real, {name: own for name, (_, (own,)) in few.items()})
+    assert max(one.self_donor for one in found.values()) <= 1e-5
 
 
-def test_one_subject_an_answer_cannot_be_tested_for_the_same_answer(trial):
+def test_nulls_are_measured_beyond_chance(tiny, trial, contents):
+    """By the loop: T towards the donor less T towards a donor of a third answer."""
+    pairs = claim.choose_pairs(trial)
+    small, (own, _) = claim._narrow(trial, pairs)
+    third = claim.third_prompts(small.task, own)
+    answers = small.task.answer_index
+    assert all(
+        len({answers[x], answers[y], answers[z]}) == 3
+        for (x, y), z in zip(own.prompts, third, strict=True)
+    )
+    templates = small.task.prompts["template"].to_numpy()
+    assert (templates[third] == templates[own.prompts[:, 1]]).all()
+    other = claim._narrow(tiny["other"], claim.choose_pairs(tiny["other"]))[0]
+    for index, (arm, block) in enumerate(claim.carrying_blocks(4).items()):
+        states = claim.states_at(small, arm, [block])[0]
+        others = claim.states_at(other, arm, [block])[0]
+        put = claim.control_states(small.task, own, states, others, arm)["covariance_matched"]
+        t = []
+        for targets in (own.prompts[:, 1], third):
+            after, before = 0.0, 0.0
+            for row, (x, _) in enumerate(own.prompts):
+                edited = recompute(small, x, place(small, x, arm), block, put[row])
+                after += kl(clean(small, targets[row]), edited)
+                before += kl(clean(small, targets[row]), clean(small, x))
+            t.append(1 - after / before)
+        found = contents["tiny"]
+        assert found.transfer["covariance_matched"].value[index] == pytest.approx(t[0], abs=2e-3)
+        assert found.beyond_chance["covariance_matched"].value[index] == pytest.approx(
+            t[0] - t[1], abs=4e-3
+        )
+        assert found.margin.value[index] == pytest.approx(
+            found.transfer["donor"].value[index] - t[0], abs=2e-3
+        )
+
+
+def test_donors_of_the_same_answer_have_it(trial, pairs):
+    alike = claim.same_answer_pairs(trial.task, pairs)
+    prompts = trial.task.prompts
+    for (x, y), unit in zip(alike.prompts, alike.unit, strict=True):
+        assert prompts["answer"][x] == prompts["answer"][y]
+        assert prompts["template"][x] == prompts["template"][y]
+        assert prompts["unit"][x] == unit != prompts["unit"][y]
+
+
+def test_disturbance_ratio_is_one_of_sums_over_subjects(trial):
+    rng = np.random.default_rng(2)
+    alike_unit, unit = rng.integers(0, 12, 30), np.repeat(np.arange(10), 3)
+    alike, other = rng.exponential(size=30), rng.exponential(size=30)
+    found = claim.disturbance_ratio(trial.task, alike, alike_unit, other, unit)
+    both = sorted(set(alike_unit) & set(unit))
+    sums = [
+        sum(values[own == one].mean() for one in both)
+        for values, own in ((alike, alike_unit), (other, unit))
+    ]
+    assert float(found) == pytest.approx(sums[0] / sums[1])
+    assert found.n_units == len(both)
+
+
+def test_one_subject_an_answer_cannot_be_tested_for_the_same_answer(tiny, trial):
     decoder = trial.decoder
     answers = [f"t{i}" for i in range(6)] + ANSWERS
-    task = tiny_task(
-        decoder, "single", SUBJECTS[:10], answers, ["a0 {subject} a1", "a2 {subject} a0"]
-    )
-    single = read_tasks(decoder, {"single": task})["single"]
-    found = claim.same_answer_disturbance(single, claim.choose_pairs(single))
-    assert found.reason == "donors of the same answer for 0 subjects"
+    templates = ["a0 {subject} a1", "a2 {subject} a0"]
+    task = tiny_task(decoder, "single", SUBJECTS[:10], answers, templates)
+    both = {**read_tasks(decoder, {"single": task}), "tiny": trial}
+    found = claim.measure_content(both, choose_all(both))
+    assert found["single"].same_answer.reason == "donors of the same answer for 0 subjects"
+    assert isinstance(found["tiny"].same_answer, Estimate)
+
+
+def test_two_answers_leave_no_third(tiny, trial):
+    task = tiny_task(trial.decoder, "two", answers=ANSWERS[:2])
+    both = {**read_tasks(trial.decoder, {"two": task}), "tiny": trial}
+    found = claim.measure_content(both, choose_all(both))
+    reasons = {one.reason for one in found["two"].beyond_chance.values()}
+    assert reasons == {"2 answers leave no third one for some pairs"}
 
 
 @pytest.mark.parametrize("arm", NAMES)
 def test_control_states_are_what_they_are_called(tiny, trial, pairs, arm):
-    site = "subject" if arm == "context arm" else "last"
     many = Pairs(np.repeat(pairs.prompts[:1], 4000, axis=0), np.repeat(pairs.unit[:1], 4000))
-    found = claim.control_states(trial, tiny["other"], many, arm, [2])
-    own = trial.states(site)[2]
+    own = claim.states_at(trial, arm, [2])[0]
+    others = claim.states_at(tiny["other"], arm, [2])[0]
+    found = claim.control_states(trial.task, many, own, others, arm)
     donor = own[pairs.prompts[0, 1]]
-    norms = found["random_direction"][0].norm(dim=-1)
+    norms = found["random_direction"].norm(dim=-1)
     assert torch.allclose(norms, donor.norm().expand_as(norms), rtol=1e-4)
-    assert float((found["random_direction"][0] / norms[:, None]).mean(0).norm()) < 0.05
-    prompts = trial.task.prompts
-    template = prompts["template"].to_numpy()
+    assert float((found["random_direction"] / norms[:, None]).mean(0).norm()) < 0.05
+    template = trial.task.prompts["template"].to_numpy()
     cell = own[torch.as_tensor(np.flatnonzero(template == template[pairs.prompts[0, 1]]))].numpy()
-    drawn = found["covariance_matched"][0].numpy()
+    drawn = found["covariance_matched"].numpy()
     assert np.abs(drawn.mean(0) - cell.mean(0)).max() < 0.1 * cell.std(0).max()
     error = np.linalg.norm(np.cov(drawn.T) - np.cov(cell.T))
     assert error < 0.1 * np.linalg.norm(np.cov(cell.T))
-    others = tiny["other"].states(site)[2]
-    gap = torch.cdist(found["other_task"][0].double(), others.double()).min(dim=1).values
+    gap = torch.cdist(found["other_task"].double(), others.double()).min(dim=1).values
     assert float(gap.max()) < 1e-6
 
 
-def test_controls_are_measured_where_each_arm_carries(tiny, trial, pairs, monkeypatch):
-    asked = []
-    measure = claim.measure_transfer
-
-    def spy(trial, pairs, site, **options):
-        asked.append((site, tuple(options["blocks"]), len(pairs)))
-        return measure(trial, pairs, site, **options)
-
-    monkeypatch.setattr(claim, "measure_transfer", spy)
-    found = claim.measure_controls(trial, tiny["other"], pairs)
-    assert set(asked) == {("subject", (2,), 36), ("last", (2,), 36)}
-    for one in found.values():
-        assert one.value.shape == (2,)
-        assert one.n_units == 12
+def test_the_other_task_does_not_depend_on_the_order_of_tasks():
+    names = ["a", "b", "c", "d"]
+    for name in names:
+        assert claim.other_task(name, names) == claim.other_task(name, names[::-1]) != name
     assert claim.carrying_blocks(30) == {"context arm": 12, "prediction arm": 25}
 
 
@@ -443,6 +509,29 @@ def test_a_task_without_groups_needs_no_right_answer(trial):
     assert len(claim.choose_pairs(trial)) == 12
 
 
+def test_the_second_operand_is_exchanged_at_its_own_token(tiny):
+    decoder = tiny["tiny"].decoder
+    rows = [(f"s{i}", ANSWERS[(i + k) % 4], f"t{k}") for i in range(12) for k in (0, 1, 2)]
+    items = pd.DataFrame(rows, columns=["subject", "answer", "group"])
+    task = build_task("sums", items, ["t1 t4 {group} t3 {subject} t5"], decoder)
+    sums = read_tasks(decoder, {"sums": task})["sums"]
+    pairs = exchange_pairs(task, n_donors=3)
+    other, own = claim.second_operand(sums, pairs)
+    prompts = task.prompts
+    for (x, y), unit in zip(own.prompts, own.unit, strict=True):
+        assert prompts["subject"][x] == prompts["subject"][y]
+        assert prompts["group"][x] != prompts["group"][y]
+        assert unit == prompts["unit"][x]
+        assert task.tokens[x][2] == WORDS.index(prompts["group"][x])
+    assert (other.task.subject_positions == 2).all()
+    arms = claim.measure_arms(other, own.where(np.arange(6)), [1])
+    states = [block_states(decoder.model, decoder.blocks, tokens)[1, 2] for tokens in task.tokens]
+    for index, (x, y) in enumerate(own.prompts[:6]):
+        edited = recompute(sums, x, 2, 1, states[y])
+        found = arms.transfers["context arm"].after[0, index]
+        assert found == pytest.approx(kl(clean(sums, y), edited), rel=1e-3, abs=1e-6)
+
+
 def every_statistic(arms, twins):
     """The claim's statistics where controls carry nothing and the geometry is slow."""
     ramp = np.clip((np.arange(L - 1) - 8) / 10, 0, 1)
@@ -456,8 +545,18 @@ def every_statistic(arms, twins):
     return claim.statistics(
         L,
         arms,
-        {name: {c: about(np.zeros(2), name) for c in claim.CONTROLS} for name in ready},
-        {name: about(np.full(2, 0.1), name) for name in ready},
+        {
+            name: claim.Content(
+                {
+                    "donor": about(np.ones(2), name),
+                    "covariance_matched": about(np.full(2, 0.3), name),
+                },
+                {c: about(np.zeros(2), name) for c in claim.CONTROLS},
+                about(np.full(2, 0.1), name),
+                0.0,
+            )
+            for name in ready
+        },
         {name: about(ramp, name) for name in ready},
         {name: arms[name].restrict(np.arange(40), claim.twin_blocks(L)) for name in ready},
         twins,
@@ -514,7 +613,7 @@ def test_arms_that_are_exchanged_refute_the_claim():
 def test_the_default_model_hands_over_from_subject_to_last_token(embedded):
     whole = load_tasks(embedded, ["capitals"])["capitals"]
     pairs = exchange_pairs(whole, n_donors=1)
-    task, few = claim.needed_prompts(whole, pairs.where(claim.thin(pairs, 6)))
+    task, (few,) = claim.needed_prompts(whole, pairs.where(claim.thin(pairs, 6)))
     real = read_tasks(embedded, {"capitals": task})["capitals"]
     arms = claim.measure_arms(real, few, [12, 26])
     assert arms.curve("context arm").value == pytest.approx([1, 0], abs=0.2)

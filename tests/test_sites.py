@@ -10,16 +10,17 @@ import oracle
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
+from tiny import tiny_config
 from torch import Tensor, nn
+from transformers import BambaForCausalLM
 
 from lib.engine.models import Decoder, load_decoder
+from lib.engine.parts import Parts, find_parts
 from lib.engine.sites import (
     ATTENTION,
     MLP,
-    Parts,
     Site,
     each_head,
-    find_parts,
     head_outputs,
     patch_heads,
     sweep_sites,
@@ -51,7 +52,30 @@ NAMES = {  # of the output projection and of the MLP, written down by hand
     "falcon": ("self_attention.dense", "mlp"),
     "bamba": ("self_attn.o_proj", "feed_forward"),
 }
-NO_PARTS = {"mamba", "bamba"}
+ARCHITECTURES = (
+    "llama",
+    "mistral",  # a window shorter than the prompts
+    "qwen2",  # biases
+    "qwen3",  # normed queries
+    "gemma2",  # norms behind attention and MLP, soft caps
+    "gemma3_text",
+    "phi3",  # one projection for queries, keys and values
+    "gpt2",  # fused, transposed
+    "gpt_neox",  # attention and MLP side by side
+    "gptj",
+    "opt",  # no module for the MLP
+    "bloom",  # biases in place of positions
+    "falcon",  # one key for all heads
+    "olmo2",
+    "stablelm",
+    "smollm3",
+    "granite",  # a residual multiplier
+    "cohere",
+    "mixtral",  # experts
+    "qwen2_moe",
+    "qwen3_moe",
+    "deepseek_v3",  # latent attention
+)
 
 
 def named(decoder: Decoder, block: int) -> tuple[nn.Module, nn.Module]:
@@ -159,12 +183,19 @@ def outputs_of(decoder: Decoder, parts: Parts) -> dict[str, Tensor]:
     return seen
 
 
-@pytest.fixture
-def parted(decoder: Decoder) -> Decoder:
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def parted(request: pytest.FixtureRequest) -> Decoder:
     """A tiny decoder of an architecture whose blocks have parts."""
-    if decoder.model.config.model_type in NO_PARTS:
-        pytest.skip("its blocks have no attention and MLP")
-    return decoder
+    return load_decoder(tiny_model(request.param), tokenizer=tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def hybrid() -> Decoder:
+    """A tiny decoder whose blocks are state-space and attention in turn."""
+    config = tiny_config("bamba")
+    config.attn_layer_indices = [1, 3]
+    torch.manual_seed(7)
+    return load_decoder(BambaForCausalLM(config), tokenizer=tiny_tokenizer())
 
 
 @pytest.mark.parametrize("positions", ["last", EARLIER])
@@ -281,30 +312,26 @@ def test_parts_are_those_that_their_names_say(parted: Decoder) -> None:
         )
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("mamba", "Block 0 of .* has no attention .* MambaBlock holds MambaRMSNorm, MambaMixer"),
-        ("bamba", "BambaMixer.* Blocks that have: 1, 3"),
-    ],
-)
-def test_a_block_without_parts_is_refused_with_what_it_holds(name: str, words: str) -> None:
-    decoder = load_decoder(tiny_model(name), tokenizer=tiny_tokenizer())
-    with pytest.raises(ValueError, match=words):
-        sweep_sites(decoder, PROMPTS, PAIRS, SITES, read_ids=ALL)
+def test_a_block_without_parts_is_refused_with_what_it_holds(hybrid: Decoder) -> None:
+    mamba = load_decoder(tiny_model("mamba"), tokenizer=tiny_tokenizer())
+    for decoder, words in (
+        (mamba, "Block 0 of .* has no attention .* MambaBlock holds MambaRMSNorm, MambaMixer"),
+        (hybrid, "BambaMixer.* Blocks that have: 1, 3"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sweep_sites(decoder, PROMPTS, PAIRS, SITES, read_ids=ALL)
 
 
-def test_a_hybrid_is_swept_in_its_blocks_that_attend() -> None:
-    decoder = load_decoder(tiny_model("bamba"), tokenizer=tiny_tokenizer())
-    sweep = sweep_sites(decoder, PROMPTS, PAIRS, SITES, blocks=[3, 1], read_ids=ALL)
+def test_a_hybrid_is_swept_in_its_blocks_that_attend(hybrid: Decoder) -> None:
+    sweep = sweep_sites(hybrid, PROMPTS, PAIRS, SITES, blocks=[3, 1], read_ids=ALL)
     where = [len(prompt) - 1 for prompt in PROMPTS]
     for number, site in enumerate(SITES.values()):
         for index, block in enumerate([3, 1]):
-            expected = with_exchange(decoder, site, block, [0, 3], where).numpy()
+            expected = with_exchange(hybrid, site, block, [0, 3], where).numpy()
             assert np.abs(sweep.logits[number, index, 1] - expected).max() < 1e-4
     group = {"across blocks": [(1, 2), (3, 0), (3, 3)]}
-    check_groups(decoder, group)  # from whole prompts: a state-space cache is not shared
-    check_blinded_groups(decoder, group)
+    check_groups(hybrid, group)  # from whole prompts: a state-space cache is not shared
+    check_blinded_groups(hybrid, group)
 
 
 def test_an_exchange_with_oneself_changes_nothing(llama: Decoder) -> None:

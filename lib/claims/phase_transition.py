@@ -6,14 +6,17 @@ The last block counts nowhere. Units are subjects; of untrained twins, seeds.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lib.engine.edits import Add, Exchange
+from lib.engine.extraction import extract_residuals, tokenize
 from lib.engine.models import Decoder
 from lib.engine.store import recall_sweep
 from lib.engine.vectors import held_out_centroids, random_directions
@@ -24,6 +27,7 @@ from lib.evidence.transfer import (
     DivergenceFromDonor,
     Transfer,
     Trial,
+    divergence,
     measure_transfer,
     read_tasks,
 )
@@ -79,15 +83,15 @@ class Arms:
         measured = next(iter(self.transfers.values())).blocks
         return [block for block in measured if block < self.n_blocks - 1]
 
-    @property
+    @cached_property
     def estimates(self) -> dict[Arm, Measured]:
         """T at each block that was measured, the last one included, by arm."""
         return {arm: transfer.estimate() for arm, transfer in self.transfers.items()}
 
     def curve(self, arm: Arm) -> Measured:
         """Return T at each of `blocks`."""
-        transfer = self.transfers[arm]
-        found = transfer.estimate().at([transfer.blocks.index(block) for block in self.blocks])
+        measured = self.transfers[arm].blocks
+        found = self.estimates[arm].at([measured.index(block) for block in self.blocks])
         if self.is_seed and isinstance(found, Estimate):
             return replace(found, draws=found.draws[:1].repeat(3, axis=0))
         return found
@@ -118,9 +122,7 @@ class Arms:
 # --- pairs ----------------------------------------------------------------------------------------
 
 
-def choose_pairs(
-    trial: Trial | Untested, *, n_donors: int = N_DONORS, same_answer: bool = False
-) -> Pairs | Untested:
+def choose_pairs(trial: Trial | Untested, *, n_donors: int = N_DONORS) -> Pairs | Untested:
     """Return the task's pairs, of all prompts, or of the groups that pass the gate.
 
     Transfer needs no right answers. But a task with groups (the offsets of month arithmetic) is
@@ -132,10 +134,9 @@ def choose_pairs(
     if grouped and trial.gate is not None:
         return trial.gate
     groups = trial.able_groups if grouped else None
-    pairs = exchange_pairs(trial.task, n_donors=n_donors, same_answer=same_answer, groups=groups)
+    pairs = exchange_pairs(trial.task, n_donors=n_donors, groups=groups)
     if len(np.unique(pairs.unit)) < FEWEST_UNITS:
-        kind = "of the same answer" if same_answer else "of another answer"
-        return Untested(f"donors {kind} for {len(np.unique(pairs.unit))} subjects")
+        return Untested(f"donors of another answer for {len(np.unique(pairs.unit))} subjects")
     return pairs
 
 
@@ -144,11 +145,19 @@ def thin(pairs: Pairs, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, len(pairs) - 1, min(most, len(pairs))).round().astype(int))
 
 
-def needed_prompts(task: Task, pairs: Pairs) -> tuple[Task, Pairs]:
+def needed_prompts(task: Task, *pairs: Pairs) -> tuple[Task, list[Pairs]]:
     """Return the task with only the prompts that the pairs need, and the pairs numbered in it."""
-    rows, place = np.unique(pairs.prompts, return_inverse=True)
+    rows = needed_rows(*pairs)
     prompts = task.prompts.iloc[rows].reset_index(drop=True)
-    return replace(task, prompts=prompts), replace(pairs, prompts=place.reshape(-1, 2))
+    return replace(task, prompts=prompts), [
+        replace(own, prompts=np.searchsorted(rows, own.prompts)) for own in pairs
+    ]
+
+
+def needed_rows(*pairs: Pairs) -> np.ndarray:
+    """Return the prompts of the pairs, each once, ascending."""
+    found: np.ndarray = np.unique(np.concatenate([own.prompts for own in pairs]))
+    return found
 
 
 def twin_blocks(n_blocks: int) -> list[int]:
@@ -181,7 +190,7 @@ def measure_twin(
     return {
         name: one
         if isinstance(one, Untested)
-        else measure_arms(one, few[name][1], twin_blocks(twin.n_blocks))
+        else measure_arms(one, few[name][1][0], twin_blocks(twin.n_blocks))
         for name, one in read.items()
     }
 
@@ -303,96 +312,255 @@ def other_task(name: str, names: Collection[str]) -> str:
     )
 
 
-def control_states(
-    trial: Trial, other: Trial, pairs: Pairs, arm: Arm, blocks: Sequence[int]
-) -> dict[str, Tensor]:
-    """Return what each control puts in the donor's place `[n_blocks, n_pairs, d_model]`.
+@dataclass(frozen=True)
+class Content:
+    """What states put in where each arm carries do in one task.
 
-    A state of random direction and the donor's norm; one drawn with mean and covariance of the
-    states that the donor is one of (same template and group); one of another task's prompts.
+    Attributes:
+        transfer: T by what was put in, the donor's state or a control's, [context arm, prediction
+            arm] `[2]`.
+        beyond_chance: of the controls, the same less their T towards another donor `[2]`.
+        same_answer: disturbance by donors of the same answer over that by the donor `[2]`.
+        self_donor: the largest KL(p_x ‖ p_edited), nats, where a prompt is its own donor.
     """
-    site = ARMS[arm]
-    assert site in ("subject", "last")
-    rng = generator("controls", trial.task.name, arm)
-    own, others = trial.states(site)[list(blocks)], other.states(site)[list(blocks)]
-    donors = own[:, torch.as_tensor(pairs.prompts[:, 1])]
-    seeded = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    prompts = trial.task.prompts
-    cell = prompts.groupby(["template", "group"]).ngroup().to_numpy()
-    drawn = torch.empty_like(donors)
-    for pair, donor in enumerate(pairs.prompts[:, 1]):
-        alike = own[:, torch.as_tensor(np.flatnonzero(cell == cell[donor]))].double()
-        centred = alike - alike.mean(dim=1, keepdim=True)
-        noise = torch.as_tensor(rng.standard_normal(alike.shape[1])) / np.sqrt(alike.shape[1] - 1)
-        state = alike.mean(dim=1) + torch.einsum("bpd,p->bd", centred, noise)
-        drawn[:, pair] = state.to(drawn)
-    strangers = rng.choice(other.task.n_prompts, size=len(pairs))
+
+    transfer: Mapping[str, Measured]
+    beyond_chance: Mapping[str, Measured]
+    same_answer: Measured
+    self_donor: float
+
+    @property
+    def margin(self) -> Measured:
+        """T of the donor less that of states drawn with mean and covariance of donors `[2]`."""
+        return self.transfer["donor"] - self.transfer["covariance_matched"]
+
+
+def measure_content(trials: Mapping[str, Trial], pairs: Mapping[str, Pairs]) -> dict[str, Content]:
+    """Return by task what states with and without the donor's content do where each arm carries."""
+    small = {name: _narrow(trials[name], own) for name, own in pairs.items()}
+    states = {
+        name: {
+            arm: states_at(trial, arm, [block])[0]
+            for arm, block in carrying_blocks(trial.decoder.n_blocks).items()
+        }
+        for name, (trial, _) in small.items()
+    }
     return {
-        "random_direction": random_directions(donors, seeded),
-        "covariance_matched": drawn,
-        "other_task": others[:, torch.as_tensor(strangers)],
+        name: _content(trial, own[0], own[1], states[name], states[other_task(name, small)])
+        for name, (trial, own) in small.items()
     }
 
 
-def measure_controls(trial: Trial, other: Trial, pairs: Pairs) -> dict[str, Measured]:
-    """Return T towards the nominal donor of each control, [context arm, prediction arm] `[2]`.
+def _narrow(trial: Trial, pairs: Pairs) -> tuple[Trial, list[Pairs]]:
+    """Return a trial of only the prompts in use, its pairs, and those of the same answer."""
+    alike = same_answer_pairs(trial.task, pairs)
+    task, own = needed_prompts(trial.task, pairs, alike)
+    states = trial.last_states[torch.as_tensor(needed_rows(pairs, alike))]
+    return replace(trial, task=task, last_states=states), own
 
-    Each arm is measured where it carries (`carrying_blocks`).
+
+def states_at(trial: Trial, arm: Arm, blocks: Sequence[int]) -> Tensor:
+    """Return the states that an arm exchanges `[n_blocks, n_prompts, d_model]`.
+
+    At the subject's token the prompts are read up to it: what follows cannot change them.
     """
-    found: dict[str, list[Measured]] = {name: [] for name in CONTROLS}
+    if arm == "prediction arm":
+        return trial.states("last")[list(blocks)]
+    ends = trial.task.subject_positions
+    begun = [tokens[: end + 1] for tokens, end in zip(trial.task.tokens, ends, strict=True)]
+    return extract_residuals(trial.decoder, begun, blocks=blocks).states
+
+
+def control_states(
+    task: Task, pairs: Pairs, states: Tensor, others: Tensor, arm: Arm
+) -> dict[str, Tensor]:
+    """Return what each control puts in the donor's place `[n_pairs, d_model]`.
+
+    A state of random direction and the donor's norm; one drawn with mean and covariance of the
+    states that the donor is one of (same template and group); one of another task.
+
+    Args:
+        task: the task.
+        pairs: whose donors are replaced.
+        states: the task's `[n_prompts, d_model]`.
+        others: the other task's `[n, d_model]`.
+        arm: where they are put in.
+    """
+    rng = generator("controls", task.name, arm)
+    donors = states[torch.as_tensor(pairs.prompts[:, 1])]
+    seeded = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    cell = _cells(task)
+    drawn = []
+    for donor in pairs.prompts[:, 1]:
+        alike = states[torch.as_tensor(np.flatnonzero(cell == cell[donor]))].double()
+        noise = torch.as_tensor(rng.standard_normal(len(alike))) / np.sqrt(max(len(alike) - 1, 1))
+        drawn.append(alike.mean(dim=0) + noise @ (alike - alike.mean(dim=0)))
+    return {
+        "random_direction": random_directions(donors, seeded),
+        "covariance_matched": torch.stack(drawn).to(donors),
+        "other_task": others[torch.as_tensor(rng.choice(len(others), size=len(pairs)))],
+    }
+
+
+def _cells(task: Task) -> np.ndarray:
+    found: np.ndarray = task.prompts.groupby(["template", "group"]).ngroup().to_numpy()
+    return found
+
+
+def third_prompts(task: Task, pairs: Pairs) -> np.ndarray | None:
+    """Return a third prompt for each pair `[n_pairs]`: as the donor, but of a third answer.
+
+    None where a pair has none.
+    """
+    rng, cell, answer = generator("third", task.name), _cells(task), task.answer_index
+    found = []
+    for x, y in pairs.prompts:
+        fits = (cell == cell[y]) & (answer != answer[x]) & (answer != answer[y])
+        if not fits.any():
+            return None
+        found.append(rng.choice(np.flatnonzero(fits)))
+    return np.array(found)
+
+
+@dataclass(frozen=True, eq=False)
+class Divergences:
+    """The measure of a sweep: KL(p_k ‖ q) for each of several prompts k.
+
+    Attributes:
+        logits: next-token logits of the prompts `[n_prompts, d_vocab]`.
+        prompts: by name, which prompt each row is compared with `[n_rows]`.
+    """
+
+    logits: Tensor
+    prompts: Mapping[str, np.ndarray]
+
+    def __call__(self, logits: Tensor, pair: Tensor) -> dict[str, Tensor]:
+        """Return nats by name `[n_rows]`, float64, of edited logits `[n_rows, d_vocab]`."""
+        return {
+            name: DivergenceFromDonor(self.logits, rows)(logits, pair)["kl_nats"]
+            for name, rows in self.prompts.items()
+        }
+
+
+def _content(
+    trial: Trial,
+    pairs: Pairs,
+    alike: Pairs,
+    states: Mapping[Arm, Tensor],
+    others: Mapping[Arm, Tensor],
+) -> Content:
+    task, unit, third = trial.task, pairs.unit, third_prompts(trial.task, pairs)
+    x, y = pairs.prompts.T
+    toward = {"recipient": x, "donor": y, "third": y if third is None else third}
+    before = {name: divergence(trial.logits, rows, x) for name, rows in toward.items()}
+    transfer: dict[str, list[Measured]] = {name: [] for name in ("donor", *CONTROLS)}
+    beyond: dict[str, list[Measured]] = {name: [] for name in CONTROLS}
+    ratios: list[Measured] = []
+    itself = 0.0
     for arm, block in carrying_blocks(trial.decoder.n_blocks).items():
-        for name, states in control_states(trial, other, pairs, arm, [block]).items():
-            transfer = measure_transfer(trial, pairs, ARMS[arm], donors=states, blocks=[block])
-            found[name].append(transfer.estimate().at(0))
-    return {name: stack(*both) for name, both in found.items()}
+        own = states[arm]
+        put = {"donor": own[torch.as_tensor(y)], "itself": own[torch.as_tensor(x)]}
+        put |= control_states(task, pairs, own, others[arm], arm)
+        tiled = {name: np.tile(rows, len(put)) for name, rows in toward.items()}
+        found = put_in(trial, tiled, torch.cat(list(put.values())), arm, block)
+        after = {
+            name: dict(zip(put, values.reshape(len(put), -1), strict=True))
+            for name, values in found.items()
+        }
+        for name in transfer:
+            near = _transfer(task, after["donor"][name], before["donor"], unit)
+            transfer[name].append(near)
+            if name in CONTROLS:
+                far = _transfer(task, after["third"][name], before["third"], unit)
+                beyond[name].append(near - far)
+        itself = max(itself, float(after["recipient"]["itself"].max()))
+        same = put_in(
+            trial,
+            {"recipient": alike.prompts[:, 0]},
+            own[torch.as_tensor(alike.prompts[:, 1])],
+            arm,
+            block,
+        )["recipient"]
+        ratios.append(disturbance_ratio(task, same, alike.unit, after["recipient"]["donor"], unit))
+    lost = Untested(f"{len(task.answers)} answers leave no third one for some pairs")
+    return Content(
+        {name: stack(*both) for name, both in transfer.items()},
+        {name: lost if third is None else stack(*both) for name, both in beyond.items()},
+        stack(*ratios),
+        itself,
+    )
 
 
-def disturbance(trial: Trial, pairs: Pairs, arm: Arm, block: int) -> np.ndarray:
-    """Return KL(p_x ‖ p_edited) of an exchange after one block, nats `[n_pairs]`."""
-    task = trial.task
-    own, index = np.unique(pairs.prompts[:, 0], return_inverse=True)
+def put_in(
+    trial: Trial, toward: Mapping[str, np.ndarray], states: Tensor, arm: Arm, block: int
+) -> dict[str, np.ndarray]:
+    """Return KL(p_k ‖ p_edited), nats `[n]` by name, where states are put in after a block.
+
+    Args:
+        trial: the task and the model.
+        toward: by name, the prompt k of each row; "recipient" is the one that is edited.
+        states: what is put in `[n, d_model]`.
+        arm: where.
+        block: after which block.
+    """
+    task, recipients = trial.task, toward["recipient"]
+    if not len(recipients):
+        return {name: np.empty(0) for name in toward}
     last = np.array([len(prompt) - 1 for prompt in task.tokens])
     sweep = recall_sweep(
         trial.decoder,
         task.tokens,
-        pairs.prompts,
+        np.stack([recipients, np.arange(len(recipients))], axis=1),
         {"edit": Exchange()},
         positions=task.subject_positions if arm == "context arm" else last,
+        donors=states[None],
         blocks=[block],
-        measure=DivergenceFromDonor(trial.logits[own], index),
+        measure=Divergences(trial.logits, toward),
     )
-    result: np.ndarray = sweep.measures["kl_nats"][0, 0]
-    return result
+    return {name: values[0, 0] for name, values in sweep.measures.items()}
 
 
-def self_donor(trial: Trial, n_prompts: int = 5) -> float:
-    """Return the largest KL(p_x ‖ p_edited), nats, where each prompt is its own donor."""
-    chosen = np.linspace(0, trial.task.n_prompts - 1, n_prompts).round().astype(int)
-    pairs = Pairs(np.stack([chosen, chosen], axis=1), trial.task.unit[chosen])
-    blocks = carrying_blocks(trial.decoder.n_blocks)
-    return max(float(disturbance(trial, pairs, arm, block).max()) for arm, block in blocks.items())
+def _transfer(task: Task, after: np.ndarray, before: np.ndarray, unit: np.ndarray) -> Measured:
+    """Return T of pairs `[n_pairs]`, drawn over units."""
+    units, place = np.unique(unit, return_inverse=True)
+    below = sums_by_unit(before, place, len(units))
+    above = below - sums_by_unit(after, place, len(units))
+    return ratio_of_sums(above, below, _named(task, units))
 
 
-def same_answer_disturbance(trial: Trial, pairs: Pairs) -> Measured:
-    """Return the disturbance by donors of the same answer over that by others, by arm `[2]`.
+def same_answer_pairs(task: Task, pairs: Pairs) -> Pairs:
+    """Return for each recipient of the pairs, where there is one, a donor of the same answer."""
+    rng, cell, answer = generator("same answer", task.name), _cells(task), task.answer_index
+    found = []
+    for x, unit in zip(pairs.prompts[:, 0], pairs.unit, strict=True):
+        fits = (cell == cell[x]) & (answer == answer[x]) & (task.unit != unit)
+        if fits.any():
+            found.append((x, rng.choice(np.flatnonzero(fits)), unit))
+    table = np.array(found, dtype=np.int64).reshape(-1, 3)
+    return Pairs(table[:, :2], table[:, 2])
 
-    A ratio of sums over subjects of each one's mean over its donors; of the subjects that have
-    donors of both kinds.
+
+def disturbance_ratio(
+    task: Task, alike: np.ndarray, alike_unit: np.ndarray, other: np.ndarray, unit: np.ndarray
+) -> Measured:
+    """Return Σ KL(p_x ‖ p_edited) with donors of the same answer over that with other donors.
+
+    Sums over subjects that have donors of both kinds, of each one's mean over its donors.
+
+    Args:
+        task: the task.
+        alike: KL with donors of the same answer, nats `[n_alike]`.
+        alike_unit: their recipients' subjects.
+        other: KL with donors of another answer, nats `[n_pairs]`.
+        unit: their recipients' subjects.
     """
-    alike = choose_pairs(trial, same_answer=True)
-    if isinstance(alike, Untested):
-        return alike
-    units = np.intersect1d(alike.unit, pairs.unit)
-    if len(units) < FEWEST_UNITS:
-        return Untested(f"donors of the same answer for {len(units)} subjects")
-    ratios = []
-    for arm, block in carrying_blocks(trial.decoder.n_blocks).items():
-        above, below = (
-            _mean_by_unit(disturbance(trial, chosen, arm, block), chosen.unit, units)
-            for chosen in (alike, pairs)
-        )
-        ratios.append(ratio_of_sums(above, below, _named(trial.task, units)))
-    return stack(*ratios)
+    both = np.intersect1d(alike_unit, unit)
+    if len(both) < FEWEST_UNITS:
+        return Untested(f"donors of the same answer for {len(both)} subjects")
+    above, below = (
+        _mean_by_unit(values, own, both) for values, own in ((alike, alike_unit), (other, unit))
+    )
+    return ratio_of_sums(above, below, _named(task, both))
 
 
 def _mean_by_unit(values: np.ndarray, unit: np.ndarray, units: np.ndarray) -> np.ndarray:
@@ -402,7 +570,10 @@ def _mean_by_unit(values: np.ndarray, unit: np.ndarray, units: np.ndarray) -> np
 
 
 def _named(task: Task, units: np.ndarray) -> str:
-    return task.units if len(units) == task.n_units else f"{task.units} with another of its answer"
+    """Name the units; a part of the subjects is told from the whole."""
+    if len(units) == task.n_units:
+        return task.units
+    return f"{task.units} ({hashlib.sha256(units.tobytes()).hexdigest()[:8]})"
 
 
 # --- the geometry ---------------------------------------------------------------------------------
@@ -457,26 +628,65 @@ def measure_steering(trial: Trial, pairs: Pairs, arm: Arm, blocks: Sequence[int]
     Raises:
         ValueError: a task of one template.
     """
-    site = ARMS[arm]
-    assert site in ("subject", "last")
     task = trial.task
     labels = task.unit if arm == "context arm" else task.answer_index
     template = task.prompts["template"].to_numpy()
-    states = trial.states(site)[list(blocks)]
     recipients, donors = pairs.prompts.T
+    used = np.flatnonzero(np.isin(labels, labels[pairs.prompts]))  # no others enter a centroid
+    part = replace(task, prompts=task.prompts.iloc[used].reset_index(drop=True))
+    states = states_at(replace(trial, task=part), arm, blocks)
     to, away = (
-        held_out_centroids(states, labels, template, labels[rows], template[recipients])
+        held_out_centroids(states, labels[used], template[used], labels[rows], template[recipients])
         for rows in (donors, recipients)
     )
     return measure_transfer(
         trial,
         pairs,
-        site,
+        ARMS[arm],
         edit=Add(),
         donors=to - away,
         blocks=blocks,
         description=f"{task.name}: steering, {arm}",
     )
+
+
+def second_operand(trial: Trial, pairs: Pairs) -> tuple[Trial, Pairs]:
+    """Return a task with groups as one whose subject is the group, and its pairs.
+
+    In month arithmetic: the offset is exchanged instead of the base month. Recipient and donor
+    share template and month; each recipient of `pairs` gets the next of the offsets in use.
+
+    Raises:
+        ValueError: a tokenizer that joins the group's word with what stands before it.
+    """
+    prompts = trial.task.prompts
+    starts, ends = [], []
+    for text, group, tokens in zip(
+        prompts["text"], prompts["group"], prompts["tokens"], strict=True
+    ):
+        at = text.rindex(group)
+        before, upto = tokenize(trial.decoder, [text[:at].rstrip(), text[:at] + group])
+        if tokens[: len(upto)] != upto or not len(before) < len(upto):
+            raise ValueError(f"The tokens of {group!r} cannot be found in {text!r}.")
+        starts.append(len(before))
+        ends.append(len(upto) - 1)
+    groups = sorted(set(prompts["group"].iloc[pairs.prompts.ravel()]))
+    rows = {
+        key: row
+        for row, key in enumerate(
+            zip(prompts["template"], prompts["unit"], prompts["group"], strict=True)
+        )
+    }
+    found = []
+    for x in np.unique(pairs.prompts[:, 0]):
+        template, unit, group = (prompts[name].iloc[x] for name in ("template", "unit", "group"))
+        other = groups[(groups.index(group) + 1) % len(groups)]
+        donor = rows.get((template, unit, other))
+        if donor is not None and other != group:
+            found.append((x, donor, unit))
+    table = np.array(found, dtype=np.int64).reshape(-1, 3)
+    task = replace(trial.task, prompts=prompts.assign(subject_start=starts, subject_position=ends))
+    return replace(trial, task=task), Pairs(table[:, :2], table[:, 2])
 
 
 # --- all of them ----------------------------------------------------------------------------------
@@ -487,8 +697,7 @@ ByTask = Mapping[str, Measured]
 def statistics(
     n_blocks: int,
     arms: Mapping[str, Arms | Untested],
-    controls: Mapping[str, Mapping[str, Measured]],
-    same_answer: ByTask,
+    contents: Mapping[str, Content],
     alignments: ByTask,
     shared: Mapping[str, Arms],
     twins: Sequence[Mapping[str, Arms | Untested]],
@@ -498,8 +707,7 @@ def statistics(
     Args:
         n_blocks: L of the model.
         arms: by task; a task that cannot be measured is Untested everywhere.
-        controls: `measure_controls` by task.
-        same_answer: `same_answer_disturbance` by task.
+        contents: `measure_content` by task.
         alignments: `alignment` by task.
         shared: the trained model's arms by task, on the twins' pairs and blocks.
         twins: the twins' arms by task, one entry a seed.
@@ -507,25 +715,22 @@ def statistics(
     trained: dict[str, Measured | ByTask] = dict(_by_statistic(arms))
     trained["hand_over_beyond_twins"] = beyond_twins(shared, twins)
     for name in CONTROLS:
-        trained[name] = {task: _of(one, controls, task, name) for task, one in arms.items()}
-    trained["same_answer_disturbance"] = {
-        task: one if isinstance(one, Untested) else same_answer[task] for task, one in arms.items()
-    }
-    transitions = {
-        task: find_transition(one) for task, one in arms.items() if isinstance(one, Arms)
-    }
+        trained[name] = _where(arms, {t: one.beyond_chance[name] for t, one in contents.items()})
+    trained["content_margin"] = _where(arms, {t: one.margin for t, one in contents.items()})
+    trained["same_answer_disturbance"] = _where(
+        arms, {t: one.same_answer for t, one in contents.items()}
+    )
+    transitions = {t: find_transition(one) for t, one in arms.items() if isinstance(one, Arms)}
     trained["transition_spread"] = transition_spread(transitions, n_blocks)
-    trained["width_gap"] = {
-        task: one if isinstance(one, Untested) else width_gap(alignments[task], one)
-        for task, one in arms.items()
-    }
+    measured = {t: one for t, one in arms.items() if isinstance(one, Arms)}
+    gaps = {task: width_gap(alignments[task], one) for task, one in measured.items()}
+    trained["width_gap"] = _where(arms, gaps)
     return trained, _twin_statistics(n_blocks, twins)
 
 
-def _of(
-    one: Arms | Untested, controls: Mapping[str, Mapping[str, Measured]], task: str, name: str
-) -> Measured:
-    return one if isinstance(one, Untested) else controls[task][name]
+def _where(arms: Mapping[str, Arms | Untested], measured: ByTask) -> ByTask:
+    """Return what was measured by task, and the reasons of the tasks that were not."""
+    return {n: one if isinstance(one, Untested) else measured[n] for n, one in arms.items()}
 
 
 def _by_statistic(arms: Mapping[str, Arms | Untested]) -> dict[str, ByTask]:
@@ -556,6 +761,6 @@ def _twin_statistics(
             for twin in twins
         ]
     )
-    for name in (*CONTROLS, "same_answer_disturbance", "width_gap"):
+    for name in (*CONTROLS, "content_margin", "same_answer_disturbance", "width_gap"):
         result[name] = dict.fromkeys(twins[0], _TRAINED_ONLY)
     return result

@@ -213,7 +213,7 @@ def _describe(
     blocks = find_blocks(model, int(config.num_hidden_layers))
     n_tokens = min(5, int(unembedding.weight.shape[0]))
     tokens = torch.arange(n_tokens, device=device_of(model.get_input_embeddings()))[None]
-    with evaluating(model), one_line(f"{kind} cannot be run on a few tokens alone"):
+    with evaluating(model), one_line(kind, "cannot be run on a few tokens alone"):
         last_state, stages, logits = watch(model, blocks, unembedding, tokens)
         if tuple(last_state.shape) != (*tokens.shape, config.hidden_size):
             raise ValueError(
@@ -232,7 +232,7 @@ def _describe(
             seed=seed,
             revision=revision,
             logit_scale=_logit_scale(config),
-            logit_softcap=getattr(config, "final_logit_softcapping", None),
+            logit_softcap=_logit_softcap(config),
         )
         with torch.inference_mode():
             rebuilt = decoder.unembed(decoder.final_norm(last_state))
@@ -268,3 +268,10 @@ def _logit_scale(config: Any) -> float:
     if divisor := getattr(config, "logits_scaling", None):
         return 1.0 / float(divisor)
     return float(getattr(config, "logit_scale", None) or 1.0)
+
+
+def _logit_softcap(config: Any) -> float | None:
+    """Return the bound of the logits' soft cap, as Gemma, RecurrentGemma and xLSTM name it."""
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    found = next((cap for name in names if (cap := getattr(config, name, None))), None)
+    return None if found is None else float(found)

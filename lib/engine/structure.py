@@ -92,13 +92,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def one_line(what: str) -> Iterator[None]:
-    """Turn what goes wrong inside, other than a ValueError of lib's own, into one line."""
+def one_line(kind: str, what: str) -> Iterator[None]:
+    """Turn what goes wrong inside into one line; what names the model's class already is one."""
     try:
         yield
-    except (RuntimeError, TypeError, AttributeError, LookupError, AssertionError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ValueError(f"{what}: {reason}. This architecture is not supported.") from error
+    except (ValueError, RuntimeError, TypeError, AttributeError, LookupError, AssertionError) as e:
+        if isinstance(e, ValueError) and str(e).startswith(kind):
+            raise
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0].rstrip(".")
+        raise ValueError(f"{kind} {what}: {reason}. This architecture is not supported.") from e
 
 
 def find_blocks(model: PreTrainedModel, n_blocks: int) -> tuple[nn.Module, ...]:

@@ -13,13 +13,13 @@ from lib.science.curves import crossing
 from lib.science.estimate import Estimate, Untested
 
 CLAIM, STATISTIC = "phase-transition", "transition"
-QUICK_TASKS, QUICK_PAIRS = 3, 24
+QUICK_TASKS, QUICK_PAIRS = 3, 16
 
 
 def task_transitions(decoder: Decoder) -> dict[str, float]:
     """Return each task's ℓ* in blocks, as the phase-transition chapter recorded it for this model.
 
-    Where that chapter has not run on this model, it is measured with 24 pairs on each of the first
+    Where that chapter has not run on this model, it is measured with 16 pairs on each of the first
     three tasks. A task whose arms do not cross is left out.
     """
     rows = read_records(claim_file(CLAIM))

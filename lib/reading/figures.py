@@ -18,8 +18,6 @@ from matplotlib.lines import Line2D
 
 _COLOURS = sns.color_palette("colorblind").as_hex()
 TWIN = "#7f7f7f"
-MODEL_COLOURS = (_COLOURS[0], _COLOURS[3], _COLOURS[2], _COLOURS[4])
-"""Colours of several models in one picture, in the order of their runs."""
 STYLES: Mapping[str, Mapping[str, Any]] = {
     # arms
     "context arm": {"color": _COLOURS[0], "marker": "o"},
@@ -44,6 +42,12 @@ STYLES: Mapping[str, Mapping[str, Any]] = {
     "random direction": {"color": _COLOURS[4], "marker": "*"},
     "random plane": {"color": _COLOURS[9], "marker": "*"},
     "own answer": {"color": "#333333", "marker": "p"},
+    # parts of a block
+    "attention": {"color": "#332288", "marker": "o"},
+    "mlp": {"color": "#999933", "marker": "s"},
+    "head": {"color": "#332288", "marker": "d"},
+    "random heads": {"color": TWIN, "marker": "*"},
+    "elsewhere heads": {"color": _COLOURS[0], "marker": "P"},
     # sites of an edit
     "subject": {"color": _COLOURS[0], "marker": "o"},
     "subject to second last": {"color": _COLOURS[9], "marker": "<"},

@@ -28,15 +28,13 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from lib.engine.files import ROOT
 from lib.evidence.criteria import Criterion, Record, claim_verdict, criteria, judged
-from lib.evidence.records import SIGNS, check, claim_file, keep_run, to_json, write_records
+from lib.evidence.records import check, claim_file, keep_run, to_json, write_records
 from lib.reading.figures import forest
-from lib.science.estimate import Measured, Untested
+from lib.reading.words import RECORDS_KEY, estimate_text, number_text, record_text, verdict_text
+from lib.science.estimate import Measured
 
 if TYPE_CHECKING:
     from lib.engine.models import Decoder
-
-RECORDS_KEY = "records"
-"""Name under which `conclude` glues a chapter's records; the build collects them by it."""
 
 _GLUE_PREFIX = "application/papermill.record/"
 _GLUED = re.compile(r"\{glue:text\}`([^`:]+)(?::([^`]*))?`")
@@ -174,23 +172,6 @@ def glue_estimates(estimates: Mapping[str, Measured]) -> None:
         glue(name, estimate_text(one))
 
 
-def estimate_text(one: Measured) -> str:
-    """Return an estimate of one number in words, as prose quotes it.
-
-    Raises:
-        ValueError: an estimate of several numbers.
-    """
-    if isinstance(one, Untested):
-        return f"not testable ({one.reason})"
-    if one.value.ndim:
-        raise ValueError(
-            f"An estimate over {one.units} holds {one.value.size} numbers; reduce it to one, with "
-            "`.at` or `.over`."
-        )
-    interval = one.interval()
-    return _interval(float(one), float(interval.low), float(interval.high))
-
-
 def glue_figure(name: str, figure: Figure) -> None:
     """Glue a figure, to be pasted by the directive glue:figure; nothing is shown in its place.
 
@@ -245,17 +226,6 @@ def _keep_output(name: str, data: dict[str, str]) -> None:
         show_glued(name)
 
 
-def number_text(value: float, decimals: int = 2) -> str:
-    """Return a number with a true minus sign; small ones with one significant digit."""
-    tiny = value != 0 and abs(value) < 0.5 * 10**-decimals
-    text = f"{value:.1g}" if tiny else f"{value:.{decimals}f}"
-    return text.replace("-", "\N{MINUS SIGN}")
-
-
-def _interval(estimate: float, low: float, high: float) -> str:
-    return f"{number_text(estimate)} [{number_text(low)}, {number_text(high)}]"
-
-
 def conclude(records: Sequence[Record], decoder: "Decoder | None" = None) -> None:
     """Record a chapter's verdicts, glue each of them, and show them all. Called once, at the end.
 
@@ -296,19 +266,6 @@ def conclude(records: Sequence[Record], decoder: "Decoder | None" = None) -> Non
     glue_html("answer", table_html(answer, caption), answer.to_string(index=False))
     show_table(verdict_table(rows), f"All records of the claim “{claim.replace('-', ' ')}”")
     _display(_png(forest(rows)))
-
-
-def record_text(row: Record) -> str:
-    """Return a record's number with its interval, or why there is none."""
-    if row["estimate"] is None:
-        return f"not testable ({row['reason']})"
-    return _interval(row["estimate"], row["low"], row["high"])
-
-
-def verdict_text(row: Record) -> str:
-    """Return a record's verdict as shape and word, "● supported, architecture" say."""
-    mark = ", architecture" if row["architecture"] and row["verdict"] == "supported" else ""
-    return f"{SIGNS[row['verdict']]} {row['verdict']}{mark}"
 
 
 def answer_table(rows: Sequence[Record], claim: str) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 import base64
 import json
 from pathlib import Path
+from typing import ClassVar
 
 from docutils import nodes
 from docutils.parsers.rst import directives
@@ -28,14 +29,15 @@ class ChapterFigure(SphinxDirective):
 
     required_arguments = 2
     has_content = True
-    option_spec = {"alt": directives.unchanged_required}
+    option_spec: ClassVar = {"alt": directives.unchanged_required}
 
     def run(self) -> list[nodes.Node]:
         """Return the figure."""
         chapter, name = self.arguments
         root = Path(self.env.srcdir)
         page = next((one for one in pages(root) if Path(one).name == chapter), None)
-        glued = Path(self.env.mystnb_config.output_folder) / f"{page}.glue.json"
+        folder = Path(self.env.mystnb_config.output_folder)  # type: ignore[attr-defined]
+        glued = folder / f"{page}.glue.json"
         data = json.loads(glued.read_text(encoding="utf-8")) if page and glued.is_file() else {}
         if name not in data:
             return []

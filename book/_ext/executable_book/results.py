@@ -21,7 +21,7 @@ from lib.evidence.records import (
     write_records,
 )
 from lib.evidence.verify import scorecard
-from lib.reading.notebook import RECORDS_KEY
+from lib.reading.words import RECORDS_KEY
 
 
 def failed_pages(env: BuildEnvironment) -> list[str]:

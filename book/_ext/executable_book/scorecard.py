@@ -11,11 +11,11 @@ from sphinx.util.docutils import SphinxDirective
 from executable_book.results import collect
 from lib.evidence.criteria import Criterion, Record, claim_verdict, criteria, judged
 from lib.evidence.records import SIGNS, pages, read_runs
-from lib.reading.figures import MODEL_COLOURS, TWIN
-from lib.reading.notebook import record_text, verdict_text
+from lib.reading.words import record_text, verdict_text
 
 COMING = "chapter to come"
 NO_RESULT = "no result"
+MODEL_COLOURS, TWIN = ("#0173b2", "#d55e00", "#029e73", "#cc78bc"), "#7f7f7f"
 AXIS = (-0.25, 1.25)
 """Ends of the forest's axis; a number beyond them is drawn at the end that it passes."""
 _WIDTH, _LINE = 240, 16

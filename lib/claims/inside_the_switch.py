@@ -1,0 +1,459 @@
+"""Inside the switch: the block and the heads that bring the donor's prediction to the last token.
+
+What is chosen (a block, heads) is chosen on one half of a task's subjects and tested on the other,
+with recipients and donors of the same half. The last block counts nowhere. Units are subjects; of
+untrained twins, seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.engine.extraction import extract_residuals, logit_lens
+from lib.engine.models import Decoder
+from lib.engine.parts import find_parts
+from lib.engine.sites import ATTENTION, Head, Site, each_head, head_outputs, patch_heads
+from lib.engine.store import recall_sites
+from lib.evidence.criteria import is_held_out
+from lib.evidence.tasks import Pairs, Task, exchange_pairs
+from lib.evidence.transfer import DivergenceFromDonor, Transfer, Trial, divergence
+from lib.science.estimate import (
+    FEWEST_UNITS,
+    Measured,
+    Untested,
+    generator,
+    mean_over_units,
+    ratio_of_sums,
+    sums_by_unit,
+)
+
+CLAIM = "inside-the-switch"
+N_DONORS = 6
+"""Donors of a subject before halving; those of the other half are left out."""
+N_CHOOSING, N_TESTING = 16, 48
+"""Most pairs of a task on which parts are chosen and tested."""
+N_BLOCKS = 5
+"""Blocks, those of most attention transfer, in which a task's heads are looked for."""
+FEW = 3
+"""Heads that the criteria speak of."""
+COUNTS = (1, 2, 3, 5, 8)
+"""Numbers of heads that are exchanged together."""
+TWIN_PAIRS = 8
+"""Pairs of each half that twins are measured on: a seed is one number."""
+TWIN_HELD_OUT = 2
+"""Held-out tasks that twins are measured on, beside the seen ones."""
+SEEDS = "seeds"
+
+
+@dataclass(frozen=True, eq=False)
+class Halves:
+    """Pairs of a task by the half that both their subjects belong to."""
+
+    choosing: Pairs
+    testing: Pairs
+
+
+def halve(trial: Trial | Untested) -> Halves | Untested:
+    """Return pairs of two halves of a task's subjects, drawn by the task's name.
+
+    A task with groups (the offsets of month arithmetic) is measured on those that the model
+    masters, and not at all without one.
+    """
+    if isinstance(trial, Untested):
+        return trial
+    task = trial.task
+    grouped = bool((task.prompts["group"] != "").any())
+    if grouped and trial.gate is not None:
+        return trial.gate
+    groups = trial.able_groups if grouped else None
+    pairs = exchange_pairs(task, n_donors=N_DONORS, groups=groups)
+    first = np.zeros(task.n_units, dtype=bool)
+    first[generator("halves", task.name).permutation(task.n_units)[: task.n_units // 2]] = True
+    recipient, donor = first[task.unit[pairs.prompts]].T
+    halves = Halves(
+        thin(pairs.where(recipient & donor), N_CHOOSING),
+        thin(pairs.where(~recipient & ~donor), N_TESTING),
+    )
+    for half in (halves.choosing, halves.testing):
+        if len(np.unique(half.unit)) < FEWEST_UNITS:
+            return Untested(f"pairs of {len(np.unique(half.unit))} subjects in one half")
+    return halves
+
+
+def thin(pairs: Pairs, most: int) -> Pairs:
+    """Return at most so many pairs, of as many subjects as possible, in an order drawn by place."""
+    turn = np.zeros(len(pairs), dtype=np.int64)
+    order = generator("thin", str(len(pairs))).permutation(len(pairs))
+    seen: dict[int, int] = {}
+    for row in order:
+        unit = int(pairs.unit[row])
+        turn[row] = seen[unit] = seen.get(unit, 0) + 1
+    kept = np.sort(order[np.argsort(turn[order], kind="stable")][:most])
+    return pairs.where(kept)
+
+
+# --- transfer of sites and heads ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _FromDonor(DivergenceFromDonor):
+    """KL(p_y ‖ q) in nats, and the closed set's choice."""
+
+    answer_ids: np.ndarray
+
+    def __call__(self, logits: Tensor, pair: Tensor) -> dict[str, Tensor]:
+        answers = logits[:, torch.as_tensor(self.answer_ids, device=logits.device)]
+        return {**super().__call__(logits, pair), "choice": answers.argmax(-1)}
+
+
+def _measure(trial: Trial, pairs: Pairs) -> _FromDonor:
+    donors, place = np.unique(pairs.prompts[:, 1], return_inverse=True)
+    logits = logit_lens(trial.decoder, trial.last_states[torch.as_tensor(donors)])
+    return _FromDonor(logits, place, trial.task.answer_ids)
+
+
+def _transfers(
+    trial: Trial,
+    pairs: Pairs,
+    names: Sequence[str],
+    blocks: tuple[int, ...],
+    found: Mapping[str, np.ndarray],
+) -> dict[str, Transfer]:
+    """Return transfers by name from measures `[n_names, n_blocks, n_pairs]`."""
+    task = trial.task
+    used, place = np.unique(pairs.prompts, return_inverse=True)
+    logits = logit_lens(trial.decoder, trial.last_states[torch.as_tensor(used)])
+    recipient, donor = place.reshape(-1, 2).T
+    before = divergence(logits, donor, recipient)
+    target = task.answer_index[pairs.prompts[:, 1]]
+    return {
+        name: Transfer(
+            blocks,
+            found["kl_nats"][number],
+            before,
+            found["choice"][number].astype(np.int64),
+            target,
+            pairs.unit,
+            task.units,
+            task.n_units,
+        )
+        for number, name in enumerate(names)
+    }
+
+
+def exchange_sites(
+    trial: Trial,
+    pairs: Pairs,
+    sites: Mapping[str, Site],
+    blocks: Sequence[int] | None = None,
+) -> dict[str, Transfer]:
+    """Return what exchanging each site at the last token does to the pairs, block by block."""
+    sweep = recall_sites(
+        trial.decoder,
+        trial.task.tokens,
+        pairs.prompts,
+        sites,
+        blocks=blocks,
+        measure=_measure(trial, pairs),
+        description=f"{trial.task.name}: {', '.join(sites)}",
+    )
+    return _transfers(trial, pairs, list(sites), sweep.blocks, sweep.measures)
+
+
+def exchange_heads(
+    trial: Trial, pairs: Pairs, groups: Mapping[str, Sequence[Head]]
+) -> dict[str, Measured]:
+    """Return T of each group of heads, exchanged together at the last token."""
+    found = patch_heads(
+        trial.decoder,
+        trial.task.tokens,
+        pairs.prompts,
+        groups,
+        measure=_measure(trial, pairs),
+    )
+    together = {name: values[:, None] for name, values in found.items()}
+    transfers = _transfers(trial, pairs, list(groups), (0,), together)
+    return {name: transfer.estimate().at(0) for name, transfer in transfers.items()}
+
+
+def total(transfer: Transfer) -> np.ndarray:
+    """Return T at each block, of all pairs together, without draws `[n_blocks]`."""
+    found: np.ndarray = 1 - transfer.after.sum(axis=1) / transfer.before.sum()
+    return found
+
+
+# --- what is chosen -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """What one half of a task's subjects chose.
+
+    Attributes:
+        pairs: on which they did.
+        attention: what exchanging the attention's output of each block did.
+        block: the block of most attention transfer, the last one left out.
+        heads: of the heads of some blocks, T of each alone, the largest first.
+    """
+
+    pairs: Pairs
+    attention: Transfer
+    block: int
+    heads: Mapping[Head, float]
+
+    def best(self, n: int) -> list[Head]:
+        """Return the n heads of most transfer."""
+        return list(self.heads)[:n]
+
+
+def choose(trial: Trial, pairs: Pairs) -> Chosen:
+    """Return the block and the heads that carry most on some pairs."""
+    attention = exchange_sites(trial, pairs, {"attention": ATTENTION})["attention"]
+    ranked = rank_blocks([total(attention)])
+    heads = transfer_by_head(trial, pairs, ranked[:N_BLOCKS])
+    order = sorted(heads, key=lambda head: -heads[head])
+    return Chosen(pairs, attention, ranked[0], {head: heads[head] for head in order})
+
+
+def rank_blocks(curves: Sequence[np.ndarray]) -> list[int]:
+    """Return blocks by the mean of curves `[n_blocks]`, largest first, without the last block."""
+    return [int(block) for block in np.argsort(-np.mean(curves, axis=0)[:-1], kind="stable")]
+
+
+def transfer_by_head(trial: Trial, pairs: Pairs, blocks: Sequence[int]) -> dict[Head, float]:
+    """Return T of each head of some blocks, exchanged alone."""
+    wanted = sorted(blocks)
+    found = exchange_sites(trial, pairs, each_head(trial.decoder, wanted), wanted)
+    return {
+        (block, int(name)): float(total(transfer)[place])
+        for name, transfer in found.items()
+        for place, block in enumerate(wanted)
+    }
+
+
+# --- what is tested -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A task whose switch was opened: its reading, its halves, and what the first half chose."""
+
+    trial: Trial
+    halves: Halves
+    chosen: Chosen
+
+
+def open_switch(trial: Trial, halves: Halves) -> Opened:
+    """Return a task with what the choosing half of its subjects chose."""
+    return Opened(trial, halves, choose(trial, halves.choosing))
+
+
+def map_heads(trial: Trial, pairs: Pairs) -> np.ndarray:
+    """Return T of each head of each block, exchanged alone `[n_heads, n_blocks]`."""
+    found = exchange_sites(trial, pairs, each_head(trial.decoder))
+    return np.stack([total(transfer) for transfer in found.values()])
+
+
+def heads_of_seen_tasks(opened: Mapping[str, Opened]) -> list[Head] | Untested:
+    """Return three heads, those of most transfer on the mean over the seen tasks."""
+    seen = {name: one for name, one in opened.items() if not is_held_out(name)}
+    if not seen:
+        return Untested("none of the tasks on which heads are chosen was measured")
+    blocks = rank_blocks([total(one.chosen.attention) for one in seen.values()])[:N_BLOCKS]
+    by_task = [transfer_by_head(one.trial, one.chosen.pairs, blocks) for one in seen.values()]
+    mean = {head: np.mean([found[head] for found in by_task]) for head in by_task[0]}
+    return sorted(mean, key=lambda head: -mean[head])[:FEW]
+
+
+def random_heads(opened: Opened, n: int) -> list[Head]:
+    """Return n of the heads that were looked at but the n best, drawn by the task's name."""
+    others = list(opened.chosen.heads)[n:]
+    order = generator("random heads", opened.trial.task.name).permutation(len(others))
+    return [others[place] for place in order[:n]]
+
+
+def every_head(decoder: Decoder, blocks: Sequence[int]) -> list[Head]:
+    """Return all heads of some blocks."""
+    parts = zip(blocks, find_parts(decoder, blocks), strict=True)
+    return [(block, head) for block, part in parts for head in range(part.n_heads)]
+
+
+def transfer_on_testing_half(
+    opened: Opened, elsewhere: Sequence[Head] | Untested
+) -> dict[str, Measured]:
+    """Return T on the testing half, by what is exchanged.
+
+    `attention`: the chosen block's attention output. `best n`: the n chosen heads. `random 3`:
+    others of the same five blocks. `elsewhere`: three heads that other tasks chose.
+    """
+    trial, pairs, chosen = opened.trial, opened.halves.testing, opened.chosen
+    groups = {f"best {n}": chosen.best(n) for n in COUNTS}
+    groups[f"random {FEW}"] = random_heads(opened, FEW)
+    if not isinstance(elsewhere, Untested):
+        groups["elsewhere"] = list(elsewhere)
+    block = exchange_sites(trial, pairs, {"attention": ATTENTION}, [chosen.block])["attention"]
+    found = {"attention": block.estimate().at(0), **exchange_heads(trial, pairs, groups)}
+    return {"elsewhere": elsewhere, **found} if isinstance(elsewhere, Untested) else found
+
+
+def statistics(
+    tested: Mapping[str, Mapping[str, Measured] | Untested],
+) -> dict[str, dict[str, Measured]]:
+    """Return the claim's statistics by task; heads of the seen tasks only on the held-out ones."""
+
+    def of(what: str) -> dict[str, Measured]:
+        return {
+            name: one if isinstance(one, Untested) else one[what] for name, one in tested.items()
+        }
+
+    return {
+        "attention_transfer": of("attention"),
+        "three_heads": of(f"best {FEW}"),
+        "three_heads_held_out": {
+            name: one for name, one in of("elsewhere").items() if is_held_out(name)
+        },
+    }
+
+
+def twin_tasks(names: Collection[str]) -> list[str]:
+    """Return the tasks that twins are measured on: the seen ones and some held out."""
+    held_out = [name for name in names if is_held_out(name)]
+    held_out.sort(key=lambda name: generator("twin tasks", name).random())
+    return [name for name in names if not is_held_out(name)] + held_out[:TWIN_HELD_OUT]
+
+
+def measure_twin(
+    twin: Decoder, halves: Mapping[str, Halves], tasks: Mapping[str, Task]
+) -> dict[str, dict[str, Measured]]:
+    """Return the statistics of an untrained twin: the same steps, on few pairs of some tasks."""
+    opened = {}
+    for name, own in halves.items():
+        few = Halves(thin(own.choosing, TWIN_PAIRS), thin(own.testing, TWIN_PAIRS))
+        rows = np.unique([few.choosing.prompts, few.testing.prompts])
+        states = torch.zeros(tasks[name].n_prompts, twin.d_model)
+        tokens = [tasks[name].tokens[row] for row in rows]
+        last = extract_residuals(twin, tokens, blocks=[twin.n_blocks - 1]).states[0]
+        states[torch.as_tensor(rows)] = last
+        opened[name] = open_switch(Trial(tasks[name], twin, states), few)
+    elsewhere = heads_of_seen_tasks(opened)
+    return statistics(
+        {name: transfer_on_testing_half(one, elsewhere) for name, one in opened.items()}
+    )
+
+
+def over_seeds(
+    seeds: Sequence[Mapping[str, Mapping[str, Measured]]],
+) -> dict[str, dict[str, Measured]]:
+    """Return the twins' statistics, each the mean over seeds, the units."""
+
+    def mean(values: Sequence[Measured]) -> Measured:
+        for one in values:
+            if isinstance(one, Untested):
+                return one
+        return mean_over_units([float(one) for one in values], SEEDS)  # type: ignore[arg-type]
+
+    return {
+        statistic: {name: mean([seed[statistic][name] for seed in seeds]) for name in by_task}
+        for statistic, by_task in seeds[0].items()
+    }
+
+
+# --- what is lost, read, written ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class KnockOut:
+    """What is lost of the recipients' own predictions where heads do not see the subject.
+
+    Attributes:
+        lost: KL(p_x ‖ p_blind) in nats `[n_groups, n_prompts]`.
+        correct: whether the closed set's largest logit stays right `[n_groups, n_prompts]`.
+        groups: names of the groups of heads.
+        unit: the prompts' subjects `[n_prompts]`.
+        units: what the units are called.
+    """
+
+    lost: np.ndarray
+    correct: np.ndarray
+    groups: tuple[str, ...]
+    unit: np.ndarray
+    units: str
+
+    def share(self, group: str, of: str) -> Measured:
+        """Return a group's loss as a share of another's, a ratio of sums over units."""
+        above, below = (self.lost[self.groups.index(name)] for name in (group, of))
+        units, unit = np.unique(self.unit, return_inverse=True)
+        lost, whole = (sums_by_unit(values, unit, len(units)) for values in (above, below))
+        return ratio_of_sums(lost, whole, self.units)
+
+    def accuracy(self, group: str) -> Measured:
+        """Return the share of right answers that a group's blindness leaves."""
+        units, unit = np.unique(self.unit, return_inverse=True)
+        right = sums_by_unit(self.correct[self.groups.index(group)], unit, len(units))
+        return mean_over_units(right / np.bincount(unit), self.units, share=True)
+
+
+def knock_out(
+    trial: Trial,
+    pairs: Pairs,
+    groups: Mapping[str, Sequence[Head]],
+    *,
+    others: bool = False,
+) -> KnockOut:
+    """Return what hiding the subject's tokens from heads at the last token does to recipients.
+
+    Args:
+        trial: the task and the model.
+        pairs: whose recipients are read, each once.
+        groups: heads that lose sight of the subject, by name.
+        others: hide all tokens but the subject's and the last one instead.
+    """
+    task = trial.task
+    prompts = np.unique(pairs.prompts[:, 0])
+    spans = zip(
+        task.tokens, task.prompts["subject_start"], task.prompts["subject_position"], strict=True
+    )
+    hidden = [
+        [place for place in range(len(tokens) - 1) if (start <= place <= end) != others]
+        for tokens, start, end in spans
+    ]
+    same = Pairs(np.stack([prompts, prompts], axis=1), task.unit[prompts])
+    found = patch_heads(
+        trial.decoder,
+        task.tokens,
+        same.prompts,
+        groups,
+        hidden=hidden,
+        measure=_measure(trial, same),
+    )
+    units = f"{task.units} ({len(np.unique(same.unit))} read)"
+    correct = found["choice"] == task.answer_index[prompts]
+    return KnockOut(found["kl_nats"], correct, tuple(groups), same.unit, units)
+
+
+def writes_answer(trial: Trial, pairs: Pairs, heads: Sequence[Head]) -> dict[Head, Measured]:
+    """Return how often the right answer is what a head itself writes most of.
+
+    A head's direct effect on the logits is what the last state's logits lose without the head's
+    output. Less its mean over the prompts, the largest of the closed answer set is what it writes.
+    """
+    task = trial.task
+    rows = np.unique(pairs.prompts[:, 0])
+    written = head_outputs(trial.decoder, [task.tokens[row] for row in rows], heads)
+    last = trial.last_states[torch.as_tensor(rows)]
+    ids = task.answer_ids.tolist()
+    whole = logit_lens(trial.decoder, last, ids)
+    units, unit = np.unique(task.unit[rows], return_inverse=True)
+    found: dict[Head, Measured] = {}
+    for head, output in zip(heads, written, strict=True):
+        direct = (whole - logit_lens(trial.decoder, last - output, ids)).double()
+        choice = (direct - direct.mean(dim=0)).argmax(-1).numpy()
+        right = sums_by_unit(choice == task.answer_index[rows], unit, len(units))
+        named = f"{task.units} ({len(units)} read)"
+        found[head] = mean_over_units(right / np.bincount(unit), named, share=True)
+    return found

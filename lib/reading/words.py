@@ -1,0 +1,50 @@
+"""Words for numbers: how an estimate, a record and a verdict read in prose and in tables."""
+
+from lib.evidence.criteria import Record
+from lib.evidence.records import SIGNS
+from lib.science.estimate import Measured, Untested
+
+RECORDS_KEY = "records"
+"""Name under which `conclude` glues a chapter's records; the build collects them by it."""
+
+
+def number_text(value: float, decimals: int = 2) -> str:
+    """Return a number with a true minus sign; small ones with one significant digit."""
+    tiny = value != 0 and abs(value) < 0.5 * 10**-decimals
+    text = f"{value:.1g}" if tiny else f"{value:.{decimals}f}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def interval_text(estimate: float, low: float, high: float) -> str:
+    """Return a number with the ends of its interval."""
+    return f"{number_text(estimate)} [{number_text(low)}, {number_text(high)}]"
+
+
+def estimate_text(one: Measured) -> str:
+    """Return an estimate of one number in words, as prose quotes it.
+
+    Raises:
+        ValueError: an estimate of several numbers.
+    """
+    if isinstance(one, Untested):
+        return f"not testable ({one.reason})"
+    if one.value.ndim:
+        raise ValueError(
+            f"An estimate over {one.units} holds {one.value.size} numbers; reduce it to one, with "
+            "`.at` or `.over`."
+        )
+    interval = one.interval()
+    return interval_text(float(one), float(interval.low), float(interval.high))
+
+
+def record_text(row: Record) -> str:
+    """Return a record's number with its interval, or why there is none."""
+    if row["estimate"] is None:
+        return f"not testable ({row['reason']})"
+    return interval_text(row["estimate"], row["low"], row["high"])
+
+
+def verdict_text(row: Record) -> str:
+    """Return a record's verdict as shape and word, "● supported, architecture" say."""
+    mark = ", architecture" if row["architecture"] and row["verdict"] == "supported" else ""
+    return f"{SIGNS[row['verdict']]} {row['verdict']}{mark}"

@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+from sklearn.linear_model import LinearRegression
+
+from lib.science.decoding import decoding_gain, residuals, thirds
+from lib.science.estimate import Untested
+
+
+def planted(signal: float, n: int = 240, n_classes: int = 3, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    label = rng.integers(n_classes, size=n)
+    return (signal * label + rng.normal(size=n))[:, None], label
+
+
+def test_a_planted_label_is_decoded_and_noise_is_not():
+    rng = np.random.default_rng(1)
+    features, label = planted(2.0)
+    assert decoding_gain(features, label, np.arange(240), rng).mean() > 0.25
+    gains = []
+    for seed in range(20):
+        features, label = planted(0.0, seed=seed)
+        gains.append(decoding_gain(features, label, np.arange(240), rng).mean())
+    assert abs(np.mean(gains)) < 3 * np.std(gains) / np.sqrt(20)
+
+
+def test_a_label_that_is_curved_in_the_feature_is_decoded_too():
+    rng = np.random.default_rng(2)
+    feature = rng.normal(size=300)
+    label = (np.abs(feature) > 0.7).astype(int)
+    assert decoding_gain(feature[:, None], label, np.arange(300), rng).mean() > 0.2
+
+
+def test_unequal_classes_are_no_information():
+    rng = np.random.default_rng(3)
+    label = (np.arange(400) % 10 == 0).astype(int)
+    gain = decoding_gain(rng.normal(size=(400, 2)), label, np.arange(400), rng)
+    assert abs(gain.mean()) < 0.03
+
+
+def test_a_group_is_never_split_so_what_marks_the_group_does_not_help():
+    rng = np.random.default_rng(4)
+    group = np.repeat(np.arange(40), 5)
+    mark, label = rng.normal(size=40)[group], rng.integers(2, size=40)[group]
+    features = (mark + 0.01 * rng.normal(size=200))[:, None]
+    apart = decoding_gain(features, label, group, rng, strata=None).mean()
+    leaked = decoding_gain(features, label, np.arange(200), rng).mean()
+    assert leaked > 0.1
+    assert apart < 0.1
+
+
+def test_labels_are_shuffled_within_strata_alone():
+    rng = np.random.default_rng(5)
+    stratum = np.repeat([0, 1], 150)
+    label = np.where(rng.random(300) < 0.9, stratum, 1 - stratum)
+    features = (stratum + 0.1 * rng.normal(size=300))[:, None]
+    assert decoding_gain(features, label, np.arange(300), rng).mean() > 0.3
+    assert abs(decoding_gain(features, label, np.arange(300), rng, strata=stratum).mean()) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("features", "label", "group", "reason"),
+    [
+        (np.ones((40, 1)), np.arange(40) % 2, np.arange(40), "the same for all items"),
+        (np.arange(40.0)[:, None], np.zeros(40), np.arange(40), "one class alone"),
+        (np.arange(40.0)[:, None], np.arange(40) % 5, np.arange(40), "ten a class are needed"),
+        (np.arange(40.0)[:, None], np.arange(40) % 2, np.arange(40) % 4, "4 groups, 5 are needed"),
+    ],
+)
+def test_what_cannot_be_decoded_is_untested_with_the_reason(features, label, group, reason):
+    found = decoding_gain(features, label, group, np.random.default_rng(0))
+    assert isinstance(found, Untested)
+    assert reason in found.reason
+
+
+def test_residuals_are_those_of_a_least_squares_fit_with_intercept():
+    rng = np.random.default_rng(6)
+    nuisance, values = rng.normal(size=(50, 2)), rng.normal(size=(50, 3))
+    left = residuals(values, nuisance)
+    assert np.abs(left.T @ np.column_stack([np.ones(50), nuisance])).max() < 1e-9
+    expected = values - LinearRegression().fit(nuisance, values).predict(nuisance)
+    assert left == pytest.approx(expected)
+
+
+def test_thirds_are_equal_and_ordered():
+    found = thirds([5.0, 1.0, 9.0, 3.0, 7.0, 2.0])
+    assert found.tolist() == [1, 0, 2, 1, 2, 0]

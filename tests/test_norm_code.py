@@ -1,0 +1,200 @@
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import tiny_model, tiny_tokenizer
+from oracle import block_states, forward, patched_logits
+from scipy.special import log_softmax, softmax
+
+from lib.claims import norm_code
+from lib.engine.models import Decoder, load_decoder
+from lib.evidence.criteria import claim_verdict, judge
+from lib.evidence.tasks import build_task
+from lib.evidence.transfer import Trial, read_tasks
+from lib.science.correlation import correlate
+from lib.science.estimate import Estimate, Untested, mean_over_units
+from lib.science.geometry import angles, jeffreys_divergence, log_norm_differences
+
+LATE = [1, 2]
+
+
+@pytest.fixture(scope="module")
+def reader() -> Decoder:
+    words = ["?", *(f"w{k}" for k in range(1, 57)), "of", "comes", "the", "word", "has", "then"]
+    return load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer(words))
+
+
+@pytest.fixture(scope="module")
+def reading(reader: Decoder) -> norm_code.Reading:
+    rng = np.random.default_rng(0)
+    texts = [" ".join(f"w{k}" for k in rng.integers(1, 56, size=4 + n % 5)) for n in range(45)]
+    return norm_code.read_texts(reader, texts, [f"kind {n % 3}" for n in range(45)])
+
+
+@pytest.fixture(scope="module")
+def trial(reader: Decoder) -> Trial:
+    subjects, answers = [f"w{10 + k}" for k in range(14)], [f"w{40 + k % 3}" for k in range(14)]
+    items = pd.DataFrame({"subject": subjects, "answer": answers, "group": ""})
+    templates = ["of {subject} comes then", "the word {subject} has", "then {subject} comes"]
+    return read_tasks(reader, {"toy": build_task("toy", items, templates, reader)})["toy"]
+
+
+def kl(p_logits: np.ndarray, q_logits: np.ndarray) -> float:
+    p = softmax(np.asarray(p_logits, dtype=np.float64))
+    log_p, log_q = (log_softmax(np.asarray(x, dtype=np.float64)) for x in (p_logits, q_logits))
+    return float((p * (log_p - log_q)).sum())
+
+
+def test_an_exchange_of_norms_equals_one_hooked_pass_a_pair(reading: norm_code.Reading):
+    found = norm_code.exchange_norms(reading, LATE, [1])
+    pairs = norm_code.outer_pairs(norm_code.log_norms(reading.states, LATE).mean(axis=1))
+    model, block = reading.decoder.model, reading.decoder.blocks[1]
+    sums = np.zeros(5)
+    for x, y in pairs:
+        tokens = [reading.tokens[x], reading.tokens[y]]
+        own, other = (block_states(model, [block], one)[0, -1] for one in tokens)
+        before, donor = (forward(model, [one])[0].numpy() for one in tokens)
+        new = own / own.norm() * other.norm()
+        edited = patched_logits(model, block, tokens[:1], [-1], [new])[0].numpy()
+        plane = other - (other @ own) * own / (own @ own)
+        phi = 2 * torch.asin((other.norm() - own.norm()).abs() / (2 * own.norm()))
+        turned = torch.cos(phi) * own + torch.sin(phi) * own.norm() * plane / plane.norm()
+        assert (turned - own).norm() == pytest.approx(float((new - own).norm()), rel=1e-4)
+        turned = patched_logits(model, block, tokens[:1], [-1], [turned])[0].numpy()
+        sums += [kl(donor, edited), kl(donor, before), kl(before, edited), kl(before, turned), 0]
+    assert found.transfer.value[0] == pytest.approx(1 - sums[0] / sums[1], abs=1e-4)
+    assert found.cost_ratio.value[0] == pytest.approx(sums[2] / sums[3], rel=1e-3)
+    assert (found.transfer.units, found.transfer.n_units) == ("texts", 45)
+
+
+def test_donors_are_of_the_outer_tenths_and_never_the_text_itself():
+    log_norm = np.random.default_rng(1).normal(size=60)
+    pairs = norm_code.outer_pairs(log_norm)
+    assert pairs.shape == (120, 2)
+    assert (pairs[:, 0] != pairs[:, 1]).all()
+    order = np.argsort(log_norm)
+    assert set(pairs[:60, 1]) <= set(order[:6])
+    assert set(pairs[60:, 1]) <= set(order[-6:])
+    assert np.bincount(pairs[:, 0]).tolist() == [2] * 60
+
+
+def test_the_partial_correlation_is_of_the_blocks_own_norms_and_angles(reading: norm_code.Reading):
+    found = norm_code.partial_on_texts(reading, LATE)
+    for place, block in enumerate(LATE):
+        states = reading.states[block].double().numpy()
+        one = correlate(
+            [log_norm_differences(states)],
+            jeffreys_divergence(reading.logits),
+            "texts",
+            given=[[angles(states)]],
+        )
+        assert found.value[place] == pytest.approx(one.value[0])
+
+
+def test_on_tasks_prompts_are_compared_within_a_template_and_subjects_are_drawn(trial: Trial):
+    found = norm_code.partial_on_task(trial, [2])
+    states, logits = trial.states("last")[2].double().numpy(), trial.logits
+    values = []
+    for rows in trial.task.prompts.groupby("template").indices.values():
+        one = correlate(
+            [log_norm_differences(states[rows])],
+            jeffreys_divergence(logits[rows]),
+            "x",
+            given=[[angles(states[rows])]],
+        )
+        values.append(one.value[0])
+    assert found.value[0] == pytest.approx(np.mean(values))
+    assert (found.units, found.n_units) == ("subjects of toy", 14)
+
+
+def test_a_planted_template_is_told_from_the_norm_also_within_an_answer(trial: Trial):
+    template = torch.as_tensor(trial.task.prompts["template"].to_numpy())
+    planted = _with_norms(trial, 1 + 0.5 * template)
+    for apart in (False, True):
+        gain = norm_code.task_attribute(planted, LATE, "template", within_answer=apart)
+        assert gain.interval().low > 0.2
+        assert gain.n_units == 14
+
+
+def test_a_planted_answer_is_no_context_within_the_answer(trial: Trial):
+    answer = torch.as_tensor(trial.task.answer_index)
+    planted = _with_norms(trial, 1 + 1.0 * answer)
+    told = norm_code.task_attribute(planted, LATE, "subject")
+    within = norm_code.task_attribute(planted, LATE, "subject", within_answer=True)
+    assert told.interval().low > 0.1
+    assert float(within) < float(told) - 0.1
+
+
+def test_a_planted_subject_is_told_across_templates(trial: Trial):
+    planted = _with_norms(trial, 1 + 0.2 * torch.as_tensor(trial.task.unit))
+    assert norm_code.task_attribute(planted, LATE, "subject").interval().low > 0.2
+
+
+def _with_norms(trial: Trial, norms: torch.Tensor) -> Trial:
+    """Return the trial with states of planted norms and predictions that say nothing of them."""
+    states = torch.randn(4, trial.task.n_prompts, 32, generator=torch.Generator().manual_seed(0))
+    noise = 1 + 0.02 * torch.randn(trial.task.n_prompts, generator=torch.Generator().manual_seed(1))
+    states = states / states.norm(dim=-1, keepdim=True) * (norms * noise)[None, :, None]
+
+    class Planted(Trial):
+        def states(self, _site):
+            return states
+
+    return Planted(trial.task, trial.decoder, trial.last_states)
+
+
+def test_what_the_prediction_says_is_regressed_out(reading: norm_code.Reading):
+    columns = norm_code.nuisances(reading.logits, [tokens[-1] for tokens in reading.tokens])
+    p = softmax(reading.logits.double().numpy(), axis=1)
+    assert columns[:, 0] == pytest.approx(-(p * np.log(p)).sum(axis=1))
+    assert columns[:, 1] == pytest.approx(np.log(p.max(axis=1)))
+    assert set(np.unique(columns[:, 2:])) <= {0.0, 1.0}
+
+
+def test_the_gains_are_ranked_and_untested_ones_stand_nowhere():
+    one, two = (mean_over_units(np.arange(9.0) + k, f"u{k}") for k in (0, 5))
+    gains = {"a": one, "b": Untested("none"), "c": two}
+    assert norm_code.ranked(gains, 0) is two
+    assert norm_code.ranked(gains, 1) is one
+    assert norm_code.ranked(gains, 2) == Untested("2 attributes could be decoded")
+
+
+def test_all_statistics_of_the_claim_are_measured_and_judged_with_twins(
+    reading: norm_code.Reading, trial: Trial
+):
+    found = norm_code.measure_norm_code(reading, {"toy": trial, "gone": Untested("x")}, [0, 1, 2])
+    records = judge(
+        "norm-code", "m", found.statistics(), norm_code.over_twins([found] * 3 + [found])
+    )
+    assert claim_verdict(records, "norm-code", "m").parts.keys() == {
+        "carries context",
+        "does not determine",
+    }
+    (row,) = [r for r in records if r["place"] == "gone" and not r["untrained"]]
+    assert row["verdict"] == "not testable"
+    seeds = [r for r in records if r["untrained"] and r["estimate"] is not None]
+    assert {row["n"] for row in seeds} <= {4}
+
+
+def test_doses_of_one_change_nothing_and_others_amount_to_a_temperature(reading: norm_code.Reading):
+    table = norm_code.scale_norms(reading, 2, (0.5, 1.0, 2.0))
+    assert table["kl_nats"][1] < 1e-6
+    assert table["temperature"][1] == pytest.approx(1.0, abs=1e-3)
+    assert (table["kl_left_nats"] <= table["kl_nats"] + 1e-9).all()
+
+
+def test_texts_that_are_all_alike_are_untested(reading: norm_code.Reading):
+    flat = replace(reading, states=torch.ones_like(reading.states), logits=torch.zeros(45, 64))
+    assert isinstance(norm_code.partial_on_texts(flat, LATE), Untested)
+    gains = norm_code.text_attributes(flat, LATE)
+    assert all(isinstance(one, Untested) for one in gains.values())
+
+
+def test_units_of_twins_are_seeds(reading: norm_code.Reading, trial: Trial):
+    found = norm_code.measure_norm_code(reading, {"toy": trial}, [0, 1, 2])
+    pooled = norm_code.over_twins([found, replace(found), found, found])
+    one = pooled["norm_exchange_transfer"]["texts"]
+    assert isinstance(one, Estimate)
+    assert (one.units, one.n_units) == ("seeds", 4)
