@@ -14,10 +14,10 @@ WITHIN = next(one for one in criteria("norm-code") if one.statistic == "partial_
 def test_an_absence_is_falsely_supported_or_refuted_at_the_margin_in_five_per_cent_at_most():
     """At a true partial correlation of just the margin, each verdict is an error."""
     rng = np.random.default_rng(0)
+    weight = _weight(WITHIN.threshold)
     verdicts = []
     for run in range(200):
         norm, turn = rng.normal(size=(2, 80, 1))
-        weight = _weight(WITHIN.threshold)
         divergence = np.abs(rng.normal(size=(80, 80)))
         divergence = squareform(
             pdist(turn)
@@ -37,8 +37,8 @@ def _weight(wanted: float) -> float:
     """Return the weight of the norm's difference at which the partial ρ is `wanted`."""
     rng = np.random.default_rng(1)
     low, high = 0.0, 2.0
-    norm, turn = rng.normal(size=(2, 1500, 1))
-    noise = np.abs(rng.normal(size=1500 * 1499 // 2))
+    norm, turn = rng.normal(size=(2, 700, 1))
+    noise = np.abs(rng.normal(size=700 * 699 // 2))
     for _ in range(12):
         middle = (low + high) / 2
         found = _partial(pdist(norm), pdist(turn) + middle * pdist(norm) + noise, pdist(turn))
