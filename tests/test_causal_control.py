@@ -13,9 +13,10 @@ from scipy.special import log_softmax, softmax
 
 from lib.claims import causal_control as claim
 from lib.claims.causal_control import Control, Doses, Steering
+from lib.engine.extraction import extract_residuals
 from lib.engine.models import load_decoder
 from lib.evidence.criteria import claim_verdict, judge
-from lib.evidence.tasks import Pairs, build_task
+from lib.evidence.tasks import Pairs, build_task, load_texts
 from lib.evidence.transfer import Transfer, Trial, read_tasks
 from lib.science.estimate import Estimate, Untested
 
@@ -114,7 +115,7 @@ def test_edits_are_made_after_the_transition_and_never_after_the_last_block():
 
 
 def test_pairs_that_need_few_prompts_keep_their_texts(trial):
-    pairs = claim.thin(claim.choose_pairs(trial), 4)
+    pairs = claim.choose_pairs(trial, 4)
     task, renumbered = claim.needed_prompts(trial.task, pairs)
     assert len(pairs) == 4 and task.n_prompts <= 8
     for before, after in zip(pairs.prompts.ravel(), renumbered.prompts.ravel(), strict=True):
@@ -262,11 +263,11 @@ def test_matched_vectors_have_the_centroids_mean_and_covariance(steering):
 
 
 def test_a_stranger_has_no_answer_in_common(trials, steering):
-    own = {"tiny": steering, "twin": steering}
-    assert "in common" in claim.find_stranger("tiny", own).reason
+    own = {"tiny": steering, "twin": steering, "lost": Untested("too short")}
+    assert "in common" in claim.find_stranger(steering, own).reason
     other = claim.prepare_steering(trials["other"], BLOCK)
-    assert claim.find_stranger("tiny", {**own, "other": other}) is other
-    assert claim.find_stranger("other", {**own, "other": other}) is steering
+    assert claim.find_stranger(steering, {**own, "other": other}) is other
+    assert claim.find_stranger(other, {**own, "other": other}) is steering
 
 
 def test_without_a_third_answer_or_a_stranger_the_rotation_is_still_measured(steering):
@@ -420,6 +421,46 @@ def test_an_unknown_method_is_named_with_the_known_ones(steering):
         claim.measure_doses(steering, ["push"])
 
 
+def test_rotation_to_the_donor_ends_at_its_direction(trial, steering):
+    found = claim.measure_doses(steering, ["rotate to donor"], (0.5,))
+    states = states_of(trial)
+    for pair, (x, y) in enumerate(steering.pairs.prompts):
+        to = mean_state(trial, steering.target[pair], trial.task.prompts["template"][x])
+        u, v = unit(states[x]), unit(states[y])
+        angle, side = np.arccos(u @ unit(to)) / 2, unit(v - (u @ v) * u)
+        state = np.linalg.norm(states[x]) * (np.cos(angle) * u + np.sin(angle) * side)
+        chosen = recompute(trial, x, as_state(state))[trial.task.answer_ids].argmax()
+        assert found.flipped["rotate to donor"][0, pair] == (chosen == steering.target[pair])
+
+
+def test_behind_text_the_same_vectors_steer_the_last_token(trial, steering):
+    found = claim.measure_behind(steering, ["t1 t2 s3"] * len(steering.pairs))
+    template, flips = trial.task.prompts["template"], []
+    decoder = trial.decoder
+    for pair, x in enumerate(steering.pairs.prompts[:, 0]):
+        text = f"t1 t2 s3\n\n{trial.task.prompts['text'][x]}"
+        (tokens,) = claim.tokenize(decoder, [text])
+        state = extract_residuals(decoder, [tokens]).states[BLOCK, 0].double().numpy()
+        to = mean_state(trial, steering.target[pair], template[x])
+        logits = patched_logits(
+            decoder.model,
+            decoder.blocks[BLOCK],
+            [tokens],
+            [[len(tokens) - 1]],
+            [as_state(unit(to) * np.linalg.norm(state))[None]],
+        )[0].numpy()
+        flips.append(logits[trial.task.answer_ids].argmax() == steering.target[pair])
+    assert float(found["flipped"]) == pytest.approx(np.mean(flips))
+
+
+def test_passages_are_as_long_as_asked_and_none_of_the_texts_judged(embedded):
+    found = claim.passages(embedded, 50, 3)
+    assert all(len(ids) >= 50 for ids in claim.tokenize(embedded, found))
+    judged = load_texts()["context"]
+    assert not any(text in passage for passage in found for text in judged)
+    assert claim.passages(embedded, 0, 2) == ["", ""]
+
+
 # --- all of them ---------------------------------------------------------------------------------
 
 
@@ -450,8 +491,10 @@ def test_all_statistics_are_judged_and_twins_only_where_no_right_answer_is_neede
 def test_a_twins_number_is_one_and_the_seeds_are_the_units(trial):
     pairs = claim.choose_pairs(trial)
     by_seed = [
-        {"tiny": claim.measure_parts(trial, pairs.where(np.arange(n)), [1])} for n in (6, 8, 10, 12)
+        claim.measure_twin(trial.decoder, {"tiny": trial}, [1], most) for most in (6, 8, 10, 12)
     ]
+    whole = claim.measure_parts(trial, pairs, [1])["norm"]
+    assert by_seed[-1]["tiny"]["norm"].after == pytest.approx(whole.after, abs=1e-5)
     found = claim.twin_statistics(by_seed)["norm_transfer"]["tiny"]
     each = [float(claim.direction_and_norm(one["tiny"])["norm_transfer"]) for one in by_seed]
     assert float(found) == pytest.approx(np.mean(each))
