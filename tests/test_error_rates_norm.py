@@ -6,7 +6,7 @@ from scipy.spatial.distance import pdist, squareform
 from lib.evidence.criteria import criteria
 from lib.science.correlation import correlate
 from lib.science.decoding import decoding_gain
-from lib.science.estimate import Estimate, mean_over_units
+from lib.science.estimate import Estimate
 
 WITHIN = next(one for one in criteria("norm-code") if one.statistic == "partial_given_angle")
 
@@ -60,9 +60,9 @@ def test_an_attribute_that_the_norm_does_not_carry_is_seldom_found():
         gains = []
         for name in range(2):
             features, label = rng.normal(size=(180, 2)), np.tile(np.arange(3), 60)
-            gain = decoding_gain(features, label, np.repeat(np.arange(60), 3), rng)
-            by_unit = gain.reshape(60, 3).mean(axis=1)
-            gains.append(mean_over_units(by_unit, f"subjects {run} {name}"))
+            unit = np.repeat(np.arange(60), 3)
+            found = decoding_gain(features, label, unit, rng, strata=unit)
+            gains.append(found.over_units(unit, f"subjects {run} {name}"))
         best = max(gains, key=float)
         assert isinstance(best, Estimate)
         supported += bool(best.interval().low > 0)
