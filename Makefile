@@ -35,7 +35,7 @@ TESTS_READY := $(VENV)/tests.stamp
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help book test test-reading test-colab pdf picture floors verify lint audit mutate bench model \
+.PHONY: help book test test-reading test-colab pdf picture floors atlas verify lint audit mutate bench model \
   architectures notebooks lock clean
 
 help:  ## list the commands
@@ -43,7 +43,8 @@ help:  ## list the commands
 
 book: model  ## build the book, executing the chapters that changed
 	@$(BIN)/jupyter-book build . --warningiserror --keep-going
-	@echo "The book is at $(CURDIR)/_build/html/index.html"
+	@echo; cat _build/results/scorecard.txt
+	@echo; echo "The book is at $(CURDIR)/_build/html/index.html"
 
 test: $(TESTS_READY) model  ## run the tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -56,6 +57,9 @@ test-colab: $(TESTS_READY) $(COLAB_VENV)/ready.stamp  ## run every notebook as o
 
 pdf: book $(TESTS_READY)  ## print the whole book as one PDF
 	@$(BIN)/python book/_ext/pdf.py
+
+atlas: $(BOOK_READY) $(TOOLS_READY)  ## run the book on all models of workflow/config.yaml, one after the other
+	@$(TOOLS)/bin/snakemake --snakefile workflow/Snakefile --cores 2 --resources mem_mb=14000
 
 floors: $(BOOK_READY)  ## draw lib's floors from the imports
 	@$(BIN)/python book/_ext/floors.py

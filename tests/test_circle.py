@@ -50,7 +50,7 @@ def test_each_word_is_one_token_at_its_place():
 
 
 def test_a_word_of_another_language_is_refused():
-    with pytest.raises(Exception, match="Missing .UNK."):
+    with pytest.raises(Exception, match=r"Missing .UNK."):
         circle.make_tokenizer()(["well surely 03:00 then +5h is"])
     with pytest.raises(ValueError, match="pairs of fillers among well, so"):
         circle.all_questions([("well", "hm")])

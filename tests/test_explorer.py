@@ -13,41 +13,43 @@ import pandas as pd
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
-from lib.angular_code.maps import SIZE, depth_positions
-from lib.evidence.arms import Trial, prepare_trial, sweep_site
-from lib.phase_transition.switch import measure_arms
 from scipy.stats import spearmanr
 
 from lib.engine import store
 from lib.engine.models import Decoder, load_decoder
-from lib.evidence.tasks import build_task, gate
+from lib.evidence.tasks import build_task, exchange_pairs
+from lib.evidence.transfer import Trial, measure_transfer, read_tasks
 from lib.reading.explorer import (
+    N_SHOWN,
     N_TOP,
+    TASKS,
     TWIN,
     Exploration,
+    depth_positions,
     explore_tasks,
     explore_trial,
     top_predictions,
 )
-from lib.reading.explorer_page import explorer_html
+from lib.reading.explorer_page import SIZE, explorer_html
+from lib.science.geometry import distances
 
 N_BLOCKS = 4
 
 
+N_SUBJECTS = 12
+
+
 @pytest.fixture(scope="module")
 def trial() -> Trial:
-    """A task on a tiny random model, all of whose prompts count as answered correctly."""
+    """A task of two templates on a tiny random model."""
     decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
-    items = pd.DataFrame(
-        {
-            "subject": ["w3", "w4", "w5", "w6", "w7", "w22"],
-            "answer": ["w8", "w9", "w10", "w8", "w9", "w10"],
-        }
-    ).assign(group="")
+    subjects = [f"w{20 + k}" for k in range(N_SUBJECTS)]
+    answers = [f"w{8 + k % 3}" for k in range(N_SUBJECTS)]
+    items = pd.DataFrame({"subject": subjects, "answer": answers}).assign(group="")
     task = build_task("toy", items, ["w11 w12 {subject} w13", "w14 {subject} w15 w16"], decoder)
-    found = prepare_trial(decoder, task, gate(decoder, task))
-    truth = task.prompts["answer_index"].to_numpy()
-    return replace(found, target=truth, usable=np.ones(12, bool), own_choice=False)
+    found = read_tasks(decoder, {"toy": task})["toy"]
+    assert isinstance(found, Trial)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def twin(trial: Trial) -> Decoder:
 
 @pytest.fixture(scope="module")
 def one(trial: Trial, twin: Decoder) -> Exploration:
-    return explore_trial(trial, twin, donors_per_prompt=2, n_draws=40, seed=3)
+    return explore_trial(trial, twin)
 
 
 def estimates(one: Exploration, name: str) -> np.ndarray:
@@ -73,12 +75,13 @@ def embedded_data(html: str) -> list[dict[str, Any]]:
 
 def last_states(trial: Trial) -> np.ndarray:
     model, blocks = trial.decoder.model, trial.decoder.blocks
-    every = [oracle.block_states(model, blocks, prompt)[:, -1] for prompt in trial.task.tokens]
+    prompts = trial.task.tokens[:N_SUBJECTS]  # of the first template
+    every = [oracle.block_states(model, blocks, prompt)[:, -1] for prompt in prompts]
     return torch.stack(every, dim=1).numpy()
 
 
 def test_predictions_at_the_last_block_are_the_models_own(trial: Trial, one: Exploration) -> None:
-    own = oracle.forward(trial.decoder.model, trial.task.tokens).double().softmax(-1)
+    own = oracle.forward(trial.decoder.model, trial.task.tokens[:N_SUBJECTS]).double().softmax(-1)
     best = own.topk(N_TOP)
     assert one.top_tokens[-1].tolist() == best.indices.tolist()
     np.testing.assert_allclose(one.top_probabilities[-1], best.values, atol=1e-5)
@@ -97,67 +100,87 @@ def test_predictions_before_it_are_those_of_norm_and_unembedding(
     assert (np.diff(one.top_probabilities, axis=2) <= 0).all()
 
 
-def test_arms_are_the_sweep_of_all_templates(trial: Trial, one: Exploration) -> None:
-    pairs = trial.pairs(donors_per_prompt=2)
-    assert len(pairs) == 24
-    for arm, site in (("context arm", "subject"), ("prediction arm", "last")):
-        flipped = sweep_site(trial, pairs, site).flipped  # type: ignore[arg-type]
-        np.testing.assert_allclose(estimates(one, arm), flipped.mean(axis=1))
-    # After the last block only the last token is read: the pair is answered as the donor's prompt,
-    # or, exchanged at the subject, as ever.
-    for arm, side in (("context arm", 0), ("prediction arm", 1)):
-        answered = trial.clean_logits.argmax(axis=1)[pairs[:, side]]
-        share = (answered == trial.target[pairs[:, 1]]).mean()
-        assert estimates(one, arm)[-1] == pytest.approx(share)
-
-
-def test_arms_that_the_chapter_measured_are_not_measured_again(
+def test_arms_are_the_transfer_of_all_pairs_and_are_not_measured_again(
     trial: Trial, twin: Decoder, one: Exploration, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(store, "STORE", tmp_path)
-    measure_arms({"toy": trial}, donors_per_prompt=2)  # the chapter's call
+    pairs = exchange_pairs(trial.task)
+    assert set(trial.task.prompts["template"].iloc[pairs.prompts[:, 0]]) == {0, 1}
+    for arm, site in (("context arm", "subject"), ("prediction arm", "last")):
+        found = measure_transfer(trial, pairs, site).estimate()  # type: ignore[arg-type]
+        np.testing.assert_allclose(estimates(one, arm), found.value)  # type: ignore[union-attr]
 
     def refuse(*_args: object, **_options: object) -> None:
         raise AssertionError("measured again")
 
     monkeypatch.setattr(store, "sweep_blocks", refuse)
-    again = explore_trial(trial, twin, donors_per_prompt=2, n_draws=40, seed=3)
+    again = explore_trial(trial, twin)
     pd.testing.assert_frame_equal(again.curves, one.curves)
 
 
-def correlation(states: np.ndarray, logits: np.ndarray, templates: np.ndarray) -> float:
-    """ρ(θ, J) within templates, averaged over them, by SciPy."""
-    found = []
-    for template in np.unique(templates):
-        rows = np.flatnonzero(templates == template)
-        u = states[rows] / np.linalg.norm(states[rows], axis=1, keepdims=True)
-        log_p = torch.tensor(logits[rows]).double().log_softmax(-1).numpy()
-        upper = np.triu_indices(len(rows), 1)
-        difference = log_p[:, None] - log_p[None]
-        jeffreys = ((np.exp(log_p)[:, None] - np.exp(log_p)[None]) * difference).sum(-1)
-        angle = np.arccos(np.clip(u.astype(np.float64) @ u.T.astype(np.float64), -1, 1))
-        found.append(spearmanr(angle[upper], jeffreys[upper]).statistic)
-    return float(np.mean(found))
-
-
 def test_correlation_is_that_of_angle_and_divergence(trial: Trial, one: Exploration) -> None:
-    logits = oracle.forward(trial.decoder.model, trial.task.tokens).numpy()
-    templates = trial.task.prompts["template"].to_numpy()
-    states = last_states(trial)
-    expected = [correlation(states[block], logits, templates) for block in range(N_BLOCKS)]
+    logits = oracle.forward(trial.decoder.model, trial.task.tokens[:N_SUBJECTS])
+    log_p = logits.double().log_softmax(-1).numpy()
+    difference = log_p[:, None] - log_p[None]
+    jeffreys = ((np.exp(log_p)[:, None] - np.exp(log_p)[None]) * difference).sum(-1)
+    upper = np.triu_indices(N_SUBJECTS, 1)
+    expected = []
+    for states in last_states(trial).astype(np.float64):
+        u = states / np.linalg.norm(states, axis=1, keepdims=True)
+        angle = np.arccos(np.clip(u @ u.T, -1, 1))
+        expected.append(spearmanr(angle[upper], jeffreys[upper]).statistic)
     np.testing.assert_allclose(estimates(one, "angle"), expected, atol=1e-6)
     assert not np.allclose(estimates(one, TWIN), expected, atol=0.01)
 
 
+def test_directions_that_lie_in_a_plane_keep_their_distances() -> None:
+    rng = np.random.default_rng(1)
+    flat = rng.uniform(-0.3, 0.3, size=(4, 10, 2))
+    heights = np.sqrt(1 - np.square(flat).sum(axis=2, keepdims=True))
+    turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    # Unit vectors on a small cap; norms differ and must not matter.
+    states = np.concatenate([flat, heights], axis=2) @ turn * rng.uniform(1, 9, size=(4, 10, 1))
+    positions, shown = depth_positions(states)
+    assert (shown > 0.98).all()
+    for block in range(4):
+        found, true = distances(positions[block]), distances(flat[block])
+        ratio = found[np.triu_indices(10, 1)] / true[np.triu_indices(10, 1)]
+        assert ratio.std() / ratio.mean() < 0.05
+    assert np.abs(positions).max() == pytest.approx(1)
+
+
+def test_a_cloud_that_only_turns_stays_where_it_is_on_the_map() -> None:
+    rng = np.random.default_rng(2)
+    cloud = rng.normal(size=(12, 6))
+    states = np.stack([cloud @ np.linalg.qr(rng.normal(size=(6, 6)))[0] for _ in range(5)])
+    positions, _ = depth_positions(states)
+    for block in range(4):
+        np.testing.assert_allclose(positions[block], positions[-1], atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("states", "message"),
+    [
+        (np.zeros((1, 4, 3)), "item 0 has norm 0"),
+        (np.ones((2, 4, 3)), "block 1: all directions are equal"),
+        (np.ones((1, 2, 3)), "at least 3"),
+    ],
+)
+def test_states_without_a_map_are_refused(states: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        depth_positions(states)
+
+
 def test_map_is_that_of_the_states(trial: Trial, one: Exploration) -> None:
     positions, shown = depth_positions(last_states(trial))
-    np.testing.assert_allclose(one.depth_map.panels[0].positions, positions, atol=1e-4)
-    np.testing.assert_allclose(one.depth_map.panels[0].shown, shown, atol=1e-4)
-    assert list(one.texts) == trial.task.prompts["text"].tolist()
+    np.testing.assert_allclose(one.positions, positions, atol=1e-4)
+    np.testing.assert_allclose(one.shown, shown, atol=1e-4)
+    assert list(one.texts) == trial.task.prompts["text"].tolist()[:N_SUBJECTS]
 
 
 def test_answers_are_the_prompts_own(trial: Trial, one: Exploration) -> None:
-    assert [one.words[token] for token in one.answers] == trial.task.prompts["answer"].tolist()
+    expected = trial.task.prompts["answer"].tolist()[:N_SUBJECTS]
+    assert list(one.answers) == [one.words[token] for token in one.right_tokens] == expected
 
 
 def test_page_holds_what_was_computed(one: Exploration) -> None:
@@ -169,9 +192,9 @@ def test_page_holds_what_was_computed(one: Exploration) -> None:
             assert words == [one.words[token] for token in one.top_tokens[block, item]]
             share = np.array(data["permille"][item][cut]) / 1000
             np.testing.assert_allclose(share, one.top_probabilities[block, item], atol=5.01e-4)
-    assert [data["words"][k] for k in data["answers"]] == [one.words[t] for t in one.answers]
+    assert [data["words"][k] for k in data["answers"]] == [one.words[t] for t in one.right_tokens]
     at = np.array(data["at"]).reshape(N_BLOCKS, 12, 2)
-    positions = one.depth_map.panels[0].positions.reshape(-1, 2)
+    positions = one.positions.reshape(-1, 2)
     assert np.corrcoef(at[..., 0].ravel(), positions[:, 0])[0, 1] > 0.999
     assert np.corrcoef(at[..., 1].ravel(), positions[:, 1])[0, 1] < -0.999
     assert at.min() >= 0 and at.max() <= SIZE
@@ -202,17 +225,15 @@ def test_page_fetches_nothing_and_is_small(one: Exploration) -> None:
 
 
 def test_full_size_stays_below_the_limit() -> None:
-    """Two of the largest tasks of the book on the embedded model's depth, tokens all over."""
+    """Three tasks of the book on the embedded model's depth, tokens all over."""
     rng = np.random.default_rng(0)
-    big = example(48, 30, tokens=rng.integers(0, 2000, (30, 48, N_TOP)))
-    assert len(explorer_html([big, big]).encode()) < 300_000
+    big = example(N_SHOWN, 30, tokens=rng.integers(0, 2000, (30, N_SHOWN, N_TOP)))
+    assert len(explorer_html([big] * len(TASKS)).encode()) < 300_000
 
 
 def example(
     n_items: int = 6, n_blocks: int = 5, tokens: np.ndarray | None = None, word: str = "word"
 ) -> Exploration:
-    from test_maps import make_map
-
     names = ("context arm", "prediction arm", "angle", TWIN)
     curves = pd.DataFrame(
         [(name, block, 0.5, 0.4, 0.6) for name in names for block in range(n_blocks)],
@@ -221,11 +242,15 @@ def example(
     tokens = np.zeros((n_blocks, n_items, N_TOP), int) if tokens is None else tokens
     return Exploration(
         texts=[f"{word} {k}" for k in range(n_items)],
-        depth_map=make_map(n_items, n_blocks, name=word),
+        name=word,
+        positions=np.random.default_rng(0).uniform(-1, 1, (n_blocks, n_items, 2)),
+        shown=np.full(n_blocks, 0.5),
+        transition=2.5,
         curves=curves,
         top_tokens=tokens,
         top_probabilities=np.full(tokens.shape, 0.2),
-        answers=np.zeros(n_items, int),
+        answers=[f"{word} {k % 5}" for k in range(n_items)],
+        right_tokens=np.zeros(n_items, int),
         words={int(token): f"{word} {token}" for token in {0, *tokens.ravel().tolist()}},
     )
 
@@ -292,7 +317,7 @@ def test_what_does_not_fit_together_is_refused(one: Exploration) -> None:
     with pytest.raises(ValueError, match="context arm needs one value at each block"):
         explorer_html([replace(one, curves=one.curves[one.curves["block"] != 2])])
     with pytest.raises(ValueError, match="differ in length"):
-        explorer_html([replace(one, texts=one.texts[:3])])
+        explorer_html([replace(one, positions=one.positions[:, :3])])
 
 
 def test_model_without_a_testable_task_gets_a_page_that_says_so(

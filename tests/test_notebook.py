@@ -77,7 +77,8 @@ def test_glue_refuses_a_whole_table():
 
 
 def test_chapters_run_where_the_book_builder_is_absent():
-    code = "import sys; sys.modules['myst_nb'] = None; from lib.reading.notebook import glue; glue('a', 1)"
+    code = "import sys; sys.modules['myst_nb'] = None\n"
+    code += "from lib.reading.notebook import glue; glue('a', 1)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

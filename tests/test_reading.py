@@ -24,7 +24,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 BROWSER = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
 PAGES = [*pages(ROOT), "search", "genindex"]
 CHAPTERS = [page for page in PAGES if (ROOT / page).with_suffix(".ipynb").is_file()]
-MAP_PAGE = "book/angular-code"
+EXPLORER = "book/depth-explorer"
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
 pytestmark = [
@@ -211,24 +211,55 @@ def test_on_a_phone_nothing_widens_the_page_and_wide_tables_scroll(opened):
 
 
 def test_slider_moves_the_map(fresh):
-    page = fresh(MAP_PAGE)
-    places = """() => [...document.querySelectorAll(".depth-map .task:not([hidden]) .item")]
+    page = fresh(EXPLORER)
+    places = """() => [...document.querySelectorAll(".depth-explorer .task:not([hidden]) .item")]
         .map(item => item.style.transform)"""
-    slider = page.locator(".depth-map input[type=range]")
+    slider = page.locator(".depth-explorer input[type=range]")
     slider.focus()
     for key, block in (("Home", "0"), ("End", slider.get_attribute("max"))):
         before = page.evaluate(places)
         page.keyboard.press(key)
         after = page.evaluate(places)
         assert slider.input_value() == block
-        assert page.locator(".depth-map output").inner_text().startswith(f"block {block} of")
+        assert page.locator(".depth-explorer output").inner_text().startswith(f"block {block} of")
         assert len(after) > 10
         assert sum(one != other for one, other in zip(before, after, strict=True)) > len(after) / 2
 
 
+def test_the_address_keeps_the_explorers_view(fresh):
+    page = fresh(EXPLORER, "#explore=1,3,2")
+    slider = page.locator(".depth-explorer input[type=range]")
+    assert slider.input_value() == "3"
+    assert page.locator(".depth-explorer .choice").input_value() == "1"
+    assert page.locator(".depth-explorer .task:not([hidden]) .prompt").input_value() == "2"
+    slider.focus()
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("location.hash") == "#explore=1,4,2"
+
+
+def test_no_line_of_code_is_cut(opened):
+    cut = opened.page.evaluate(
+        """() => [...document.querySelectorAll("article.bd-article .cell_input pre")]
+            .filter(node => node.scrollWidth > node.clientWidth + 1 && node.checkVisibility())
+            .map(node => node.textContent.slice(0, 200))"""
+    )
+    assert cut == []
+
+
+def test_the_answer_at_a_glance_says_verdicts_in_words_beside_their_shapes(soups):
+    card = soups[(SITE / "book/intro.html").as_uri()].select_one("table.scorecard")
+    assert card.select("tr.claim a[href]")
+    verdicts = [
+        cell.get_text() for row in card.select("tbody tr") for cell in row.select("td")[-1:]
+    ]
+    assert all(re.match(r"([●○◐–] |no result|chapter to come|\S+: )", one) for one in verdicts)
+    for drawing in card.select("svg"):
+        assert drawing["role"] == "img" and len(drawing["aria-label"]) > 20
+
+
 def test_search_finds_each_page_by_its_words(fresh):
     words = {name: _title(name) for name in pages(ROOT)}
-    words["book/intro"] = "unembedding donor recipient"
+    words["book/glossary"] = "unembedding donor recipient"
     page = fresh("search")
     for name, text in words.items():
         page.goto((SITE / "search.html").as_uri() + f"?q={quote(text)}")

@@ -219,12 +219,32 @@ def test_divergence_from_truth_is_kl(network, questions):
 
 def test_networks_that_have_not_learned_say_why(questions):
     weights = new_model("none", 2, d_vocab=len(circle.VOCABULARY)).state_dict()
-    unlearned = Training("none", 2, np.array([2.0, 1.9]), {2: weights})
-    found = why_angles.gate(unlearned, questions)
-    assert isinstance(found, Untested) and "none, seed 2: KL to the truth" in found.reason
-    diverged = Training("none", 2, np.array([2.0, np.nan]), {0: weights})
-    found = why_angles.gate(diverged, questions)
-    assert isinstance(found, Untested) and "not finite at step 2" in found.reason
+    trainings = [
+        Training("none", 2, np.array([2.0, 1.9]), {2: weights}),
+        Training("none", 3, np.array([2.0, np.nan]), {0: weights}),
+    ]
+    learned = why_angles.check_learning(trainings, questions)
+    assert learned["kl_nats"].iloc[0] > 0.1 and learned["kl_nats"].iloc[1] == np.inf
+    reasons = [why_angles.untested_kinds(learned.iloc[[i]])["none"].reason for i in (0, 1)]
+    assert reasons[0].startswith("none, seed 2: KL to the truth ")
+    assert reasons[1] == "none, seed 3: its loss was not finite at step 1"
+    assert list(why_angles.untested_kinds(learned)) == ["none"]
+    assert why_angles.untested_kinds(learned.assign(kl_nats=0.0099)) == {}
+
+
+def test_all_networks_are_measured_at_the_moments_asked_for(questions):
+    models = [new_model("none", seed, d_vocab=len(circle.VOCABULARY)) for seed in (0, 1, 2)]
+    weights = {step: model.state_dict() for step, model in zip((0, 5, 9), models, strict=True)}
+    trainings = [Training("none", seed, np.ones(9), weights) for seed in (4, 5)]
+    last = why_angles.measure_all(why_angles.measure_geometry, trainings, questions)
+    moments = why_angles.measure_all(
+        why_angles.measure_geometry, trainings[:1], questions, every_moment=True
+    )
+    assert set(last["step"]) == {9} and list(last["seed"].unique()) == [4, 5]
+    assert list(moments["step"].unique()) == [5, 9]
+    decoder = load_decoder(models[1], tokenizer=circle.make_tokenizer())
+    expected = why_angles.measure_geometry(decoder, questions)
+    pd.testing.assert_frame_equal(moments[moments["step"] == 5][expected.columns], expected)
 
 
 def tables() -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -28,6 +28,7 @@ from lib.science.estimate import (
     Estimate,
     Measured,
     Untested,
+    generator,
     independent_difference,
     mean_over_units,
     unit_weights,
@@ -44,6 +45,7 @@ AROUND = 3
 """Blocks before and after the transition that tell whether the relation sets in there."""
 TWIN_SUBJECTS = 20
 """Subjects of a task that twins are measured on: a seed is one number, over many tasks."""
+RANDOM_DRAWS = 3
 COMPARED = ("set_in", "beyond_reader")
 """Statistics that the untrained twins' are subtracted from."""
 
@@ -111,7 +113,7 @@ def items_by_template(trial: Trial | Untested) -> list[Items] | Untested:
     result = []
     for _, prompts in task.prompts.groupby(["template", "group"], sort=True):
         if len(prompts) == task.n_units:
-            rows = torch.as_tensor(prompts.sort_values("unit").index.to_numpy())
+            rows = prompts.sort_values("unit").index.tolist()
             logits = logit_lens(trial.decoder, states[-1, rows])
             result.append(Items(states[:, rows], jeffreys_divergence(logits), task.units))
     return result or Untested("no template holds every subject")
@@ -226,6 +228,7 @@ class Network:
         distance: ρ(d, J), the same.
         readers: the affine reader of some blocks.
         read: J between what the reader predicts for the texts, by block.
+        lens: J between what the logit lens predicts for them, by block.
     """
 
     texts: Items
@@ -234,6 +237,7 @@ class Network:
     distance: Mapping[str, Measured]
     readers: Mapping[int, Reader]
     read: Mapping[int, FloatArray]
+    lens: Mapping[int, FloatArray]
 
 
 def measure_network(
@@ -267,6 +271,7 @@ def measure_network(
         {name: correlate_items(found, distances) for name, found in sets.items()},
         readers,
         {b: read_divergence(decoder, items.states[b], one) for b, one in readers.items()},
+        {b: read_divergence(decoder, items.states[b]) for b in readers},
     )
 
 
@@ -314,7 +319,7 @@ def statistics(
         own = _of_curves(angle[place], distance[place], windows)
         for name, value in own.items():
             result.setdefault(name, {})[place] = value
-    result["beyond_reader"] = {TEXTS: beyond_reader}
+    result["beyond_reader"] = {TEXTS: windows if isinstance(windows, Untested) else beyond_reader}
     return result
 
 
@@ -411,10 +416,35 @@ def unembedding_basis(decoder: Decoder) -> FloatArray:
     Columns are the right singular vectors of the unembedding less its mean row, which moves all
     logits alike and so no prediction.
     """
-    rows = decoder.unembedding_rows(range(decoder.d_vocab))[0].double().cpu()
+    rows = decoder.unembedding_rows(range(decoder.d_vocab))[0].detach().double().cpu()
     rows = rows - rows.mean(dim=0)
     basis: FloatArray = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1).numpy()
     return basis
+
+
+def beyond_by_rivals(
+    decoder: Decoder, network: Network, blocks: Sequence[int], k: int
+) -> dict[str, Measured]:
+    """Return the partial ρ with J, given the affine reader, of the angle and of its rivals.
+
+    The rivals are the distance, and angles within the k directions of the state that move logits
+    most, within all others, and within k random directions (mean of `RANDOM_DRAWS`).
+    """
+    basis = unembedding_basis(decoder)
+    rng = generator("random directions")
+    shape = (RANDOM_DRAWS, decoder.d_model, k)
+    random = [np.linalg.qr(one)[0] for one in rng.normal(size=shape)]
+
+    def beyond(dissimilarity: Dissimilarity) -> Measured:
+        return correlate_beyond(network.texts, network.read, blocks, dissimilarity)
+
+    return {
+        "angle": beyond(angles),
+        "distance": beyond(distances),
+        f"angle, top {k} of the unembedding": beyond(within(basis[:, :k])),
+        "angle, all other directions": beyond(within(basis[:, k:])),
+        f"angle, {k} random directions": mean_of([beyond(within(one)) for one in random]),
+    }
 
 
 def within(basis: FloatArray) -> Dissimilarity:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,10 +25,12 @@ from lib.engine.edits import (
     exchange_direction,
     exchange_norm,
 )
+from lib.engine.extraction import tokenize
+from lib.engine.models import Decoder
 from lib.engine.store import recall_sweep
 from lib.engine.vectors import held_out_centroids, random_directions, unembedding_direction
-from lib.evidence.tasks import Pairs, Task, exchange_pairs
-from lib.evidence.transfer import ROWS_AT_ONCE, Transfer, Trial, measure_transfer
+from lib.evidence.tasks import Pairs, Task, exchange_pairs, load_texts
+from lib.evidence.transfer import ROWS_AT_ONCE, Transfer, Trial, measure_transfer, read_tasks
 from lib.science.curves import late_blocks
 from lib.science.estimate import (
     FEWEST_UNITS,
@@ -73,15 +76,31 @@ def thinned_late_blocks(n_blocks: int, transition: float) -> list[int]:
     return list(late_blocks(n_blocks, transition))[::-2][::-1]
 
 
-def choose_pairs(trial: Trial) -> Pairs | Untested:
-    """Return one pair a subject; of a task with groups only those that pass the gate."""
+Found = TypeVar("Found")
+Result = TypeVar("Result")
+
+
+def each(
+    found: Mapping[str, Found | Untested], function: Callable[[Found], Result | Untested]
+) -> dict[str, Result | Untested]:
+    """Return a function of every task's entry; what is untested stays so."""
+    return {
+        name: one if isinstance(one, Untested) else function(one) for name, one in found.items()
+    }
+
+
+def choose_pairs(trial: Trial, most: int | None = None) -> Pairs | Untested:
+    """Return one pair a subject, or `most` of them, spread evenly.
+
+    Of a task with groups only those that pass the gate.
+    """
     grouped = bool((trial.task.prompts["group"] != "").any())
     if grouped and trial.gate is not None:
         return trial.gate
     pairs = exchange_pairs(trial.task, n_donors=1, groups=trial.able_groups if grouped else None)
     if (n_units := len(np.unique(pairs.unit))) < FEWEST_UNITS:
         return Untested(f"donors of another answer for {n_units} subjects")
-    return pairs
+    return pairs if most is None else thin(pairs, most)
 
 
 def thin(pairs: Pairs, most: int) -> Pairs:
@@ -129,8 +148,12 @@ def measure_edited(
     return result
 
 
-def measure_parts(trial: Trial, pairs: Pairs, blocks: Sequence[int]) -> dict[str, Transfer]:
+def measure_parts(
+    trial: Trial, pairs: Pairs | Untested, blocks: Sequence[int]
+) -> dict[str, Transfer] | Untested:
     """Return what the donor's whole state, its direction and its norm do, each alone."""
+    if isinstance(pairs, Untested):
+        return pairs
     states = trial.states("last")[list(blocks)]
     own, given = (states[:, torch.as_tensor(side)] for side in pairs.prompts.T)
     edited = {
@@ -139,6 +162,25 @@ def measure_parts(trial: Trial, pairs: Pairs, blocks: Sequence[int]) -> dict[str
         "norm": exchange_norm(own, given),
     }
     return measure_edited(trial, pairs, edited, blocks)
+
+
+def measure_twin(
+    twin: Decoder, trials: Mapping[str, Trial | Untested], blocks: Sequence[int], most: int
+) -> dict[str, dict[str, Transfer] | Untested]:
+    """Return `measure_parts` of an untrained twin by task, on `most` pairs of each.
+
+    Only the prompts of these pairs are read.
+    """
+
+    def measure(trial: Trial) -> dict[str, Transfer] | Untested:
+        pairs = choose_pairs(trial, most)
+        if isinstance(pairs, Untested):
+            return pairs
+        task, pairs = needed_prompts(trial.task, pairs)
+        read = read_tasks(twin, {task.name: task})[task.name]
+        return read if isinstance(read, Untested) else measure_parts(read, pairs, blocks)
+
+    return each(trials, measure)
 
 
 def direction_and_norm(parts: Mapping[str, Transfer]) -> dict[str, Measured]:
@@ -185,12 +227,16 @@ def answer_basis(
     return rows[: min(rank, MOST_DIRECTIONS)]
 
 
-def measure_span(trial: Trial, pairs: Pairs, block: int) -> dict[str, Transfer] | Untested:
+def measure_span(
+    trial: Trial, pairs: Pairs | Untested, block: int
+) -> dict[str, Transfer] | Untested:
     """Return what exchanging the span of centroid differences does, and what the rest does.
 
     Names: "span 1", "span 2", … by the number of directions, and "complement" of the largest.
     Each pair's span is fitted on the templates other than its own.
     """
+    if isinstance(pairs, Untested):
+        return pairs
     task = trial.task
     template = task.prompts["template"].to_numpy()
     if len(np.unique(template)) < 2:
@@ -272,6 +318,11 @@ class Steering:
     def centroid(self, answers: IntArray) -> Tensor:
         """Return the held-out centroid of an answer for each pair `[n_pairs, d_model]`."""
         return self.centroids[torch.as_tensor(self.template), torch.as_tensor(answers)]
+
+    def thin(self, most: int) -> Steering:
+        """Return the steering of `most` of the pairs, spread evenly."""
+        places = np.linspace(0, len(self.pairs) - 1, min(most, len(self.pairs))).round()
+        return self.where(np.unique(places.astype(np.int64)))
 
     def where(self, kept: NDArray[np.int64]) -> Steering:
         """Return the steering of some of the pairs, by index `[n_kept]`."""
@@ -449,14 +500,16 @@ def _matched(steering: Steering, rng: np.random.Generator) -> Tensor:
     return result
 
 
-def find_stranger(name: str, steerings: Mapping[str, Steering]) -> Steering | Untested:
+def find_stranger(
+    steering: Steering, steerings: Mapping[str, Steering | Untested]
+) -> Steering | Untested:
     """Return the next task, in a circle by name, that has no answer in common with this one."""
-    answers = set(steerings[name].trial.task.answer_ids.tolist())
+    name, answers = steering.trial.task.name, set(steering.trial.task.answer_ids.tolist())
     names = sorted(steerings)
-    start = names.index(name)
-    for other in names[start + 1 :] + names[:start]:
-        if not answers & set(steerings[other].trial.task.answer_ids.tolist()):
-            return steerings[other]
+    for other in [one for one in names if one > name] + [one for one in names if one < name]:
+        found = steerings[other]
+        if isinstance(found, Steering) and not answers & set(found.trial.task.answer_ids.tolist()):
+            return found
     return Untested("no other task without an answer in common")
 
 
@@ -479,6 +532,11 @@ def _to_centroid(steering: Steering) -> Tensor:
     return steering.centroid(steering.target)
 
 
+def _to_donor(steering: Steering) -> Tensor:
+    donors = torch.as_tensor(steering.pairs.prompts[:, 1])
+    return steering.trial.states("last")[steering.block, donors]
+
+
 def _difference(steering: Steering) -> Tensor:
     return steering.centroid(steering.target) - steering.centroid(steering.source)
 
@@ -491,6 +549,7 @@ METHODS: Mapping[str, tuple[type[Rotate] | type[Shift], Callable[[Steering], Ten
     "add centroid": (Shift, _to_centroid),
     "add difference": (Shift, _difference),
     "logit edit": (Shift, _logit_gradient),
+    "rotate to donor": (Rotate, _to_donor),
 }
 """Ways to steer, each an edit and the vector it takes; at one dose all move a state equally far."""
 
@@ -569,6 +628,10 @@ class Doses:
         if not np.isfinite(shares).all():
             return Untested(f"{method}: no probability is moved")
         return replace(found, draws=shares)
+
+    def flip_rate(self, method: str) -> Measured:
+        """Return the share of recipients that choose their target at each dose `[n_doses]`."""
+        return self.steering.mean(self.flipped[method], share=True)
 
     def shares(self, method: str) -> Measured:
         """Return Σ passed / Σ moved at each dose `[n_doses]`."""
@@ -654,6 +717,60 @@ def selectivity(doses: Doses) -> dict[str, Measured]:
     return {
         "selective_share": own,
         "selective_beyond_random": own - doses.share_at_half(RANDOM, dose_of=ROTATE),
+    }
+
+
+# --- behind ordinary text -------------------------------------------------------------------------
+
+
+def passages(decoder: Decoder, n_tokens: int, n: int) -> list[str]:
+    """Return `n` passages of ordinary text, each of whole texts of one kind, of `n_tokens` or more.
+
+    Of the texts that no verdict rests on. No tokens, an empty passage.
+    """
+    texts = load_texts("contexts.csv")
+    rng = generator("passages", str(n_tokens))
+    kinds = [rows for _, rows in texts.groupby("kind")]
+    result = []
+    for number in range(n):
+        rows = kinds[number % len(kinds)]
+        passage = ""
+        for row in rng.permutation(len(rows)):
+            if len(tokenize(decoder, [passage])[0] if passage else []) >= n_tokens:
+                break
+            passage += f"{rows['context'].iloc[row]} {rows['continuation'].iloc[row]} "
+        result.append(passage.strip())
+    return result
+
+
+def measure_behind(steering: Steering, before: Sequence[str]) -> dict[str, Measured]:
+    """Return the share that is right unedited, and that flips, where prompts stand behind text.
+
+    Vectors are those of the bare prompts of other templates.
+
+    Args:
+        steering: the task's.
+        before: a passage for each pair; an empty one for none.
+    """
+    trial = steering.trial
+    own = trial.task.prompts["text"].iloc[steering.pairs.prompts[:, 0]]
+    texts = [f"{text}\n\n{one}" if text else one for text, one in zip(before, own, strict=True)]
+    n = len(texts)
+    sweep = recall_sweep(
+        trial.decoder,
+        tokenize(trial.decoder, texts),
+        np.stack([np.arange(n)] * 2, axis=1),
+        {"rotation": exchange_direction},
+        positions="last",
+        donors=steering.centroid(steering.target)[None],
+        blocks=[steering.block],
+        read_ids=trial.task.answer_ids.tolist(),
+    )
+    right = sweep.clean_logits.argmax(-1) == steering.source
+    flipped = sweep.logits[0, 0].argmax(-1) == steering.target
+    return {
+        "right unedited": steering.mean(right.astype(float), share=True),
+        "flipped": steering.mean(flipped.astype(float), share=True),
     }
 
 

@@ -7,24 +7,29 @@ untrained twins, seeds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lib.engine.extraction import logit_lens
+from lib.engine.extraction import extract_residuals, logit_lens
+from lib.engine.models import Decoder
 from lib.engine.parts import find_parts
-from lib.engine.sites import ATTENTION, MLP, Head, Site, each_head, patch_heads
+from lib.engine.sites import ATTENTION, Head, Site, each_head, head_outputs, patch_heads
 from lib.engine.store import recall_sites
-from lib.evidence.tasks import Pairs, exchange_pairs
+from lib.evidence.criteria import is_held_out
+from lib.evidence.tasks import Pairs, Task, exchange_pairs
 from lib.evidence.transfer import DivergenceFromDonor, Transfer, Trial, divergence
 from lib.science.estimate import (
     FEWEST_UNITS,
     Measured,
     Untested,
     generator,
+    mean_over_units,
+    ratio_of_sums,
+    sums_by_unit,
 )
 
 CLAIM = "inside-the-switch"
@@ -32,12 +37,17 @@ N_DONORS = 6
 """Donors of a subject before halving; those of the other half are left out."""
 N_CHOOSING, N_TESTING = 16, 48
 """Most pairs of a task on which parts are chosen and tested."""
-N_BLOCKS = 3
+N_BLOCKS = 5
 """Blocks, those of most attention transfer, in which a task's heads are looked for."""
 FEW = 3
 """Heads that the criteria speak of."""
 COUNTS = (1, 2, 3, 5, 8)
 """Numbers of heads that are exchanged together."""
+TWIN_PAIRS = 8
+"""Pairs of each half that twins are measured on: a seed is one number."""
+TWIN_HELD_OUT = 2
+"""Held-out tasks that twins are measured on, beside the seen ones."""
+SEEDS = "seeds"
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,12 +195,14 @@ class Chosen:
     """What one half of a task's subjects chose.
 
     Attributes:
-        parts: what exchanging the attention and the MLP of each block did.
+        pairs: on which they did.
+        attention: what exchanging the attention's output of each block did.
         block: the block of most attention transfer, the last one left out.
         heads: of the heads of some blocks, T of each alone, the largest first.
     """
 
-    parts: Mapping[str, Transfer]
+    pairs: Pairs
+    attention: Transfer
     block: int
     heads: Mapping[Head, float]
 
@@ -201,11 +213,11 @@ class Chosen:
 
 def choose(trial: Trial, pairs: Pairs) -> Chosen:
     """Return the block and the heads that carry most on some pairs."""
-    parts = exchange_sites(trial, pairs, {"attention": ATTENTION, "mlp": MLP})
-    ranked = rank_blocks([total(parts["attention"])])
+    attention = exchange_sites(trial, pairs, {"attention": ATTENTION})["attention"]
+    ranked = rank_blocks([total(attention)])
     heads = transfer_by_head(trial, pairs, ranked[:N_BLOCKS])
     order = sorted(heads, key=lambda head: -heads[head])
-    return Chosen(parts, ranked[0], {head: heads[head] for head in order})
+    return Chosen(pairs, attention, ranked[0], {head: heads[head] for head in order})
 
 
 def rank_blocks(curves: Sequence[np.ndarray]) -> list[int]:
@@ -224,44 +236,224 @@ def transfer_by_head(trial: Trial, pairs: Pairs, blocks: Sequence[int]) -> dict[
     }
 
 
-def choose_over_tasks(
-    trials: Mapping[str, Trial], pairs: Mapping[str, Pairs], n: int
-) -> list[Head]:
-    """Return the n heads of most transfer on the mean over tasks, in blocks chosen likewise."""
-    curves = [
-        total(exchange_sites(trials[name], own, {"attention": ATTENTION, "mlp": MLP})["attention"])
-        for name, own in pairs.items()
-    ]
-    blocks = rank_blocks(curves)[:N_BLOCKS]
-    by_task = [transfer_by_head(trials[name], own, blocks) for name, own in pairs.items()]
-    mean = {head: np.mean([one[head] for one in by_task]) for head in by_task[0]}
-    return sorted(mean, key=lambda head: -mean[head])[:n]
+# --- what is tested -------------------------------------------------------------------------------
 
 
-def random_heads(trial: Trial, beside: Sequence[Head]) -> list[Head]:
-    """Return as many other heads of the same blocks, drawn by the task's name."""
-    blocks = sorted({block for block, _ in beside})
-    others = [
-        (block, head)
-        for block, part in zip(blocks, find_parts(trial.decoder, blocks), strict=True)
-        for head in range(part.n_heads)
-        if (block, head) not in beside
-    ]
-    rng = generator("random heads", trial.task.name, str(len(beside)))
-    return [others[place] for place in rng.permutation(len(others))[: len(beside)]]
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A task whose switch was opened: its reading, its halves, and what the first half chose."""
+
+    trial: Trial
+    halves: Halves
+    chosen: Chosen
 
 
-def test_groups(trial: Trial, chosen: Chosen, held_out: Sequence[Head]) -> dict[str, list[Head]]:
-    """Return the groups of heads that are tested: the best ones, random ones, another task's."""
+def open_switch(trial: Trial, halves: Halves) -> Opened:
+    """Return a task with what the choosing half of its subjects chose."""
+    return Opened(trial, halves, choose(trial, halves.choosing))
+
+
+def map_heads(trial: Trial, pairs: Pairs) -> np.ndarray:
+    """Return T of each head of each block, exchanged alone `[n_heads, n_blocks]`."""
+    found = exchange_sites(trial, pairs, each_head(trial.decoder))
+    return np.stack([total(transfer) for transfer in found.values()])
+
+
+def heads_of_seen_tasks(opened: Mapping[str, Opened]) -> list[Head] | Untested:
+    """Return three heads, those of most transfer on the mean over the seen tasks."""
+    seen = {name: one for name, one in opened.items() if not is_held_out(name)}
+    if not seen:
+        return Untested("none of the tasks on which heads are chosen was measured")
+    blocks = rank_blocks([total(one.chosen.attention) for one in seen.values()])[:N_BLOCKS]
+    by_task = [transfer_by_head(one.trial, one.chosen.pairs, blocks) for one in seen.values()]
+    mean = {head: np.mean([found[head] for found in by_task]) for head in by_task[0]}
+    return sorted(mean, key=lambda head: -mean[head])[:FEW]
+
+
+def random_heads(opened: Opened, n: int) -> list[Head]:
+    """Return n of the heads that were looked at but the n best, drawn by the task's name."""
+    others = list(opened.chosen.heads)[n:]
+    order = generator("random heads", opened.trial.task.name).permutation(len(others))
+    return [others[place] for place in order[:n]]
+
+
+def every_head(decoder: Decoder, blocks: Sequence[int]) -> list[Head]:
+    """Return all heads of some blocks."""
+    parts = zip(blocks, find_parts(decoder, blocks), strict=True)
+    return [(block, head) for block, part in parts for head in range(part.n_heads)]
+
+
+def transfer_on_testing_half(
+    opened: Opened, elsewhere: Sequence[Head] | Untested
+) -> dict[str, Measured]:
+    """Return T on the testing half, by what is exchanged.
+
+    `attention`: the chosen block's attention output. `best n`: the n chosen heads. `random 3`:
+    others of the same five blocks. `elsewhere`: three heads that other tasks chose.
+    """
+    trial, pairs, chosen = opened.trial, opened.halves.testing, opened.chosen
     groups = {f"best {n}": chosen.best(n) for n in COUNTS}
-    groups |= {f"random {n}": random_heads(trial, chosen.best(n)) for n in (FEW, COUNTS[-1])}
-    return {**groups, "of the seen tasks": list(held_out)}
+    groups[f"random {FEW}"] = random_heads(opened, FEW)
+    if not isinstance(elsewhere, Untested):
+        groups["elsewhere"] = list(elsewhere)
+    block = exchange_sites(trial, pairs, {"attention": ATTENTION}, [chosen.block])["attention"]
+    found = {"attention": block.estimate().at(0), **exchange_heads(trial, pairs, groups)}
+    return {"elsewhere": elsewhere, **found} if isinstance(elsewhere, Untested) else found
 
 
-def test_block(trial: Trial, pairs: Pairs, block: int) -> Measured:
-    """Return T of one block's attention output."""
-    return (
-        exchange_sites(trial, pairs, {"attention": ATTENTION}, [block])["attention"]
-        .estimate()
-        .at(0)
+def statistics(
+    tested: Mapping[str, Mapping[str, Measured] | Untested],
+) -> dict[str, dict[str, Measured]]:
+    """Return the claim's statistics by task; heads of the seen tasks only on the held-out ones."""
+
+    def of(what: str) -> dict[str, Measured]:
+        return {
+            name: one if isinstance(one, Untested) else one[what] for name, one in tested.items()
+        }
+
+    return {
+        "attention_transfer": of("attention"),
+        "three_heads": of(f"best {FEW}"),
+        "three_heads_held_out": {
+            name: one for name, one in of("elsewhere").items() if is_held_out(name)
+        },
+    }
+
+
+def twin_tasks(names: Collection[str]) -> list[str]:
+    """Return the tasks that twins are measured on: the seen ones and some held out."""
+    held_out = [name for name in names if is_held_out(name)]
+    held_out.sort(key=lambda name: generator("twin tasks", name).random())
+    return [name for name in names if not is_held_out(name)] + held_out[:TWIN_HELD_OUT]
+
+
+def measure_twin(
+    twin: Decoder, halves: Mapping[str, Halves], tasks: Mapping[str, Task]
+) -> dict[str, dict[str, Measured]]:
+    """Return the statistics of an untrained twin: the same steps, on few pairs of some tasks."""
+    opened = {}
+    for name, own in halves.items():
+        few = Halves(thin(own.choosing, TWIN_PAIRS), thin(own.testing, TWIN_PAIRS))
+        rows = np.unique([few.choosing.prompts, few.testing.prompts])
+        states = torch.zeros(tasks[name].n_prompts, twin.d_model)
+        tokens = [tasks[name].tokens[row] for row in rows]
+        last = extract_residuals(twin, tokens, blocks=[twin.n_blocks - 1]).states[0]
+        states[torch.as_tensor(rows)] = last
+        opened[name] = open_switch(Trial(tasks[name], twin, states), few)
+    elsewhere = heads_of_seen_tasks(opened)
+    return statistics(
+        {name: transfer_on_testing_half(one, elsewhere) for name, one in opened.items()}
     )
+
+
+def over_seeds(
+    seeds: Sequence[Mapping[str, Mapping[str, Measured]]],
+) -> dict[str, dict[str, Measured]]:
+    """Return the twins' statistics, each the mean over seeds, the units."""
+
+    def mean(values: Sequence[Measured]) -> Measured:
+        for one in values:
+            if isinstance(one, Untested):
+                return one
+        return mean_over_units([float(one) for one in values], SEEDS)  # type: ignore[arg-type]
+
+    return {
+        statistic: {name: mean([seed[statistic][name] for seed in seeds]) for name in by_task}
+        for statistic, by_task in seeds[0].items()
+    }
+
+
+# --- what is lost, read, written ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class KnockOut:
+    """What is lost of the recipients' own predictions where heads do not see the subject.
+
+    Attributes:
+        lost: KL(p_x ‖ p_blind) in nats `[n_groups, n_prompts]`.
+        correct: whether the closed set's largest logit stays right `[n_groups, n_prompts]`.
+        groups: names of the groups of heads.
+        unit: the prompts' subjects `[n_prompts]`.
+        units: what the units are called.
+    """
+
+    lost: np.ndarray
+    correct: np.ndarray
+    groups: tuple[str, ...]
+    unit: np.ndarray
+    units: str
+
+    def share(self, group: str, of: str) -> Measured:
+        """Return a group's loss as a share of another's, a ratio of sums over units."""
+        above, below = (self.lost[self.groups.index(name)] for name in (group, of))
+        units, unit = np.unique(self.unit, return_inverse=True)
+        lost, whole = (sums_by_unit(values, unit, len(units)) for values in (above, below))
+        return ratio_of_sums(lost, whole, self.units)
+
+    def accuracy(self, group: str) -> Measured:
+        """Return the share of right answers that a group's blindness leaves."""
+        units, unit = np.unique(self.unit, return_inverse=True)
+        right = sums_by_unit(self.correct[self.groups.index(group)], unit, len(units))
+        return mean_over_units(right / np.bincount(unit), self.units, share=True)
+
+
+def knock_out(
+    trial: Trial,
+    pairs: Pairs,
+    groups: Mapping[str, Sequence[Head]],
+    *,
+    others: bool = False,
+) -> KnockOut:
+    """Return what hiding the subject's tokens from heads at the last token does to recipients.
+
+    Args:
+        trial: the task and the model.
+        pairs: whose recipients are read, each once.
+        groups: heads that lose sight of the subject, by name.
+        others: hide all tokens but the subject's and the last one instead.
+    """
+    task = trial.task
+    prompts = np.unique(pairs.prompts[:, 0])
+    spans = zip(
+        task.tokens, task.prompts["subject_start"], task.prompts["subject_position"], strict=True
+    )
+    hidden = [
+        [place for place in range(len(tokens) - 1) if (start <= place <= end) != others]
+        for tokens, start, end in spans
+    ]
+    same = Pairs(np.stack([prompts, prompts], axis=1), task.unit[prompts])
+    found = patch_heads(
+        trial.decoder,
+        task.tokens,
+        same.prompts,
+        groups,
+        hidden=hidden,
+        measure=_measure(trial, same),
+    )
+    units = f"{task.units} ({len(np.unique(same.unit))} read)"
+    correct = found["choice"] == task.answer_index[prompts]
+    return KnockOut(found["kl_nats"], correct, tuple(groups), same.unit, units)
+
+
+def writes_answer(trial: Trial, pairs: Pairs, heads: Sequence[Head]) -> dict[Head, Measured]:
+    """Return how often the right answer is what a head itself writes most of.
+
+    A head's direct effect on the logits is what the last state's logits lose without the head's
+    output. Less its mean over the prompts, the largest of the closed answer set is what it writes.
+    """
+    task = trial.task
+    rows = np.unique(pairs.prompts[:, 0])
+    written = head_outputs(trial.decoder, [task.tokens[row] for row in rows], heads)
+    last = trial.last_states[torch.as_tensor(rows)]
+    ids = task.answer_ids.tolist()
+    whole = logit_lens(trial.decoder, last, ids)
+    units, unit = np.unique(task.unit[rows], return_inverse=True)
+    found: dict[Head, Measured] = {}
+    for head, output in zip(heads, written, strict=True):
+        direct = (whole - logit_lens(trial.decoder, last - output, ids)).double()
+        choice = (direct - direct.mean(dim=0)).argmax(-1).numpy()
+        right = sums_by_unit(choice == task.answer_index[rows], unit, len(units))
+        named = f"{task.units} ({len(units)} read)"
+        found[head] = mean_over_units(right / np.bincount(unit), named, share=True)
+    return found

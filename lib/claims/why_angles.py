@@ -5,7 +5,8 @@ residual streams at the last token, in radians, d their Euclidean distance, J th
 divergence of the network's own predictions at the last token, r = ‖h‖₂.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -67,15 +68,63 @@ def divergence_from_truth(decoder: Decoder, questions: pd.DataFrame) -> float:
     return float((-torch.special.entr(truths).sum(-1) - (truths * log_q).sum(-1)).mean())
 
 
-def gate(training: Training, questions: pd.DataFrame) -> Untested | None:
-    """Return why a network says nothing about norms; None where it has learned the language."""
-    name = f"{training.kind}, seed {training.seed}"
-    if training.diverged:
-        return Untested(f"{name}: its loss was not finite at step {len(training.losses)}")
-    reached = divergence_from_truth(read_network(training), questions)
-    if not reached <= GATE:
-        return Untested(f"{name}: KL to the truth {reached:.3f} nats, at most {GATE} is needed")
-    return None
+def check_learning(trainings: Sequence[Training], questions: pd.DataFrame) -> pd.DataFrame:
+    """Return how near each network came to the truth on held-out questions.
+
+    Returns:
+        A row a network: `kind`, `seed`, `n_steps`, `kl_nats`, the mean KL(truth ‖ model), infinite
+        where the training diverged.
+    """
+    return pd.DataFrame(
+        {
+            "kind": one.kind,
+            "seed": one.seed,
+            "n_steps": len(one.losses),
+            "kl_nats": math.inf
+            if one.diverged
+            else divergence_from_truth(read_network(one), questions),
+        }
+        for one in trainings
+    )
+
+
+def untested_kinds(learned: pd.DataFrame) -> dict[str, Untested]:
+    """Return, by kind, why it says nothing: one of its networks has not learned the language."""
+    untested: dict[str, Untested] = {}
+    for _, row in learned[~(learned["kl_nats"] <= GATE)].iterrows():
+        found = (
+            f"KL to the truth {row['kl_nats']:.3f} nats, at most {GATE} is needed"
+            if math.isfinite(row["kl_nats"])
+            else f"its loss was not finite at step {row['n_steps'] - 1}"
+        )
+        reason = f"{row['kind']}, seed {row['seed']}: {found}"
+        untested.setdefault(str(row["kind"]), Untested(reason))
+    return untested
+
+
+def measure_all(
+    measure: Callable[[Decoder, pd.DataFrame], pd.DataFrame],
+    trainings: Sequence[Training],
+    questions: pd.DataFrame,
+    *,
+    every_moment: bool = False,
+) -> pd.DataFrame:
+    """Return a measurement of each network, with columns `kind`, `seed` and `step`.
+
+    Args:
+        measure: one of this module's `measure_` functions.
+        trainings: of which the last moment is measured.
+        questions: what the networks are asked.
+        every_moment: measure all of their moments but the untrained one, in which no two
+            predictions differ enough to be ranked.
+    """
+    tables = []
+    for one in trainings:
+        moments = sorted(one.weights)
+        for moment in moments[1:] if every_moment else moments[-1:]:
+            found = measure(read_network(one, moment), questions)
+            tables.append(found.assign(kind=one.kind, seed=one.seed, step=moment))
+    return pd.concat(tables, ignore_index=True)
 
 
 def measure_geometry(decoder: Decoder, questions: pd.DataFrame) -> pd.DataFrame:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ CONFIGURATION: dict[str, Any] = {
     "max_position_embeddings": 16,
     "tie_word_embeddings": False,
 }
+_drawing = Lock()  # torch's random state is one for all threads
 _WARM_UP = 0.1  # share of the steps
 _CLIPPED = 1.0  # largest norm of a gradient
 
@@ -139,7 +141,7 @@ def new_model(kind: str, seed: int, *, d_vocab: int) -> LlamaForCausalLM:
         raise ValueError(f"Unknown kind of norm {kind!r}; known are: {', '.join(RECIPES)}.")
     named: dict[str, Any] = {"vocab_size": d_vocab, "name_or_path": f"{kind}, seed {seed}"}
     config = LlamaConfig(**CONFIGURATION, **named)
-    with torch.random.fork_rng(devices=[]):  # Llama's own initial weights are drawn, and replaced
+    with _drawing, torch.random.fork_rng(devices=[]):  # Llama draws weights, which are replaced
         model = LlamaForCausalLM(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -62,6 +62,7 @@ def explorer_html(explorations: Sequence[Exploration], *, start: int | None = No
     """
     if not explorations:
         return "<p>No task is testable on this model, so there is nothing to explore.</p>"
+    data = [_data(one) for one in explorations]
     n_blocks = len(explorations[0].top_tokens)
     if start is None:
         place = explorations[0].transition
@@ -78,7 +79,7 @@ def explorer_html(explorations: Sequence[Exploration], *, start: int | None = No
     for name, curve in (("CONTEXT", "context arm"), ("PREDICTION", "prediction arm")):
         parts[name] = style_of(curve)["color"]
     parts["ANGLE"] = style_of(ANGLE)["color"]
-    return _fill_page("explorer.html", [_data(one) for one in explorations], parts)
+    return _fill_page("explorer.html", data, parts)
 
 
 def _task_html(one: Exploration, number: int, block: int) -> str:

@@ -27,6 +27,8 @@ STYLES: Mapping[str, Mapping[str, Any]] = {
     "distance": {"color": _COLOURS[1], "marker": "^"},
     "norm": {"color": _COLOURS[4], "marker": "v"},
     "logit lens": {"color": _COLOURS[5], "marker": "X"},
+    "affine reader": {"color": _COLOURS[0], "marker": "P"},
+    "different answers": {"color": "#222222", "marker": "."},
     "angle beyond the lens": {"color": _COLOURS[9], "marker": "*"},
     # what a dissimilarity matrix is compared with
     "context": {"color": _COLOURS[0], "marker": "o"},
@@ -40,6 +42,12 @@ STYLES: Mapping[str, Mapping[str, Any]] = {
     "random direction": {"color": _COLOURS[4], "marker": "*"},
     "random plane": {"color": _COLOURS[9], "marker": "*"},
     "own answer": {"color": "#333333", "marker": "p"},
+    # parts of a block
+    "attention": {"color": "#332288", "marker": "o"},
+    "mlp": {"color": "#999933", "marker": "s"},
+    "head": {"color": "#332288", "marker": "d"},
+    "random heads": {"color": TWIN, "marker": "*"},
+    "elsewhere heads": {"color": _COLOURS[0], "marker": "P"},
     # sites of an edit
     "subject": {"color": _COLOURS[0], "marker": "o"},
     "subject to second last": {"color": _COLOURS[9], "marker": "<"},

@@ -145,7 +145,7 @@ def content(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Figure:
 
     Args:
         table: columns `panel`, `donor`, `arm`, `task`, `estimate`; the diamond is their mean.
-        thresholds: by panel, the criterion that its controls have to stay below.
+        thresholds: by panel, what all its rows have to stay below, where it has a criterion.
     """
     use_theme()
     if len(table) == 0:
@@ -173,7 +173,8 @@ def content(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Figure:
                 **dots,
             )
             axes.plot([own["estimate"].mean()], [y], marker="D", markersize=8, **dots)
-        axes.axvline(thresholds[panel], color="#b00020", linestyle="--", linewidth=1)
+        if panel in thresholds:
+            axes.axvline(thresholds[panel], color="#b00020", linestyle="--", linewidth=1)
         axes.axvline(0, color="#444444", linewidth=0.8)
         axes.set_yticks(range(len(rows[panel])), rows[panel])
         axes.set_ylim(len(rows[panel]) - 0.5, -0.5)

@@ -1,0 +1,213 @@
+"""Figures of the inside of the switch: heads on the depth axis, parts, groups, knock-outs."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lib.reading.figures import (
+    STYLES,
+    TWIN,
+    WIDTH,
+    draw_curve,
+    mark_last_block,
+    nothing_to_show,
+    style_of,
+    use_theme,
+)
+
+ALL_TASKS = "all tasks"
+COLOURS = "cividis"
+
+
+def heads_under_curves(
+    curves: pd.DataFrame, heads: Mapping[str, np.ndarray], *, n_blocks: int
+) -> Figure:
+    """Return the chapter's picture: both arms over depth, and below them every head of the model.
+
+    Args:
+        curves: columns `arm`, `block`, `estimate`, `low`, `high`: the hand-over.
+        heads: by task, T of each head exchanged alone `[n_heads, n_blocks]`.
+        n_blocks: depth of the model.
+    """
+    use_theme()
+    if not heads:
+        return nothing_to_show()
+    n_heads = [len(table) for table in heads.values()]
+    ratios = [10.0, *n_heads]
+    figure, grid = plt.subplots(
+        len(ratios),
+        1,
+        figsize=(WIDTH, 2.1 + 0.16 * sum(n_heads) + 0.25 * len(n_heads)),
+        sharex=True,
+        height_ratios=ratios,
+        squeeze=False,
+    )
+    top, *below = grid[:, 0]
+    for arm, curve in curves.groupby("arm", sort=False):
+        draw_curve(top, curve, str(arm))
+    mark_last_block(top, n_blocks)
+    top.set_ylim(-0.15, 1.08)
+    top.set_ylabel("T", rotation=0)
+    top.set_title("the whole state, exchanged after a block", fontsize="small")
+    top.legend(loc="center left")
+    for axes, (name, table) in zip(below, heads.items(), strict=True):
+        mesh = axes.pcolormesh(
+            np.arange(n_blocks + 1) - 0.5,
+            np.arange(len(table) + 1) - 0.5,
+            table.clip(0, 1),
+            vmin=0,
+            vmax=1,
+            cmap=COLOURS,
+            edgecolors="#ffffff22",
+            linewidth=0.3,
+        )
+        best = np.unravel_index(int(table[:, :-1].argmax()), table[:, :-1].shape)
+        axes.annotate(
+            f"{table[best]:.2f}",
+            (best[1], best[0]),
+            xytext=(-14, 0),
+            textcoords="offset points",
+            color="white",
+            ha="right",
+            va="center",
+            fontsize="small",
+            arrowprops={"arrowstyle": "-", "color": "white"},
+        )
+        axes.set_yticks([0, len(table) - 1])
+        axes.set_ylabel("head", fontsize="small")
+        axes.set_title(f"one head's output alone: {name}", fontsize="small")
+    below[-1].set_xlabel("block")
+    figure.colorbar(mesh, ax=list(below), label="T", fraction=0.04, pad=0.01)
+    return figure
+
+
+def parts_by_block(table: pd.DataFrame, *, n_blocks: int) -> Figure:
+    """Return T of the attention and of the MLP of each block, a panel each.
+
+    Args:
+        table: columns `part`, `task`, `block`, `estimate`, `low`, `high`; "all tasks" thick.
+        n_blocks: depth of the model.
+    """
+    use_theme()
+    if len(table) == 0:
+        return nothing_to_show()
+    parts = list(dict.fromkeys(table["part"]))
+    figure, grid = plt.subplots(1, len(parts), figsize=(WIDTH, 2.9), sharey=True, squeeze=False)
+    for axes, part in zip(grid.flat, parts, strict=True):
+        own = table[table["part"] == part]
+        for _, one in own[own["task"] != ALL_TASKS].groupby("task"):
+            colour = STYLES[part]["color"]
+            axes.plot(one["block"], one["estimate"], color=colour, alpha=0.25, linewidth=0.8)
+        draw_curve(axes, own[own["task"] == ALL_TASKS], part, label="mean over tasks")
+        mark_last_block(axes, n_blocks)
+        axes.set_title(f"the {part}'s output", fontsize="small")
+        axes.set_xlabel("block")
+        axes.set_xlim(-0.5, n_blocks - 0.5)
+    grid[0, 0].set_ylim(-0.3, 1.08)
+    grid[0, 0].set_ylabel("transfer T")
+    return figure
+
+
+def number_of_heads(table: pd.DataFrame, threshold: float) -> Figure:
+    """Return T against the number of heads that are exchanged together.
+
+    Args:
+        table: columns `kind` ("best" or "random"), `n_heads`, `task`, `estimate`, `low`, `high`;
+            "all tasks" thick.
+        threshold: what three heads have to reach.
+    """
+    use_theme()
+    if len(table) == 0:
+        return nothing_to_show()
+    figure, axes = plt.subplots(figsize=(WIDTH, 3.2))
+    best = table[table["kind"] == "best"]
+    for name, one in best[best["task"] != ALL_TASKS].groupby("task"):
+        axes.plot(one["n_heads"], one["estimate"], color=STYLES["head"]["color"], alpha=0.3, lw=0.9)
+        end = one.iloc[0]
+        if end["estimate"] < 0.3:
+            axes.annotate(str(name), (end["n_heads"], end["estimate"]), fontsize="x-small")
+    mean = best[best["task"] == ALL_TASKS]
+    curve = mean.rename(columns={"n_heads": "block"})
+    draw_curve(axes, curve, "head", label="best heads, mean over tasks")
+    for kind, label in (
+        ("random", "others of the same blocks"),
+        ("elsewhere", "of the seen tasks"),
+    ):
+        own = table[table["kind"] == kind]
+        dots = own[own["task"] != ALL_TASKS]
+        style = style_of(f"{kind} heads") | {"linestyle": "none"}
+        axes.plot(dots["n_heads"], dots["estimate"], alpha=0.35, **style)
+        whole = own[own["task"] == ALL_TASKS]
+        errors = [whole["estimate"] - whole["low"], whole["high"] - whole["estimate"]]
+        large = style | {"markersize": 9}
+        axes.errorbar(whole["n_heads"], whole["estimate"], yerr=errors, label=label, **large)
+    axes.axhline(threshold, color="#b00020", linestyle="--", linewidth=1)
+    axes.set_xticks(sorted(best["n_heads"].unique()))
+    axes.set_xlabel("heads exchanged together")
+    axes.set_ylabel("transfer T")
+    axes.set_ylim(-0.15, 1.08)
+    axes.legend(loc="lower right")
+    return figure
+
+
+def heads_by_task(table: pd.DataFrame) -> Figure:
+    """Return T of single heads on every task, as a matrix.
+
+    Args:
+        table: columns `task`, `head` (a label) and `estimate`; missing cells stay white.
+    """
+    use_theme()
+    if len(table) == 0:
+        return nothing_to_show()
+    wide = table.pivot(index="task", columns="head", values="estimate")
+    wide = wide[wide.max().sort_values(ascending=False).index]
+    order = np.lexsort((-wide.max(axis=1), wide.fillna(-1).to_numpy().argmax(axis=1)))
+    wide = wide.iloc[order]
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.27 * len(wide) + 1.3))
+    mesh = axes.pcolormesh(wide.to_numpy().clip(0, 1), vmin=0, vmax=1, cmap=COLOURS)
+    for row, column in np.argwhere(wide.to_numpy() >= 0.1):
+        value = wide.iloc[row, column]
+        axes.text(
+            column + 0.5,
+            row + 0.5,
+            f"{value:.2f}",
+            ha="center",
+            va="center",
+            fontsize="x-small",
+            color="black" if value > 0.6 else "white",
+        )
+    axes.set_xticks(np.arange(wide.shape[1]) + 0.5, wide.columns, rotation=45, ha="right")
+    axes.set_yticks(np.arange(len(wide)) + 0.5, wide.index, fontsize="small")
+    axes.invert_yaxis()
+    axes.set_xlabel("block.head")
+    figure.colorbar(mesh, label="T, the head alone", fraction=0.04, pad=0.01)
+    return figure
+
+
+def knock_outs(table: pd.DataFrame, kinds: Sequence[str]) -> Figure:
+    """Return what is lost where heads do not see the subject: a row a group, a dot a task.
+
+    Args:
+        table: columns `measure`, `group`, `task`, `estimate`; a panel a measure.
+        kinds: the groups, in the order of the rows.
+    """
+    use_theme()
+    if len(table) == 0:
+        return nothing_to_show()
+    measures = list(dict.fromkeys(table["measure"]))
+    figure, grid = plt.subplots(
+        1, len(measures), figsize=(WIDTH, 0.42 * len(kinds) + 1.2), sharey=True, squeeze=False
+    )
+    for axes, measure in zip(grid.flat, measures, strict=True):
+        for place, kind in enumerate(kinds):
+            own = table[(table["measure"] == measure) & (table["group"] == kind)]
+            colour = TWIN if "other" in kind else STYLES["head"]["color"]
+            axes.plot(own["estimate"], [place] * len(own), "o", color=colour, alpha=0.35)
+            axes.plot([own["estimate"].mean()], [place], "D", color=colour, markersize=8)
+        axes.set_xlabel(measure)
+    grid[0, 0].set_yticks(range(len(kinds)), kinds)
+    grid[0, 0].set_ylim(len(kinds) - 0.5, -0.5)
+    return figure

@@ -1,0 +1,306 @@
+"""Inside the switch: what is chosen and tested, on networks in which one planted head reads."""
+
+import numpy as np
+import oracle
+import pandas as pd
+import pytest
+import torch
+from conftest import tiny_model, tiny_tokenizer
+
+from lib.claims import inside_the_switch as claim
+from lib.claims.inside_the_switch import Chosen, Halves, Opened
+from lib.engine.models import load_decoder
+from lib.engine.parts import find_parts
+from lib.evidence.criteria import judge
+from lib.evidence.tasks import Pairs, build_task
+from lib.evidence.transfer import Transfer, read_tasks
+from lib.science.estimate import Untested, mean_over_units
+
+SUBJECTS, ANSWERS = [f"s{i}" for i in range(24)], [f"a{i}" for i in range(6)]
+WORDS = ["?", *SUBJECTS, *ANSWERS, *[f"t{i}" for i in range(6)]]
+TEMPLATES = ["t0 t1 {subject} t2", "t3 {subject} t4 t5", "t5 t2 {subject} t0"]
+PLANTED = (1, 2)
+N_HEADS = 4
+
+
+def tiny_task(decoder, name="tiny", n_subjects=24):
+    rows = [(s, ANSWERS[i % 6], "") for i, s in enumerate(SUBJECTS[:n_subjects])]
+    return build_task(
+        name, pd.DataFrame(rows, columns=["subject", "answer", "group"]), TEMPLATES, decoder
+    )
+
+
+def as_trial(decoder, name="tiny", **options):
+    return read_tasks(decoder, {name: tiny_task(decoder, name, **options)})[name]
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """A network in which one head alone carries anything from token to token."""
+    decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer(WORDS))
+    for block, parts in enumerate(find_parts(decoder)):
+        kept = torch.zeros(N_HEADS, 8, dtype=torch.bool)
+        if block == PLANTED[0]:
+            kept[PLANTED[1]] = True
+        parts.projection.weight.data[:, ~kept.flatten()] = 0
+    return as_trial(decoder)
+
+
+@pytest.fixture(scope="module")
+def trial():
+    return as_trial(load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer(WORDS)))
+
+
+@pytest.fixture(scope="module")
+def opened(planted):
+    return claim.open_switch(planted, claim.halve(planted))
+
+
+# --- halves ---------------------------------------------------------------------------------------
+
+
+def test_no_subject_is_in_both_halves_and_pairs_stay_in_theirs(trial):
+    halves = claim.halve(trial)
+    members = [
+        set(trial.task.unit[half.prompts].ravel()) for half in (halves.choosing, halves.testing)
+    ]
+    assert not members[0] & members[1]
+    assert len(members[0]) >= 8 and len(members[1]) >= 8
+    for half in (halves.choosing, halves.testing):
+        recipient, donor = half.prompts.T
+        answers = trial.task.answer_index
+        assert (answers[recipient] != answers[donor]).all()
+        assert (half.unit == trial.task.unit[recipient]).all()
+
+
+def test_halves_depend_on_the_task_s_name_alone(trial):
+    again = claim.halve(trial)
+    other = claim.halve(as_trial(trial.decoder, "another"))
+    assert np.array_equal(claim.halve(trial).testing.prompts, again.testing.prompts)
+    assert not np.array_equal(other.testing.prompts, again.testing.prompts)
+
+
+def test_thinning_keeps_every_subject_while_it_can():
+    unit = np.repeat(np.arange(10), 5)
+    pairs = Pairs(np.stack([np.arange(50), np.arange(50)], axis=1), unit)
+    kept = claim.thin(pairs, 12)
+    assert len(kept) == 12 and set(kept.unit) == set(range(10))
+    assert len(set(claim.thin(pairs, 6).unit)) == 6
+    assert len(claim.thin(pairs, 99)) == 50
+
+
+def test_too_few_subjects_are_not_halved(trial):
+    small = as_trial(trial.decoder, n_subjects=10)
+    few = small.task.prompts["unit"] < 4
+    object.__setattr__(small.task, "prompts", small.task.prompts[few].reset_index(drop=True))
+    object.__setattr__(small.task, "subjects", small.task.subjects[:4])
+    assert isinstance(claim.halve(small), Untested)
+    assert claim.halve(Untested("no tokens")) == Untested("no tokens")
+
+
+# --- what is chosen and tested --------------------------------------------------------------------
+
+
+def test_the_planted_head_is_found_and_carries_everything(opened):
+    assert opened.chosen.block == PLANTED[0]
+    assert opened.chosen.best(1) == [PLANTED]
+    assert opened.chosen.heads[PLANTED] == pytest.approx(1, abs=1e-6)
+    tested = claim.transfer_on_testing_half(opened, [PLANTED, (0, 0), (2, 3)])
+    for name in ("attention", "best 1", "best 3", "elsewhere"):
+        assert float(tested[name]) == pytest.approx(1, abs=1e-6)
+    assert float(tested["random 3"]) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_map_of_heads_has_one_bright_cell(opened):
+    table = claim.map_heads(opened.trial, opened.halves.choosing)
+    expected = np.zeros((N_HEADS, 4))
+    expected[PLANTED[::-1]] = 1
+    assert np.abs(table - expected).max() < 1e-6
+
+
+def test_transfer_of_heads_equals_a_recompute_by_hooks(trial):
+    pairs = claim.halve(trial).testing
+    groups = {"a": [(1, 0), (3, 2)], "b": [(2, 1)]}
+    found = claim.exchange_heads(trial, pairs, groups)
+    for name, group in groups.items():
+        above = below = 0.0
+        for recipient, donor in pairs.prompts.tolist():
+            edited = patched(trial, group, recipient, donor)
+            clean, target = (log_p(trial, row) for row in (recipient, donor))
+            above += float((target.exp() * (target - edited)).sum())
+            below += float((target.exp() * (target - clean)).sum())
+        assert float(found[name]) == pytest.approx(1 - above / below, abs=1e-5)
+
+
+def log_p(trial, row):
+    logits = oracle.forward(trial.decoder.model, [trial.task.tokens[row]])[0]
+    return torch.log_softmax(logits.double(), -1)
+
+
+def patched(trial, group, recipient, donor):
+    """Return log-probabilities after the recipient with the donor's heads, from one plain pass."""
+    modules = {b: trial.decoder.blocks[b].self_attn.o_proj for b, _ in group}
+    given = {}
+
+    def keep(block):
+        return modules[block].register_forward_pre_hook(
+            lambda _m, args: given.__setitem__(block, args[0][0, -1].clone())
+        )
+
+    def put(block, heads):
+        def hook(_module, args):
+            new = args[0].clone()
+            for head in heads:
+                new[0, -1, 8 * head : 8 * head + 8] = given[block][8 * head : 8 * head + 8]
+            return (new,)
+
+        return modules[block].register_forward_pre_hook(hook)
+
+    handles = [keep(block) for block in modules]
+    log_p(trial, donor)
+    for handle in handles:
+        handle.remove()
+    handles = [put(block, [h for b, h in group if b == block]) for block in modules]
+    result = log_p(trial, recipient)
+    for handle in handles:
+        handle.remove()
+    return result
+
+
+def curve(after, before=1.0, n_blocks=4):
+    """Return a transfer whose T is 1 − after by block, of one pair."""
+    after = np.asarray(after, dtype=float)[:, None]
+    zero = np.zeros(1, dtype=int)
+    return Transfer(tuple(range(n_blocks)), after, np.array([before]), zero, zero, zero, "s", 1)
+
+
+def test_the_last_block_is_never_chosen():
+    assert claim.rank_blocks([claim.total(curve([0.9, 0.2, 0.5, 0.0]))]) == [1, 2, 0]
+
+
+def test_random_heads_are_others_of_the_same_blocks(opened):
+    drawn = claim.random_heads(opened, 3)
+    assert len(set(drawn)) == 3 and not set(drawn) & set(opened.chosen.best(3))
+    assert {block for block, _ in drawn} <= {block for block, _ in opened.chosen.heads}
+
+
+def test_twins_are_measured_on_seen_tasks_and_two_held_out_in_any_order():
+    names = ["antonyms", "capitals", "animals", "plurals", "months-sequence"]
+    chosen = claim.twin_tasks(names)
+    assert {"capitals", "months-sequence"} < set(chosen) and len(chosen) == 4
+    assert set(claim.twin_tasks(names[::-1])) == set(chosen)
+
+
+def fake(name, trial, heads):
+    order = sorted(heads, key=lambda head: -heads[head])
+    chosen = Chosen(None, curve([1, 0, 1, 1]), 1, {head: heads[head] for head in order})
+    return Opened(trial, Halves(None, None), chosen)
+
+
+def test_heads_for_held_out_tasks_come_from_the_seen_ones_alone(trial, monkeypatch):
+    tables = {
+        "capitals": {(1, 0): 0.9, (1, 1): 0.1, (2, 0): 0.3, (2, 1): 0.0},
+        "months-sequence": {(1, 0): 0.1, (1, 1): 0.8, (2, 0): 0.4, (2, 1): 0.0},
+        "antonyms": {(1, 0): 0.0, (1, 1): 0.0, (2, 0): 0.0, (2, 1): 9.0},
+    }
+    opened = {name: fake(name, name, table) for name, table in tables.items()}
+    monkeypatch.setattr(claim, "transfer_by_head", lambda trial, _pairs, _blocks: tables[trial])
+    assert claim.heads_of_seen_tasks(opened) == [(1, 0), (1, 1), (2, 0)]
+    assert isinstance(claim.heads_of_seen_tasks({"antonyms": opened["antonyms"]}), Untested)
+
+
+def test_statistics_are_judged_and_seen_tasks_are_no_held_out_ones():
+    rng = np.random.default_rng(0)
+    tested = {
+        name: {
+            kind: mean_over_units(rng.normal(0.9, 0.05, 30), f"subjects of {name}")
+            for kind in ("attention", "best 3", "elsewhere")
+        }
+        for name in ("capitals", "antonyms", "animals")
+    }
+    tested["plurals"] = Untested("why")
+    found = claim.statistics(tested)
+    assert set(found["three_heads_held_out"]) == {"antonyms", "animals", "plurals"}
+    records = judge(claim.CLAIM, "m", found, claim.statistics(tested))
+    verdicts = {row["verdict"] for row in records if row["place"] != "plurals"}
+    assert verdicts == {"supported"}
+
+
+def test_twins_are_averaged_over_seeds(planted, opened):
+    tasks, halves = {"capitals": planted.task}, {"capitals": opened.halves}
+    own = claim.measure_twin(planted.decoder, halves, tasks)
+    assert float(own["attention_transfer"]["capitals"]) == pytest.approx(1, abs=1e-6)
+    assert own["three_heads_held_out"] == {}
+    mean = claim.over_seeds([own, own, own])["three_heads"]["capitals"]
+    assert float(mean) == pytest.approx(1, abs=1e-6) and mean.n_units == 3
+    lost = {"three_heads": {"capitals": Untested("why")}}
+    assert claim.over_seeds([lost, lost, lost])["three_heads"]["capitals"] == Untested("why")
+
+
+# --- what is lost, read, written ------------------------------------------------------------------
+
+
+def test_blinding_the_planted_head_loses_the_subject_and_blinding_others_nothing(opened):
+    trial, pairs = opened.trial, opened.halves.testing
+    others = [head for head in claim.every_head(trial.decoder, range(4)) if head != PLANTED]
+    groups = {"planted": [PLANTED], "others": others, "all": [*others, PLANTED]}
+    found = claim.knock_out(trial, pairs, groups)
+    assert float(found.share("planted", "all")) == pytest.approx(1, abs=1e-6)
+    assert float(found.share("others", "all")) == pytest.approx(0, abs=1e-6)
+    assert (found.lost[0] > 1e-4).all()
+    prompts = np.unique(pairs.prompts[:, 0])
+    right = trial.correct[prompts]
+    assert np.array_equal(found.correct[1], right)
+    assert float(found.accuracy("others")) == pytest.approx(
+        pd.Series(right).groupby(trial.task.unit[prompts]).mean().mean()
+    )
+
+
+def test_a_blind_prompt_predicts_what_a_mask_in_every_head_makes_of_it(trial):
+    pairs = claim.halve(trial).testing
+    everything = {"all": claim.every_head(trial.decoder, range(4))}
+    row = int(np.unique(pairs.prompts[:, 0])[0])
+    tokens = trial.task.tokens[row]
+    start, end = trial.task.prompts.loc[row, ["subject_start", "subject_position"]]
+    for others in (False, True):
+        found = claim.knock_out(trial, pairs, everything, others=others)
+        hidden = [p for p in range(len(tokens) - 1) if (start <= p <= end) != others]
+        mask = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
+        mask[-1, hidden] = False
+        with torch.no_grad():
+            logits = trial.decoder.model(
+                torch.tensor([tokens]), attention_mask=mask[None, None], use_cache=False
+            ).logits[0, -1]
+        blind, clean = torch.log_softmax(logits.double(), -1), log_p(trial, row)
+        assert found.lost[0, 0] == pytest.approx(
+            float((clean.exp() * (clean - blind)).sum()), abs=1e-5
+        )
+
+
+def entering(trial, module, row):
+    """Return what enters a module when a prompt is read."""
+    seen = []
+    handle = module.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    trial.decoder.model(torch.tensor([trial.task.tokens[row]]), use_cache=False)
+    handle.remove()
+    return seen[0]
+
+
+def test_what_a_head_writes_is_what_the_last_state_loses_without_it(planted, opened):
+    trial = opened.trial
+    found = claim.writes_answer(trial, opened.halves.testing, [PLANTED, (0, 0)])
+    rows = np.unique(opened.halves.testing.prompts[:, 0])
+    part = find_parts(trial.decoder)[PLANTED[0]]
+    direct = []
+    for row in rows:
+        slot = slice(8 * PLANTED[1], 8 * PLANTED[1] + 8)
+        entered = entering(trial, part.projection, row)
+        output = part.projection.weight[:, slot] @ entered[0, -1, slot]
+        with torch.no_grad():
+            norm, head = trial.decoder.model.model.norm, trial.decoder.unembedding
+            last = trial.last_states[row]
+            direct.append((head(norm(last)) - head(norm(last - output)))[trial.task.answer_ids])
+    direct = torch.stack(direct).double()
+    choice = (direct - direct.mean(0)).argmax(-1).numpy()
+    right = pd.Series(choice == trial.task.answer_index[rows]).groupby(trial.task.unit[rows])
+    assert float(found[PLANTED]) == pytest.approx(right.mean().mean())

@@ -1,0 +1,108 @@
+"""What the book's own directives show of records: scorecard, models side by side, fates."""
+
+import csv
+import json
+import re
+
+import pytest
+from claimed import invented, number
+
+from executable_book import comparison, first_registration, scorecard
+from lib.evidence import records
+from lib.evidence.criteria import criteria
+from lib.evidence.records import shown
+from lib.science.estimate import Untested
+
+CONTEXT = criteria("phase-transition")[0]
+
+
+def test_every_criterion_of_the_first_registration_has_a_fate_and_leads_to_a_criterion_of_today():
+    rows = first_registration.fates(invented("phase-transition"))
+    with (first_registration.FOLDER / "fates.csv").open(encoding="utf-8") as file:
+        told = list(csv.DictReader(file))
+    assert len(rows) == len(told) == 28
+    today = {(one.claim, one.statistic) for one in criteria()}
+    for fate in told:
+        assert not fate["now"] or (fate["claim"], fate["now"]) in today, fate
+        assert len(fate["reason"].split()) > 5
+    assert all(len(row) == len(first_registration.HEAD) for row in rows)
+
+
+def test_verdicts_of_then_and_now_stand_side_by_side():
+    old = json.loads((first_registration.FOLDER / "results.json").read_text(encoding="utf-8"))
+    verdicts = [
+        row["verdict"]
+        for row in old
+        if row["statistic"] == "context_arm_early" and not row["untrained"]
+    ]
+    first = first_registration.fates(invented("phase-transition", met=False))[0]
+    assert first[2] == f"supported: {verdicts.count('supported')}, not testable: 2"
+    assert first[5:] == ["context early", "○ refuted"]
+    later = next(row for row in first_registration.fates([]) if row[0] == "norm-code")
+    assert later[-1] == "–"
+
+
+def test_forest_draws_each_number_to_scale_and_twins_grey():
+    own = [r for r in invented("phase-transition") if r["statistic"] == CONTEXT.statistic]
+    html = "".join(scorecard._effect_rows(CONTEXT, "a.html", {"m": own}))
+    centres = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', html)]
+    low, high = scorecard.AXIS
+    values = [row["estimate"] for row in own if row["place"] == "all tasks"]
+    expected = [6 + 228 * (value - low) / (high - low) for value in values]
+    assert centres == pytest.approx(expected, abs=0.06)
+    (threshold,) = re.findall(r'class="threshold" x1="([\d.]+)"', html)
+    assert float(threshold) == pytest.approx(6 + 228 * (0.8 - low) / (high - low), abs=0.06)
+    assert html.count(f'stroke="{scorecard.TWIN}"') == 2  # interval and mark
+    assert "● supported" in html and "○ refuted" in html and 'href="a.html"' in html
+
+
+def test_numbers_beyond_the_axis_are_drawn_at_its_end_and_untested_ones_not_at_all():
+    rows = [r for r in invented("phase-transition") if r["statistic"] == CONTEXT.statistic]
+    far = rows[0] | {"estimate": 40.0, "low": -40.0, "high": 41.0}
+    html = scorecard._forest([far], CONTEXT, ["m"])
+    assert 'x1="6.0" x2="234.0"' in html and '<circle cx="234.0"' in html
+    gone = far | {"estimate": None, "verdict": "not testable", "reason": "no <pair>"}
+    html = scorecard._forest([gone], CONTEXT, ["m"])
+    assert "<circle" not in html and "no &lt;pair&gt;" in html
+
+
+def test_models_of_other_runs_stand_beside_this_builds(monkeypatch):
+    kept = [{"model": "m", "records": []}, {"model": "other", "records": invented("why-angles")}]
+    monkeypatch.setattr(scorecard, "read_runs", lambda: kept)
+    found = scorecard.all_records(invented("why-angles"))
+    assert list(found) == ["m", "other"]
+    colours = {scorecard.colour_of(model, list(found)) for model in found}
+    assert len(colours) == 2
+
+
+def run(model: str, n_blocks: int, block: float) -> dict:
+    measured = {"capitals": number(block, "subjects"), "animals": Untested("flat")}
+    rows = invented("phase-transition", model)
+    return {
+        "model": model,
+        "n_blocks": n_blocks,
+        "records": rows + shown("phase-transition", model, "transition", measured),
+    }
+
+
+def test_depth_counts_from_the_first_block_to_the_last():
+    rows = comparison.depth_rows([run("a", 31, 24.0), run("b", 11, 4.0)])
+    assert [row[0] for row in rows] == ["capitals", "median"]
+    assert rows[0][1].startswith("0.80 [") and rows[0][2].startswith("0.40 [")
+    assert rows[1] == ["median", "0.80", "0.40"]
+
+
+def test_verdicts_of_models_stand_side_by_side_and_what_was_not_run_is_a_dash():
+    first, second = run("a", 31, 24.0), run("b", 11, 4.0)
+    second["records"] = invented("norm-code", "b", met=False)
+    rows = comparison.verdict_rows([first, second])
+    assert ["phase-transition", "● supported", "–"] in rows
+    assert ["norm-code", "–", "○ refuted"] in rows
+    assert len(rows) == 1 + 5 + 1 + 2
+
+
+def test_without_a_run_there_is_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(records, "RUNS", tmp_path)
+    directive = object.__new__(comparison.ModelComparison)
+    (paragraph,) = directive.run()
+    assert "no run yet" in paragraph.astext()
