@@ -276,7 +276,7 @@ def test_pairs_of_different_answers_alone_are_what_a_naive_loop_correlates():
 def test_the_unembeddings_first_directions_carry_most_of_the_logits_differences(llama):
     basis = unembedding_basis(llama)
     np.testing.assert_allclose(basis.T @ basis, np.eye(32), atol=1e-9)
-    rows = llama.unembedding.weight.double().numpy()
+    rows = llama.unembedding.weight.detach().double().numpy()
     singular = np.linalg.svd(rows - rows.mean(axis=0))[1]
     spread = np.linalg.norm((rows - rows.mean(axis=0)) @ basis, axis=0)
     np.testing.assert_allclose(spread, singular, rtol=1e-6)

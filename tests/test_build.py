@@ -329,21 +329,16 @@ def test_the_readmes_picture_says_its_finding_is_small_and_shows_on_dark_pages()
     assert set(corners) == {(255, 255, 255, 255)}
 
 
-def test_the_picture_is_the_figure_of_the_executed_chapter(tmp_path):
-    outputs = [{"data": {"text/plain": ""}}, {"data": {"image/png": "AAEC"}}]
-    cells = [
-        {"metadata": {}, "source": "text"},
-        {"metadata": {"mystnb": {"figure": {"name": "other"}}}, "outputs": [outputs[1]]},
-        {"metadata": {"mystnb": {"figure": {"name": "fig-a"}}}, "outputs": outputs},
-    ]
-    cells[1]["outputs"] = [{"data": {"image/png": "AQEB"}}]
-    executed = tmp_path / "one.ipynb"
+def test_the_picture_is_the_figure_that_the_chapter_glued(tmp_path):
+    glued = tmp_path / "one.glue.json"
     with pytest.raises(FileNotFoundError, match="make book"):
-        picture.figure_png(executed, "fig-a")
-    executed.write_text(json.dumps({"cells": cells}))
-    assert picture.figure_png(executed, "fig-a") == bytes([0, 1, 2])
-    with pytest.raises(FileNotFoundError, match="no picture of fig-b"):
-        picture.figure_png(executed, "fig-b")
+        picture.figure_png(glued, "main")
+    text = {"data": {"text/plain": "'a'"}}
+    glued.write_text(json.dumps({"main": {"data": {"image/png": "AAEC"}}, "word": text}))
+    assert picture.figure_png(glued, "main") == bytes([0, 1, 2])
+    for name in ("word", "gone"):
+        with pytest.raises(FileNotFoundError, match=f"no picture of {name}"):
+            picture.figure_png(glued, name)
 
 
 # When chapters are executed again

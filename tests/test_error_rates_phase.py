@@ -69,7 +69,7 @@ def one_task(rng, n, name, context, prediction):
 # --- transfer at a threshold ----------------------------------------------------------------------
 
 
-def plateaus(rng, truth, n_blocks=L):
+def flat_arms(rng, truth, n_blocks=L):
     """Every task's arms with the given truth for early and last sixth of each arm.
 
     Subjects differ by 0.15 (shared by all blocks), tasks by 0.05 about a mean that is the truth.
@@ -92,7 +92,7 @@ def plateaus(rng, truth, n_blocks=L):
 
 def transfers(statistic, truth):
     def one_run(rng):
-        return {name: claim.switch(one)[statistic] for name, one in plateaus(rng, truth).items()}
+        return {name: claim.plateaus(one)[statistic] for name, one in flat_arms(rng, truth).items()}
 
     return one_run
 
@@ -106,9 +106,8 @@ def transfers(statistic, truth):
         ("prediction_last_sixth", (1, 0, 0, 0.8), (1, 0, 0, 0.95)),
     ],
 )
-def test_transfer_of_an_arm(statistic, truth, seen, monkeypatch):
-    monkeypatch.setattr(claim.curves, "width", lambda _curve, rising: 1.0)  # not asked for here
-    supported, refuted = rates(statistic, transfers(statistic, truth), 200)
+def test_transfer_of_an_arm(statistic, truth, seen):
+    supported, refuted = rates(statistic, transfers(statistic, truth))
     assert supported <= 0.05
     assert refuted <= 0.05
     assert rates(statistic, transfers(statistic, seen), 40)[0] >= 0.95
@@ -147,7 +146,7 @@ def widths(statistic, width, tasks=SUBJECTS):
             name = f"task {len(result)}"
             climb = waves(rng, n, 18.0, sigma)
             arms = one_task(rng, n, name, 1 - climb, climb)
-            result[name] = claim.switch(arms)[statistic]
+            result[name] = claim.widths(arms)[statistic]
         return result
 
     return one_run
@@ -212,8 +211,7 @@ def beyond(trained, twin):
     return one_run
 
 
-def test_hand_over_beyond_twins(monkeypatch):
-    monkeypatch.setattr(claim.curves, "width", lambda _curve, rising: 1.0)  # not asked for here
+def test_hand_over_beyond_twins():
     supported, refuted = rates("hand_over_beyond_twins", beyond(0.95, 0.45), FEW_RUNS)
     assert supported <= 0.05
     assert refuted <= 0.05

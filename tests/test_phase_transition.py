@@ -19,6 +19,11 @@ from lib.evidence.tasks import Pairs, build_task, exchange_pairs, load_tasks
 from lib.evidence.transfer import Transfer, read_tasks
 from lib.science.estimate import Estimate, Untested, mean_over_units
 
+
+def switch(arms):
+    return claim.plateaus(arms) | claim.widths(arms)
+
+
 SUBJECTS, ANSWERS = [f"s{i}" for i in range(12)], [f"a{i}" for i in range(4)]
 WORDS = ["?", *SUBJECTS, *ANSWERS, *[f"t{i}" for i in range(6)]]
 TEMPLATES = ["t0 t1 {subject} t2", "t3 {subject} t4 t5", "t5 t2 {subject} t0"]
@@ -122,7 +127,7 @@ def sharp(at=23, **options):
 
 
 def test_switch_of_a_step_is_known_in_closed_form():
-    found = {name: float(one) for name, one in claim.switch(sharp()).items()}
+    found = {name: float(one) for name, one in switch(sharp()).items()}
     assert found["context_early"] == pytest.approx(1)
     assert found["context_last_sixth"] == pytest.approx(0)
     assert found["prediction_early"] == pytest.approx(0)
@@ -135,7 +140,7 @@ def test_switch_of_a_step_is_known_in_closed_form():
 
 def test_early_and_late_blocks_are_those_of_the_registration():
     curve = np.arange(L, dtype=float)
-    found = claim.switch(made_arms(-curve, curve))
+    found = switch(made_arms(-curve, curve))
     assert float(found["prediction_early"]) == pytest.approx(np.mean(range(8, 16)))
     assert float(found["context_early"]) == pytest.approx(-np.mean(range(8, 16)))
     assert float(found["prediction_last_sixth"]) == pytest.approx(np.mean([25, 26, 27, 28]))
@@ -146,13 +151,13 @@ def test_early_and_late_blocks_are_those_of_the_registration():
 def test_the_last_block_counts_nowhere():
     bent = 1 - step(23)
     bent[-1] = 50.0
-    for name, one in claim.switch(made_arms(step(23), bent)).items():
-        assert float(one) == pytest.approx(float(claim.switch(sharp())[name]))
+    for name, one in switch(made_arms(step(23), bent)).items():
+        assert float(one) == pytest.approx(float(switch(sharp())[name]))
 
 
 def test_a_slow_hand_over_has_its_width_in_shares_of_the_depth():
     ramp = np.clip((np.arange(L) - 5) / 20, 0, 1)
-    found = claim.switch(made_arms(1 - ramp, ramp))
+    found = switch(made_arms(1 - ramp, ramp))
     assert float(found["context_fall_width"]) == pytest.approx(16 / L)
     assert float(found["prediction_rise_width"]) == pytest.approx(16 / L)
 
@@ -163,22 +168,22 @@ def test_thin_blocks_give_the_same_places_in_blocks():
     thin = whole.restrict(np.arange(40), claim.twin_blocks(L))
     assert thin.blocks == [1, 4, 7, 10, 13, 16, 19, 22, 25, 28]
     assert float(claim.find_transition(thin)) == pytest.approx(13)
-    width = float(claim.switch(thin)["prediction_rise_width"])
+    width = float(switch(thin)["prediction_rise_width"])
     assert width == pytest.approx(18 * 0.8 / L)
     assert claim.twin_blocks(4) == [0, 1, 2]
 
 
 def test_a_curve_without_fall_is_untested_with_the_reason():
     flat = made_arms(np.full(L, 0.3), 1 - step(23))
-    found = claim.switch(flat)["context_fall_width"]
+    found = switch(flat)["context_fall_width"]
     assert isinstance(found, Untested)
     assert "undefined" in found.reason
 
 
 def test_templates_are_no_units():
     """Ten copies of every subject's prompts say nothing new: the interval stays as wide."""
-    one = claim.switch(sharp(noise=0.3))["context_early"]
-    ten = claim.switch(sharp(noise=0.3, n_templates=10))["context_early"]
+    one = switch(sharp(noise=0.3))["context_early"]
+    ten = switch(sharp(noise=0.3, n_templates=10))["context_early"]
     assert one.n_units == ten.n_units == 40
     widths = [found.interval().high - found.interval().low for found in (one, ten)]
     assert widths[1] == pytest.approx(widths[0])
@@ -285,7 +290,7 @@ def test_states_put_in_equal_a_full_recompute(trial, pairs, arm):
     third = few[::-1, 1]
     states = claim.states_at(trial, arm, [1])[0][torch.as_tensor(few[:, 1])]
     toward = {"recipient": few[:, 0], "donor": few[:, 1], "third": third}
-    found = claim.put_in(trial, toward, states, arm, 1)
+    found = claim.put_in(trial, trial.logits, toward, states, arm, 1)
     for row, (x, y) in enumerate(few):
         edited = recompute(trial, x, place(trial, x, arm), 1, states[row])
         for name, k in (("recipient", x), ("donor", y), ("third", third[row])):
@@ -323,38 +328,47 @@ def test_self_donor_changes_nothing(contents, embedded):
 
 
 def test_nulls_are_measured_beyond_chance(tiny, trial, contents):
-    """By the loop: T towards the donor less T towards a donor of a third answer."""
-    pairs = claim.choose_pairs(trial)
-    small, (own, _) = claim._narrow(trial, pairs)
-    third = claim.third_prompts(small.task, own)
-    answers = small.task.answer_index
-    assert all(
-        len({answers[x], answers[y], answers[z]}) == 3
-        for (x, y), z in zip(own.prompts, third, strict=True)
-    )
-    templates = small.task.prompts["template"].to_numpy()
-    assert (templates[third] == templates[own.prompts[:, 1]]).all()
+    """By the loop: T towards the donor less, if above 0, T towards all donors of third answers."""
+    small, (own, _) = claim._narrow(trial, claim.choose_pairs(trial))
     other = claim._narrow(tiny["other"], claim.choose_pairs(tiny["other"]))[0]
+    answers, template = small.task.answer_index, small.task.prompts["template"].to_numpy()
+    logs = [clean(small, row) for row in range(small.task.n_prompts)]
     for index, (arm, block) in enumerate(claim.carrying_blocks(4).items()):
         states = claim.states_at(small, arm, [block])[0]
         others = claim.states_at(other, arm, [block])[0]
-        put = claim.control_states(small.task, own, states, others, arm)["covariance_matched"]
-        t = []
-        for targets in (own.prompts[:, 1], third):
-            after, before = 0.0, 0.0
-            for row, (x, _) in enumerate(own.prompts):
-                edited = recompute(small, x, place(small, x, arm), block, put[row])
-                after += kl(clean(small, targets[row]), edited)
-                before += kl(clean(small, targets[row]), clean(small, x))
-            t.append(1 - after / before)
-        found = contents["tiny"]
-        assert found.transfer["covariance_matched"].value[index] == pytest.approx(t[0], abs=2e-3)
-        assert found.beyond_chance["covariance_matched"].value[index] == pytest.approx(
-            t[0] - t[1], abs=4e-3
-        )
-        assert found.margin.value[index] == pytest.approx(
-            found.transfer["donor"].value[index] - t[0], abs=2e-3
-        )
+        put = claim.control_states(small.task, own, states, others, arm)
+        for name in claim.CONTROLS:
+            sums = np.zeros((2, 2))
+            for row, (x, y) in enumerate(own.prompts):
+                edited = recompute(small, x, place(small, x, arm), block, put[name][row])
+                third = [
+                    z
+                    for z in range(small.task.n_prompts)
+                    if template[z] == template[y] and answers[z] not in (answers[x], answers[y])
+                ]
+                sums[0] += kl(logs[y], edited), kl(logs[y], logs[x])
+                sums[1] += np.mean(
+                    [(kl(logs[z], edited), kl(logs[z], logs[x])) for z in third], axis=0
+                )
+            near, far = 1 - sums[:, 0] / sums[:, 1]
+            found = contents["tiny"]
+            assert found.transfer[name].value[index] == pytest.approx(near, abs=2e-3)
+            beyond = found.beyond_chance[name].value[index]
+            assert beyond == pytest.approx(near - max(far, 0), abs=4e-3)
+            if name == "covariance_matched":
+                margin = found.transfer["donor"].value[index] - near
+                assert found.margin.value[index] == pytest.approx(margin, abs=2e-3)
+
+
+def test_transfer_of_a_control_is_drawn_over_subjects(trial):
+    """Ten prompts of every subject with the same outcome say no more than one."""
+    rng = np.random.default_rng(4)
+    after, before, unit = rng.exponential(size=12), rng.exponential(2, size=12), np.arange(12)
+    one = claim._transfer(trial.task, after, before, unit)
+    ten = claim._transfer(trial.task, *(np.tile(values, 10) for values in (after, before, unit)))
+    assert float(one) == pytest.approx(1 - after.sum() / before.sum())
+    assert ten.n_units == 12
+    assert ten.draws == pytest.approx(one.draws)
 
 
 def test_donors_of_the_same_answer_have_it(trial, pairs):
@@ -602,7 +616,7 @@ def test_arms_that_are_exchanged_refute_the_claim():
         name: made_arms(1 - step(23), step(23), noise=0.05, seed=i, name=name)
         for i, name in enumerate(names)
     }
-    found = {name: claim.switch(one) for name, one in arms.items()}
+    found = {name: switch(one) for name, one in arms.items()}
     assert float(claim.hand_over(arms["a"])) == pytest.approx(-1, abs=0.05)
     assert isinstance(found["a"]["context_fall_width"], Untested)
 

@@ -1,4 +1,4 @@
-"""Takes the README's picture from the built book. Run by `make picture`, after `make book`."""
+"""Take the README's picture from the built book. Run by `make picture`, after `make book`."""
 
 import base64
 import json
@@ -6,29 +6,27 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-CHAPTER = ROOT / "_build" / "jupyter_execute" / "book" / "phase-transition.ipynb"
-FIGURE = "fig-graded"
+CHAPTER = ROOT / "_build" / "jupyter_execute" / "book" / "phase-transition.glue.json"
+FIGURE = "main"
 PICTURE = ROOT / "book" / "_static" / "main-result.png"
 
 
-def figure_png(executed: Path, name: str) -> bytes:
-    """Returns a figure of an executed chapter as the reader of the book sees it.
+def figure_png(glued: Path, name: str) -> bytes:
+    """Return a figure that a chapter glued, from the file of what it glued.
 
     Raises:
-        FileNotFoundError: if the chapter is not built, or has no such figure with a picture.
+        FileNotFoundError: the chapter is not built, or glued no such figure.
     """
-    if not executed.is_file():
-        raise FileNotFoundError(f"No {executed.name} in the build. Run `make book` first.")
-    for cell in json.loads(executed.read_text(encoding="utf-8"))["cells"]:
-        figure = cell["metadata"].get("mystnb", {}).get("figure", {})
-        for output in cell.get("outputs", []) if figure.get("name") == name else []:
-            if "image/png" in output.get("data", {}):
-                return base64.b64decode(output["data"]["image/png"])
-    raise FileNotFoundError(f"{executed.name} has no picture of {name}.")
+    if not glued.is_file():
+        raise FileNotFoundError(f"No {glued.name} in the build. Run `make book` first.")
+    data = json.loads(glued.read_text(encoding="utf-8")).get(name, {}).get("data", {})
+    if "image/png" not in data:
+        raise FileNotFoundError(f"{glued.name} has no picture of {name}.")
+    return base64.b64decode(data["image/png"])
 
 
 def main() -> None:
-    """Writes the picture."""
+    """Write the picture."""
     try:
         PICTURE.write_bytes(figure_png(CHAPTER, FIGURE))
     except FileNotFoundError as problem:

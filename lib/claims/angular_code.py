@@ -113,7 +113,7 @@ def items_by_template(trial: Trial | Untested) -> list[Items] | Untested:
     result = []
     for _, prompts in task.prompts.groupby(["template", "group"], sort=True):
         if len(prompts) == task.n_units:
-            rows = torch.as_tensor(prompts.sort_values("unit").index.to_numpy())
+            rows = prompts.sort_values("unit").index.tolist()
             logits = logit_lens(trial.decoder, states[-1, rows])
             result.append(Items(states[:, rows], jeffreys_divergence(logits), task.units))
     return result or Untested("no template holds every subject")

@@ -109,7 +109,8 @@ def text_attributes(reading: Reading, blocks: Sequence[int]) -> dict[str, Measur
     found: dict[str, Measured] = {}
     for name, label in labels.items():
         gain = decoding_gain(left, label, np.arange(len(last)), generator("decoding", name))
-        found[name] = gain if isinstance(gain, Untested) else mean_over_units(gain, TEXTS)
+        each = np.arange(len(last))
+        found[name] = gain if isinstance(gain, Untested) else gain.over_units(each, TEXTS)
     return found
 
 
@@ -145,8 +146,7 @@ def task_attribute(
     gain = decoding_gain(left, label, task.unit, rng, strata=strata)
     if isinstance(gain, Untested):
         return gain
-    by_unit = np.bincount(task.unit, gain, minlength=task.n_units) / np.bincount(task.unit)
-    return mean_over_units(by_unit, task.units)
+    return gain.over_units(task.unit, task.units)
 
 
 def _means(values: np.ndarray, label: np.ndarray) -> np.ndarray:
@@ -205,16 +205,21 @@ def partial_on_texts(reading: Reading, blocks: Sequence[int]) -> Measured:
 
 
 def partial_on_task(trial: Trial, blocks: Sequence[int]) -> Measured:
-    """Return the same within templates, a mean over them `[n_blocks]`; subjects are drawn."""
+    """Return the same within templates, a mean over them `[n_blocks]`; subjects are drawn.
+
+    Groups that lack a subject are left out.
+    """
     task, states, logits = trial.task, trial.states("last"), trial.logits
-    total: Measured | None = None
-    groups = task.prompts.groupby(["template", "group"]).indices
-    for rows in groups.values():
+    cells = task.prompts.groupby(["template", "group"]).indices.values()
+    whole = [rows for rows in cells if len(rows) == task.n_units]
+    if not whole:
+        return Untested("no template holds every subject")
+    found: Measured = Untested("")
+    for number, rows in enumerate(whole):
         order = torch.as_tensor(rows[np.argsort(task.unit[rows])])
         one = _partial(states[:, order], logits[order], blocks, task.units)
-        total = one if total is None else total + one
-    assert total is not None
-    return total * (1 / len(groups))
+        found = one if number == 0 else found + one
+    return found * (1 / len(whole))
 
 
 def _partial(states: Tensor, logits: Tensor, blocks: Sequence[int], units: str) -> Measured:

@@ -211,14 +211,20 @@ def measure_arms(trial: Trial, pairs: Pairs, blocks: Sequence[int] | None = None
     return Arms(trial.decoder.n_blocks, transfers, is_seed=trial.decoder.untrained)
 
 
-def switch(arms: Arms) -> dict[str, Measured]:
-    """Return a task's numbers of the part "switch" by statistic: T, and widths as shares of L."""
+def plateaus(arms: Arms) -> dict[str, Measured]:
+    """Return a task's T in the early blocks and in the last sixth, of both arms, by statistic."""
     early, late = early_blocks(arms.n_blocks), last_sixth(arms.n_blocks)
     return {
         "context_early": arms.mean("context arm", early),
         "context_last_sixth": arms.mean("context arm", late),
         "prediction_early": arms.mean("prediction arm", early),
         "prediction_last_sixth": arms.mean("prediction arm", late),
+    }
+
+
+def widths(arms: Arms) -> dict[str, Measured]:
+    """Return the widths of a task's fall and rise as shares of L, by statistic."""
+    return {
         "context_fall_width": _width(arms, "context arm") / arms.n_blocks,
         "prediction_rise_width": _width(arms, "prediction arm") / arms.n_blocks,
     }
@@ -236,7 +242,7 @@ def _step(arms: Arms) -> int:
 
 def hand_over(arms: Arms) -> Measured:
     """Return S = ½ (context early − last sixth + prediction last sixth − early), in T."""
-    found = switch(arms)
+    found = plateaus(arms)
     context = found["context_early"] - found["context_last_sixth"]
     return (context + found["prediction_last_sixth"] - found["prediction_early"]) * 0.5
 
@@ -319,7 +325,8 @@ class Content:
     Attributes:
         transfer: T by what was put in, the donor's state or a control's, [context arm, prediction
             arm] `[2]`.
-        beyond_chance: of the controls, the same less their T towards another donor `[2]`.
+        beyond_chance: of the controls, the same less what they transfer of donors of a third
+            answer, where that is above 0 `[2]`.
         same_answer: disturbance by donors of the same answer over that by the donor `[2]`.
         self_donor: the largest KL(p_x ‖ p_edited), nats, where a prompt is its own donor.
     """
@@ -407,38 +414,53 @@ def _cells(task: Task) -> np.ndarray:
     return found
 
 
-def third_prompts(task: Task, pairs: Pairs) -> np.ndarray | None:
-    """Return a third prompt for each pair `[n_pairs]`: as the donor, but of a third answer.
+def third_answers(task: Task, pairs: Pairs, logits: Tensor) -> tuple[Tensor, np.ndarray] | None:
+    """Return what stands for chance: the donors of a third answer that a pair might have had.
 
-    None where a pair has none.
+    Those z that share template and group with the pair's donor, and the answer with neither. Of
+    their predictions only the mean p̄ enters, since the mean of KL(p_z ‖ q) over z is
+    KL(p̄ ‖ q) + H(p̄) − mean H(p_z).
+
+    Args:
+        task: the task.
+        pairs: its pairs.
+        logits: its prompts' `[n_prompts, d_vocab]`.
+
+    Returns:
+        log p̄ `[n_pairs, d_vocab]` and H(p̄) − mean H(p_z), nats `[n_pairs]`; None where a pair has
+        no third answer.
     """
-    rng, cell, answer = generator("third", task.name), _cells(task), task.answer_index
-    found = []
+    cell, answer = _cells(task), task.answer_index
+    log_p = torch.log_softmax(logits.double(), -1)
+    p, means, constants = log_p.exp(), [], []
+    entropy = -(p * log_p).sum(-1)
     for x, y in pairs.prompts:
-        fits = (cell == cell[y]) & (answer != answer[x]) & (answer != answer[y])
+        fits = torch.as_tensor((cell == cell[y]) & (answer != answer[x]) & (answer != answer[y]))
         if not fits.any():
             return None
-        found.append(rng.choice(np.flatnonzero(fits)))
-    return np.array(found)
+        mean = p[fits].mean(0)
+        means.append(mean.log().float())
+        constants.append(float(-(mean * mean.log()).sum() - entropy[fits].mean()))
+    return torch.stack(means), np.array(constants)
 
 
 @dataclass(frozen=True, eq=False)
 class Divergences:
-    """The measure of a sweep: KL(p_k ‖ q) for each of several prompts k.
+    """The measure of a sweep: KL(p_k ‖ q) for several distributions k.
 
     Attributes:
-        logits: next-token logits of the prompts `[n_prompts, d_vocab]`.
-        prompts: by name, which prompt each row is compared with `[n_rows]`.
+        logits: their logits `[n, d_vocab]`.
+        rows: by name, which of them each pair is compared with `[n_pairs]`.
     """
 
     logits: Tensor
-    prompts: Mapping[str, np.ndarray]
+    rows: Mapping[str, np.ndarray]
 
     def __call__(self, logits: Tensor, pair: Tensor) -> dict[str, Tensor]:
         """Return nats by name `[n_rows]`, float64, of edited logits `[n_rows, d_vocab]`."""
         return {
             name: DivergenceFromDonor(self.logits, rows)(logits, pair)["kl_nats"]
-            for name, rows in self.prompts.items()
+            for name, rows in self.rows.items()
         }
 
 
@@ -449,10 +471,14 @@ def _content(
     states: Mapping[Arm, Tensor],
     others: Mapping[Arm, Tensor],
 ) -> Content:
-    task, unit, third = trial.task, pairs.unit, third_prompts(trial.task, pairs)
+    task, unit, logits = trial.task, pairs.unit, trial.logits
     x, y = pairs.prompts.T
-    toward = {"recipient": x, "donor": y, "third": y if third is None else third}
-    before = {name: divergence(trial.logits, rows, x) for name, rows in toward.items()}
+    toward = {"recipient": x, "donor": y}
+    third = third_answers(task, pairs, logits)
+    if third is not None:
+        toward["third"] = len(logits) + np.arange(len(pairs))
+        logits = torch.cat([logits, third[0]])
+    before = {name: divergence(logits, rows, x) for name, rows in toward.items()}
     transfer: dict[str, list[Measured]] = {name: [] for name in ("donor", *CONTROLS)}
     beyond: dict[str, list[Measured]] = {name: [] for name in CONTROLS}
     ratios: list[Measured] = []
@@ -462,7 +488,7 @@ def _content(
         put = {"donor": own[torch.as_tensor(y)], "itself": own[torch.as_tensor(x)]}
         put |= control_states(task, pairs, own, others[arm], arm)
         tiled = {name: np.tile(rows, len(put)) for name, rows in toward.items()}
-        found = put_in(trial, tiled, torch.cat(list(put.values())), arm, block)
+        found = put_in(trial, logits, tiled, torch.cat(list(put.values())), arm, block)
         after = {
             name: dict(zip(put, values.reshape(len(put), -1), strict=True))
             for name, values in found.items()
@@ -470,12 +496,15 @@ def _content(
         for name in transfer:
             near = _transfer(task, after["donor"][name], before["donor"], unit)
             transfer[name].append(near)
-            if name in CONTROLS:
-                far = _transfer(task, after["third"][name], before["third"], unit)
-                beyond[name].append(near - far)
+            if name in CONTROLS and third is not None:
+                far = _transfer(
+                    task, after["third"][name] + third[1], before["third"] + third[1], unit
+                )
+                beyond[name].append(near - far.map(lambda t: np.maximum(t, 0)))
         itself = max(itself, float(after["recipient"]["itself"].max()))
         same = put_in(
             trial,
+            logits,
             {"recipient": alike.prompts[:, 0]},
             own[torch.as_tensor(alike.prompts[:, 1])],
             arm,
@@ -492,13 +521,19 @@ def _content(
 
 
 def put_in(
-    trial: Trial, toward: Mapping[str, np.ndarray], states: Tensor, arm: Arm, block: int
+    trial: Trial,
+    logits: Tensor,
+    toward: Mapping[str, np.ndarray],
+    states: Tensor,
+    arm: Arm,
+    block: int,
 ) -> dict[str, np.ndarray]:
     """Return KL(p_k ‖ p_edited), nats `[n]` by name, where states are put in after a block.
 
     Args:
         trial: the task and the model.
-        toward: by name, the prompt k of each row; "recipient" is the one that is edited.
+        logits: of the task's prompts, and of what else p_k may be `[…, d_vocab]`.
+        toward: by name, the row k of the logits; "recipient" is the prompt that is edited.
         states: what is put in `[n, d_model]`.
         arm: where.
         block: after which block.
@@ -515,7 +550,7 @@ def put_in(
         positions=task.subject_positions if arm == "context arm" else last,
         donors=states[None],
         blocks=[block],
-        measure=Divergences(trial.logits, toward),
+        measure=Divergences(logits, toward),
     )
     return {name: values[0, 0] for name, values in sweep.measures.items()}
 
@@ -734,14 +769,13 @@ def _where(arms: Mapping[str, Arms | Untested], measured: ByTask) -> ByTask:
 
 
 def _by_statistic(arms: Mapping[str, Arms | Untested]) -> dict[str, ByTask]:
-    found: dict[str, Untested | dict[str, Measured]] = {
-        task: one if isinstance(one, Untested) else switch(one) for task, one in arms.items()
+    found = {
+        task: {**plateaus(one), **widths(one)}
+        for task, one in arms.items()
+        if isinstance(one, Arms)
     }
-    names = next((list(one) for one in found.values() if isinstance(one, dict)), [])
-    return {
-        name: {task: one if isinstance(one, Untested) else one[name] for task, one in found.items()}
-        for name in names
-    }
+    names = next(iter(found.values()), {})
+    return {name: _where(arms, {task: own[name] for task, own in found.items()}) for name in names}
 
 
 def _twin_statistics(

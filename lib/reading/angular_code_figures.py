@@ -171,7 +171,7 @@ def task_panels(
     figure, grid = plt.subplots(
         lines,
         columns,
-        figsize=(WIDTH, 1.35 * lines + 0.7),
+        figsize=(WIDTH, 1.35 * lines + 0.9),
         sharex=True,
         sharey=True,
         squeeze=False,
@@ -187,6 +187,9 @@ def task_panels(
         axes.set_axis_off()
     grid[0, 0].set_ylim(-0.3, 1.05)
     figure.supylabel("rank correlation with J", fontsize="small")
-    figure.supxlabel("block", fontsize="small")
+    for column in range(min(columns, len(tasks))):
+        lowest = grid.flat[len(tasks) - 1 - column]
+        lowest.set_xlabel("block", fontsize="small")
+        lowest.tick_params(labelbottom=True)
     shared_legend(figure, grid.flat)
     return figure

@@ -27,8 +27,8 @@ STYLES: Mapping[str, Mapping[str, Any]] = {
     "distance": {"color": _COLOURS[1], "marker": "^"},
     "norm": {"color": _COLOURS[4], "marker": "v"},
     "logit lens": {"color": _COLOURS[5], "marker": "X"},
-    "affine reader": {"color": _COLOURS[3], "marker": "P"},
-    "different answers": {"color": _COLOURS[0], "marker": "."},
+    "affine reader": {"color": _COLOURS[0], "marker": "P"},
+    "different answers": {"color": "#222222", "marker": "."},
     "angle beyond the lens": {"color": _COLOURS[9], "marker": "*"},
     # what a dissimilarity matrix is compared with
     "context": {"color": _COLOURS[0], "marker": "o"},
