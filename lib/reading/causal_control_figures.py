@@ -48,8 +48,13 @@ def rows(measured: Mapping[str, Measured], **columns: Any) -> pd.DataFrame:
         for name, one in every.items()
         if isinstance(one, Estimate)
     ]
-    empty = pd.DataFrame(columns=["task", "place", "estimate", "low", "high", "n", *columns])
-    return pd.concat(frames) if frames else empty
+    if frames:
+        return pd.concat(frames)
+    numbers = {name: pd.Series(dtype=float) for name in ("estimate", "low", "high", "n")}
+    kinds = {name: pd.Series(dtype=type(value)) for name, value in columns.items()}
+    return pd.DataFrame(
+        {"task": pd.Series(dtype=str), "place": pd.Series(dtype=int)} | numbers | kinds
+    )
 
 
 def control_and_price(
@@ -80,6 +85,7 @@ def control_and_price(
         x = 1.04 + 0.04 * number
         left.plot([x, x], [null["low"], null["high"]], color=TWIN)
         left.plot([x], [null["estimate"]], marker="sxo"[number % 3], color=TWIN, linestyle="none")
+    left.text(1.08, 0.14, "nulls", fontsize="x-small", color=TWIN, ha="center")
     left.set_xlabel("share of the way to the target")
     left.set_ylabel("flip rate")
     left.set_title("control", fontsize="small")
