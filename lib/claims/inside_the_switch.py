@@ -17,7 +17,7 @@ from torch import Tensor
 from lib.engine.extraction import extract_residuals, logit_lens
 from lib.engine.models import Decoder
 from lib.engine.parts import find_parts
-from lib.engine.sites import ATTENTION, Head, Site, each_head, head_outputs, patch_heads
+from lib.engine.sites import ATTENTION, MLP, Head, Site, each_head, head_outputs, patch_heads
 from lib.engine.store import recall_sites
 from lib.evidence.criteria import is_held_out
 from lib.evidence.tasks import Pairs, Task, exchange_pairs
@@ -35,7 +35,7 @@ from lib.science.estimate import (
 CLAIM = "inside-the-switch"
 N_DONORS = 6
 """Donors of a subject before halving; those of the other half are left out."""
-N_CHOOSING, N_TESTING = 16, 48
+N_CHOOSING, N_TESTING = 12, 48
 """Most pairs of a task on which parts are chosen and tested."""
 N_BLOCKS = 5
 """Blocks, those of most attention transfer, in which a task's heads are looked for."""
@@ -43,11 +43,12 @@ FEW = 3
 """Heads that the criteria speak of."""
 COUNTS = (1, 2, 3, 5, 8)
 """Numbers of heads that are exchanged together."""
-TWIN_PAIRS = 8
+TWIN_PAIRS = 6
 """Pairs of each half that twins are measured on: a seed is one number."""
-TWIN_HELD_OUT = 2
+TWIN_HELD_OUT = 1
 """Held-out tasks that twins are measured on, beside the seen ones."""
 SEEDS = "seeds"
+PARTS: Mapping[str, Site] = {"attention": ATTENTION, "mlp": MLP}
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,13 +197,13 @@ class Chosen:
 
     Attributes:
         pairs: on which they did.
-        attention: what exchanging the attention's output of each block did.
+        parts: what exchanging the attention's output, or the MLP's, of each block did.
         block: the block of most attention transfer, the last one left out.
         heads: of the heads of some blocks, T of each alone, the largest first.
     """
 
     pairs: Pairs
-    attention: Transfer
+    parts: Mapping[str, Transfer]
     block: int
     heads: Mapping[Head, float]
 
@@ -211,13 +212,13 @@ class Chosen:
         return list(self.heads)[:n]
 
 
-def choose(trial: Trial, pairs: Pairs) -> Chosen:
-    """Return the block and the heads that carry most on some pairs."""
-    attention = exchange_sites(trial, pairs, {"attention": ATTENTION})["attention"]
-    ranked = rank_blocks([total(attention)])
+def choose(trial: Trial, pairs: Pairs, parts: Mapping[str, Site] = PARTS) -> Chosen:
+    """Return the block and the heads that carry most on some pairs; `parts` are looked at too."""
+    found = exchange_sites(trial, pairs, parts)
+    ranked = rank_blocks([total(found["attention"])])
     heads = transfer_by_head(trial, pairs, ranked[:N_BLOCKS])
     order = sorted(heads, key=lambda head: -heads[head])
-    return Chosen(pairs, attention, ranked[0], {head: heads[head] for head in order})
+    return Chosen(pairs, found, ranked[0], {head: heads[head] for head in order})
 
 
 def rank_blocks(curves: Sequence[np.ndarray]) -> list[int]:
@@ -248,9 +249,18 @@ class Opened:
     chosen: Chosen
 
 
-def open_switch(trial: Trial, halves: Halves) -> Opened:
+def open_switch(trial: Trial, halves: Halves, parts: Mapping[str, Site] = PARTS) -> Opened:
     """Return a task with what the choosing half of its subjects chose."""
-    return Opened(trial, halves, choose(trial, halves.choosing))
+    return Opened(trial, halves, choose(trial, halves.choosing, parts))
+
+
+def heads_alone(opened: Opened, blocks: Sequence[int]) -> dict[Head, float]:
+    """Return T of each head of some blocks on the choosing half, those known included."""
+    known = dict(opened.chosen.heads)
+    missing = set(blocks) - {block for block, _ in known}
+    if missing:
+        known |= transfer_by_head(opened.trial, opened.chosen.pairs, sorted(missing))
+    return {head: value for head, value in known.items() if head[0] in set(blocks)}
 
 
 def map_heads(trial: Trial, pairs: Pairs) -> np.ndarray:
@@ -264,8 +274,8 @@ def heads_of_seen_tasks(opened: Mapping[str, Opened]) -> list[Head] | Untested:
     seen = {name: one for name, one in opened.items() if not is_held_out(name)}
     if not seen:
         return Untested("none of the tasks on which heads are chosen was measured")
-    blocks = rank_blocks([total(one.chosen.attention) for one in seen.values()])[:N_BLOCKS]
-    by_task = [transfer_by_head(one.trial, one.chosen.pairs, blocks) for one in seen.values()]
+    blocks = rank_blocks([total(one.chosen.parts["attention"]) for one in seen.values()])[:N_BLOCKS]
+    by_task = [heads_alone(one, blocks) for one in seen.values()]
     mean = {head: np.mean([found[head] for found in by_task]) for head in by_task[0]}
     return sorted(mean, key=lambda head: -mean[head])[:FEW]
 
@@ -296,8 +306,8 @@ def transfer_on_testing_half(
     groups[f"random {FEW}"] = random_heads(opened, FEW)
     if not isinstance(elsewhere, Untested):
         groups["elsewhere"] = list(elsewhere)
-    block = exchange_sites(trial, pairs, {"attention": ATTENTION}, [chosen.block])["attention"]
-    found = {"attention": block.estimate().at(0), **exchange_heads(trial, pairs, groups)}
+    groups["attention"] = every_head(trial.decoder, [chosen.block])
+    found = exchange_heads(trial, pairs, groups)
     return {"elsewhere": elsewhere, **found} if isinstance(elsewhere, Untested) else found
 
 
@@ -339,7 +349,7 @@ def measure_twin(
         tokens = [tasks[name].tokens[row] for row in rows]
         last = extract_residuals(twin, tokens, blocks=[twin.n_blocks - 1]).states[0]
         states[torch.as_tensor(rows)] = last
-        opened[name] = open_switch(Trial(tasks[name], twin, states), few)
+        opened[name] = open_switch(Trial(tasks[name], twin, states), few, {"attention": ATTENTION})
     elsewhere = heads_of_seen_tasks(opened)
     return statistics(
         {name: transfer_on_testing_half(one, elsewhere) for name, one in opened.items()}

@@ -12,10 +12,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from lib.engine.batches import equal_length_rows
 from lib.engine.edits import exchange
@@ -33,7 +35,7 @@ from lib.engine.parts import (
     watching,
     whole_mask,
 )
-from lib.engine.passes import agree
+from lib.engine.passes import Known, agree, count_shared, known_of
 from lib.engine.replay import ReplayUnsupportedError, run_prefix
 from lib.engine.structure import untuple
 from lib.engine.sweeps import BATCH_TOKENS, Measure, Sweep, position_table, sweep_blocks
@@ -42,6 +44,7 @@ Places = tuple[Sequence[int], Sequence[int], int]
 """Of a prompt: tokens that attend, tokens hidden from them, its length."""
 Head = tuple[int, int]
 """A block and the number of one of its heads."""
+_prefixed: Known[int] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -194,19 +197,13 @@ def patch_heads(
             _check_sites(decoder, {name: Site("attention", (head,))}, [parts[block]])
     sites = dict.fromkeys(groups, ATTENTION)
     hide = None if hidden is None else _check_hidden(prompts, pairs, sites, where, hidden)
-    outputs = dict(
-        zip(
-            wanted,
-            _read_outputs(
-                decoder, prompts, where, np.unique(pairs[:, 1]), wanted, tuple(parts.values()), None
-            ),
-            strict=True,
-        )
-    )
+    members = np.unique(pairs[:, 1])[: None if hide is None else 1]  # blind heads need no donors
+    found = _read_outputs(decoder, prompts, where, members, wanted, tuple(parts.values()), None)
+    outputs = dict(zip(wanted, found, strict=True))
     results: dict[str, np.ndarray] = {}
     for recipients, table in _columns(prompts, pairs):
         tokens = torch.tensor([list(prompts[r]) for r in recipients], device=decoder.device)
-        last = _LastToken(decoder, tokens)
+        run = _shortest(decoder, tokens)
         for (number, group), column in product(enumerate(groups.values()), table.T):
             donors = pairs[column, 1]
             chosen = {
@@ -224,7 +221,7 @@ def patch_heads(
                 places = [([len(prompts[r]) - 1], hide[r], len(prompts[r])) for r in recipients]
                 edit = _hide_from_heads(decoder, parts, chosen, places)
             with edit, torch.inference_mode():
-                logits = decoder.unembed(decoder.final_norm(last())).float()
+                logits = decoder.unembed(decoder.final_norm(_run_last(decoder, *run))).float()
                 read = measure(logits, torch.as_tensor(column, device=logits.device))
             for name, values in read.items():
                 if name not in results:
@@ -280,35 +277,41 @@ def _columns(
         yield recipients, np.stack([np.resize(part, max(map(len, own))) for part in own])
 
 
-class _LastToken:
-    """Runs prompts `[n, length]` again and again, only their last tokens where that is exact."""
+def _shortest(decoder: Decoder, tokens: Tensor) -> tuple[Tensor, Inputs]:
+    """Return what has to be run to reach the last token of prompts `[n, length]` again and again.
 
-    def __init__(self, decoder: Decoder, tokens: Tensor) -> None:
-        self.decoder, self.tokens = decoder, tokens
-        self.inputs: Inputs = {"use_cache": False}
+    The last tokens alone, after a cache of the others, where a comparison finds that exact: once
+    for a model, and again for longer prompts. Else whole prompts, which are always right.
+    """
+    whole: tuple[Tensor, Inputs] = (tokens, {"use_cache": False})
+    known, length = known_of(_prefixed, decoder), tokens.shape[1]
+    if not any(exact and longer >= length for longer, exact in known.items()):
         try:
-            prefix = run_prefix(decoder, tokens, tokens.shape[1] - 1)
-            exact = agree(self(), prefix.states[-1][:, -1])
+            prefix = run_prefix(decoder, tokens[:1], length - 1)
+            slow = _run_last(decoder, tokens[:1], whole[1])
+            known[length] = agree(slow, prefix.states[-1][:, -1])
         except (ReplayUnsupportedError, RuntimeError, TypeError, ValueError, AttributeError):
-            exact = False  # the whole prompts are always right
-        if exact:
-            self.tokens = tokens[:, -1:]
-            self.inputs = {"past_key_values": prefix.cache, "use_cache": True}
+            known[length] = False
+        if not known[length]:
+            return whole
+    prefix = run_prefix(decoder, tokens, length - 1)
+    return tokens[:, -1:], {"past_key_values": prefix.cache, "use_cache": True}
 
-    def __call__(self) -> Tensor:
-        """Return the last token's residual stream after the last block `[n, d_model]`."""
-        states: list[Tensor] = []
 
-        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-            states.append(untuple(output)[:, -1])
+def _run_last(decoder: Decoder, tokens: Tensor, inputs: Inputs) -> Tensor:
+    """Return the last token's residual stream after the last block `[n, d_model]`."""
+    states: list[Tensor] = []
 
-        handle = self.decoder.blocks[-1].register_forward_hook(keep)
-        try:
-            with torch.inference_mode():
-                self.decoder.model.base_model(self.tokens, **self.inputs)
-        finally:
-            handle.remove()
-        return states[-1]
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        states.append(untuple(output)[:, -1])
+
+    handle = decoder.blocks[-1].register_forward_hook(keep)
+    try:
+        with torch.inference_mode():
+            decoder.model.base_model(tokens, **inputs)
+    finally:
+        handle.remove()
+    return states[-1]
 
 
 @contextmanager
@@ -435,16 +438,37 @@ def _read_outputs(
         for rows in equal_length_rows([prompts[member] for member in members], BATCH_TOKENS):
             chosen = members[rows]
             tokens = torch.tensor([list(prompts[member]) for member in chosen])
-            run_tokens(decoder, tokens.to(decoder.device))
-            lines, columns = torch.arange(len(rows))[:, None], torch.as_tensor(where[chosen])
+            most = int(where[chosen].min()) if hide is None else 0
+            n_shared = _run_sharing(decoder, tokens.to(decoder.device), most)
+            lines = torch.arange(len(rows))[:, None]
+            columns = torch.as_tensor(where[chosen]) - n_shared
             for name, states in seen.items():
-                picked = states.reshape(*tokens.shape, -1)[lines, columns].cpu()
+                picked = states.reshape(len(rows), tokens.shape[1] - n_shared, -1)
+                picked = picked[lines, columns].cpu()
                 if name not in kept:
                     kept[name] = picked.new_zeros(len(prompts), *picked.shape[1:])
                 kept[name][torch.as_tensor(chosen)] = picked
             seen.clear()
     names = ("entering", "heads", "mlp", "other_heads")
     return [_Outputs(*(kept[name, block] for name in names)) for block in wanted]
+
+
+def _run_sharing(decoder: Decoder, tokens: Tensor, most: int) -> int:
+    """Run prompts, first what all begin with, once; return how many tokens that is, at most `most`.
+
+    Hooks see the pass over the rest last.
+    """
+    n_shared = min(most, count_shared(decoder, tokens)) if most else 0
+    if not n_shared:
+        run_tokens(decoder, tokens)
+        return 0
+    cache = DynamicCache(config=decoder.text_config)
+    base = decoder.model.base_model
+    with torch.inference_mode():
+        base(tokens[:1, :n_shared], past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(tokens))
+        base(tokens[:, n_shared:], past_key_values=cache, use_cache=True)
+    return n_shared
 
 
 def _hide(call: Inputs, block: int, places: Sequence[Places]) -> Inputs:
