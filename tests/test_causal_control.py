@@ -232,6 +232,16 @@ def test_recipients_are_answered_rightly_and_their_targets_are_other_answers(tri
     assert len(np.unique(steering.pairs.unit)) == len(steering.pairs)
 
 
+def test_what_the_right_answer_holds_is_its_probability_before_any_edit(trial, steering):
+    tokens = trial.task.answer_ids[steering.source]
+    logits = trial.logits.double().numpy()
+    p = [
+        softmax(logits[x])[token]
+        for x, token in zip(steering.pairs.prompts[:, 0], tokens, strict=True)
+    ]
+    assert float(steering.held()) == pytest.approx(np.mean(p))
+
+
 def test_a_task_below_the_gate_is_untested_with_its_accuracy(trial):
     plain = Trial(trial.task, trial.decoder, trial.last_states)
     assert "0.8 is needed" in claim.prepare_steering(plain, BLOCK).reason

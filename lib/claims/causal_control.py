@@ -337,6 +337,13 @@ class Steering:
             template=self.template[kept],
         )
 
+    def held(self) -> Measured:
+        """Return the probability that the right answer's token has before any edit, the mean."""
+        rows = torch.as_tensor(self.pairs.prompts[:, 0])
+        p = torch.softmax(self.trial.logits[rows].double(), dim=-1)
+        tokens = torch.as_tensor(self.trial.task.answer_ids[self.source])
+        return self.mean(p[torch.arange(len(rows)), tokens].numpy())
+
     def mean(self, values: FloatArray, *, share: bool = False) -> Measured:
         """Return the mean over subjects of numbers of pairs `[..., n_pairs]`."""
         units, unit = np.unique(self.pairs.unit, return_inverse=True)
