@@ -18,7 +18,7 @@ from lib.claims.angular_code import (
     find_windows,
     items_by_template,
     learn_readers,
-    over_seeds,
+    over_twins,
     read_divergence,
     read_items,
     statistics,
@@ -224,7 +224,7 @@ def network(seed, n_blocks=16, transition=10.2):
 
 def test_trained_and_twins_give_a_record_for_every_criterion_and_place():
     trained = network(0)
-    twins = over_seeds([network(seed) for seed in (10, 20, 30, 40, 50)])
+    twins = over_twins([network(seed) for seed in (10, 20, 30, 40, 50)])
     assert twins["set_in"]["capitals"].n_units == 5
     records = judge("angular-code", "m", {**trained, **beyond_twins(trained, twins)}, twins=twins)
     for criterion in criteria("angular-code"):
@@ -249,7 +249,7 @@ def test_what_cannot_be_measured_is_not_testable_with_its_reason():
     found = statistics(
         {"texts": curve, "capitals": curve}, {"texts": curve, "capitals": curve}, lost, lost
     )
-    records = judge("angular-code", "m", {**found, **beyond_twins(found, over_seeds([found] * 5))})
+    records = judge("angular-code", "m", {**found, **beyond_twins(found, over_twins([found] * 5))})
     assert {record["verdict"] for record in records} == {"not testable"}
     assert all("no curve falls" in record["reason"] for record in records)
     same = Items(items.states, np.zeros((40, 40)), "texts")

@@ -115,8 +115,8 @@ def test_edits_are_made_after_the_transition_and_never_after_the_last_block():
 
 
 def test_pairs_that_need_few_prompts_keep_their_texts(trial):
-    pairs = claim.choose_pairs(trial, 4)
-    task, renumbered = claim.needed_prompts(trial.task, pairs)
+    pairs = claim.few_pairs(trial, 4)
+    task, (renumbered,) = claim.needed_prompts(trial.task, pairs)
     assert len(pairs) == 4 and task.n_prompts <= 8
     for before, after in zip(pairs.prompts.ravel(), renumbered.prompts.ravel(), strict=True):
         assert trial.task.prompts["text"][before] == task.prompts["text"][after]
@@ -126,7 +126,7 @@ def test_pairs_that_need_few_prompts_keep_their_texts(trial):
 
 
 def test_parts_of_a_donors_state_do_what_full_passes_say(trial):
-    pairs = claim.choose_pairs(trial)
+    pairs = claim.few_pairs(trial)
     parts = claim.measure_parts(trial, pairs, [1, BLOCK])
     states = states_of(trial)
     for pair, (x, y) in enumerate(pairs.prompts):
@@ -187,7 +187,7 @@ def test_the_basis_spans_the_other_templates_centroid_differences_and_nothing_el
 
 
 def test_a_span_is_exchanged_with_the_basis_of_the_templates_that_the_pair_is_not_of(trial):
-    pairs = claim.choose_pairs(trial)
+    pairs = claim.few_pairs(trial)
     spans = claim.measure_span(trial, pairs, BLOCK)
     assert list(spans) == ["span 1", "span 2", "span 3", "complement"]
     states, template = states_of(trial), trial.task.prompts["template"].to_numpy()
@@ -203,7 +203,7 @@ def test_a_span_is_exchanged_with_the_basis_of_the_templates_that_the_pair_is_no
 
 
 def test_spans_are_judged_on_tasks_of_few_answers(trial):
-    spans = claim.measure_span(trial, claim.choose_pairs(trial), BLOCK)
+    spans = claim.measure_span(trial, claim.few_pairs(trial), BLOCK)
     found = claim.few_dimensions(trial, spans)
     assert float(found["span_transfer"]) == float(spans["span 3"].estimate().at(0))
     many = replace(trial.task, answers=tuple(f"a{i}" for i in range(10)))
@@ -211,7 +211,7 @@ def test_spans_are_judged_on_tasks_of_few_answers(trial):
     assert "10 answers" in claim.few_dimensions(wide, spans)["span_transfer"].reason
     alone = replace(trial.task, prompts=trial.task.prompts[trial.task.prompts["template"] == 0])
     one = Able(alone, trial.decoder, trial.last_states)
-    assert claim.measure_span(one, claim.choose_pairs(one), BLOCK) == claim.ONE_TEMPLATE
+    assert claim.measure_span(one, claim.few_pairs(one), BLOCK) == claim.ONE_TEMPLATE
 
 
 # --- steering to an answer -----------------------------------------------------------------------
@@ -478,7 +478,7 @@ def test_passages_are_as_long_as_asked_and_none_of_the_texts_judged(embedded):
 def test_all_statistics_are_judged_and_twins_only_where_no_right_answer_is_needed(
     trial, control, doses
 ):
-    pairs = claim.choose_pairs(trial)
+    pairs = claim.few_pairs(trial)
     parts = {"tiny": claim.measure_parts(trial, pairs, [1, 2]), "lost": Untested("too short")}
     spans = claim.measure_span(trial, pairs, BLOCK)
     lost = dict.fromkeys(claim.SPANS, Untested("too short"))
@@ -500,7 +500,7 @@ def test_all_statistics_are_judged_and_twins_only_where_no_right_answer_is_neede
 
 
 def test_a_twins_number_is_one_and_the_seeds_are_the_units(trial):
-    pairs = claim.choose_pairs(trial)
+    pairs = claim.few_pairs(trial)
     by_seed = [
         claim.measure_twin(trial.decoder, {"tiny": trial}, [1], most) for most in (6, 8, 10, 12)
     ]

@@ -17,7 +17,7 @@ from lib.claims.angular_code import (
     correlate_beyond,
     correlate_items,
     find_windows,
-    over_seeds,
+    over_twins,
     statistics,
 )
 from lib.evidence.criteria import criteria, judge
@@ -75,7 +75,7 @@ def book(seed, n_texts, n_tasks, n_subjects, n_templates):
     trained = statistics(angle, distance, beyond, windows)
     truth = {"set_in": 0.0, "beyond_reader": 0.15}  # the thresholds beyond the twins are 0.05 and 0
     seeds = rng.normal(size=(5, 2)) * SEED_SPREAD
-    twins = over_seeds(
+    twins = over_twins(
         [
             {
                 name: {

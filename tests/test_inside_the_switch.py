@@ -237,10 +237,10 @@ def test_twins_are_averaged_over_seeds(planted, opened):
     own = claim.measure_twin(planted.decoder, halves, tasks)
     assert float(own["attention_transfer"]["capitals"]) == pytest.approx(1, abs=1e-6)
     assert own["three_heads_held_out"] == {}
-    mean = claim.over_seeds([own, own, own])["three_heads"]["capitals"]
+    mean = claim.over_twins([own, own, own])["three_heads"]["capitals"]
     assert float(mean) == pytest.approx(1, abs=1e-6) and mean.n_units == 3
     lost = {"three_heads": {"capitals": Untested("why")}}
-    assert claim.over_seeds([lost, lost, lost])["three_heads"]["capitals"] == Untested("why")
+    assert claim.over_twins([lost, lost, lost])["three_heads"]["capitals"] == Untested("why")
 
 
 # --- what is lost, read, written ------------------------------------------------------------------

@@ -30,7 +30,7 @@ from lib.science.estimate import (
     Untested,
     generator,
     independent_difference,
-    mean_over_units,
+    over_seeds,
     unit_weights,
 )
 from lib.science.geometry import angles, distances, jeffreys_divergence
@@ -338,17 +338,10 @@ def _of_curves(
     }
 
 
-def over_seeds(twins: Sequence[Statistics]) -> Statistics:
+def over_twins(twins: Sequence[Statistics]) -> Statistics:
     """Return the means of the twins' statistics, their seeds the units."""
-
-    def mean(values: Sequence[Measured]) -> Measured:
-        for value in values:
-            if isinstance(value, Untested):
-                return value
-        return mean_over_units([float(value) for value in values], "seeds")  # type: ignore[arg-type]
-
     return {
-        name: {place: mean([twin[name][place] for twin in twins]) for place in places}
+        name: {place: over_seeds([twin[name][place] for twin in twins]) for place in places}
         for name, places in twins[0].items()
     }
 

@@ -29,8 +29,16 @@ from lib.engine.extraction import tokenize
 from lib.engine.models import Decoder
 from lib.engine.store import recall_sweep
 from lib.engine.vectors import held_out_centroids, random_directions, unembedding_direction
-from lib.evidence.tasks import Pairs, Task, exchange_pairs, load_texts
-from lib.evidence.transfer import ROWS_AT_ONCE, Transfer, Trial, measure_transfer, read_tasks
+from lib.evidence.tasks import Pairs, exchange_pairs, load_texts
+from lib.evidence.transfer import (
+    ROWS_AT_ONCE,
+    Transfer,
+    Trial,
+    choose_pairs,
+    measure_transfer,
+    needed_prompts,
+    read_tasks,
+)
 from lib.science.curves import late_blocks
 from lib.science.estimate import (
     FEWEST_UNITS,
@@ -39,6 +47,7 @@ from lib.science.estimate import (
     Untested,
     generator,
     mean_over_units,
+    over_seeds,
     sums_by_unit,
 )
 
@@ -47,7 +56,6 @@ IntArray = NDArray[np.int64]
 ByTask = Mapping[str, Measured]
 
 CLAIM = "causal-control"
-SEEDS = "seeds"
 LEAST_WHOLE = 0.1
 """T of the whole state below which no share of it is spoken of."""
 N_DRAWN = 20
@@ -89,31 +97,16 @@ def each(
     }
 
 
-def choose_pairs(trial: Trial, most: int | None = None) -> Pairs | Untested:
-    """Return one pair a subject, or `most` of them, spread evenly.
-
-    Of a task with groups only those that pass the gate.
-    """
-    grouped = bool((trial.task.prompts["group"] != "").any())
-    if grouped and trial.gate is not None:
-        return trial.gate
-    pairs = exchange_pairs(trial.task, n_donors=1, groups=trial.able_groups if grouped else None)
-    if (n_units := len(np.unique(pairs.unit))) < FEWEST_UNITS:
-        return Untested(f"donors of another answer for {n_units} subjects")
-    return pairs if most is None else thin(pairs, most)
+def few_pairs(trial: Trial, most: int | None = None) -> Pairs | Untested:
+    """Return one pair a subject, or `most` of them, spread evenly."""
+    pairs = choose_pairs(trial)
+    return pairs if isinstance(pairs, Untested) or most is None else thin(pairs, most)
 
 
 def thin(pairs: Pairs, most: int) -> Pairs:
     """Return `most` of the pairs, spread evenly."""
     places = np.linspace(0, len(pairs) - 1, min(most, len(pairs))).round()
     return pairs.where(np.unique(places.astype(int)))
-
-
-def needed_prompts(task: Task, pairs: Pairs) -> tuple[Task, Pairs]:
-    """Return the task with only the prompts that the pairs need, and the pairs numbered in it."""
-    rows, place = np.unique(pairs.prompts, return_inverse=True)
-    prompts = task.prompts.iloc[rows].reset_index(drop=True)
-    return replace(task, prompts=prompts), replace(pairs, prompts=place.reshape(-1, 2))
 
 
 # --- transfer of parts of a state -----------------------------------------------------------------
@@ -173,10 +166,10 @@ def measure_twin(
     """
 
     def measure(trial: Trial) -> dict[str, Transfer] | Untested:
-        pairs = choose_pairs(trial, most)
+        pairs = few_pairs(trial, most)
         if isinstance(pairs, Untested):
             return pairs
-        task, pairs = needed_prompts(trial.task, pairs)
+        task, (pairs,) = needed_prompts(trial.task, pairs)
         read = read_tasks(twin, {task.name: task})[task.name]
         return read if isinstance(read, Untested) else measure_parts(read, pairs, blocks)
 
@@ -848,11 +841,3 @@ def twin_statistics(
         for name in PARTS:
             result[name][task] = over_seeds([one[name] for one in found])
     return result
-
-
-def over_seeds(values: Sequence[Measured]) -> Measured:
-    """Return the mean over twins of one number each; Untested if any of them is."""
-    lost = [one.reason for one in values if isinstance(one, Untested)]
-    if lost:
-        return Untested(f"{len(lost)} of {len(values)} twins: {lost[0]}")
-    return mean_over_units([one.value for one in values if isinstance(one, Estimate)], SEEDS)

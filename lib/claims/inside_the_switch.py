@@ -28,6 +28,7 @@ from lib.science.estimate import (
     Untested,
     generator,
     mean_over_units,
+    over_seeds,
     ratio_of_sums,
     sums_by_unit,
 )
@@ -47,7 +48,6 @@ TWIN_PAIRS = 6
 """Pairs of each half that twins are measured on: a seed is one number."""
 TWIN_HELD_OUT = 1
 """Held-out tasks that twins are measured on, beside the seen ones."""
-SEEDS = "seeds"
 PARTS: Mapping[str, Site] = {"attention": ATTENTION, "mlp": MLP}
 
 
@@ -356,20 +356,13 @@ def measure_twin(
     )
 
 
-def over_seeds(
-    seeds: Sequence[Mapping[str, Mapping[str, Measured]]],
+def over_twins(
+    twins: Sequence[Mapping[str, Mapping[str, Measured]]],
 ) -> dict[str, dict[str, Measured]]:
     """Return the twins' statistics, each the mean over seeds, the units."""
-
-    def mean(values: Sequence[Measured]) -> Measured:
-        for one in values:
-            if isinstance(one, Untested):
-                return one
-        return mean_over_units([float(one) for one in values], SEEDS)  # type: ignore[arg-type]
-
     return {
-        statistic: {name: mean([seed[statistic][name] for seed in seeds]) for name in by_task}
-        for statistic, by_task in seeds[0].items()
+        statistic: {name: over_seeds([twin[statistic][name] for twin in twins]) for name in by_task}
+        for statistic, by_task in twins[0].items()
     }
 
 

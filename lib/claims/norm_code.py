@@ -33,7 +33,7 @@ from lib.science.estimate import (
     Measured,
     Untested,
     generator,
-    mean_over_units,
+    over_seeds,
     pool,
     ratio_of_sums,
     sums_by_unit,
@@ -424,22 +424,15 @@ def over_twins(twins: Sequence[NormCode]) -> dict[str, Measured | Mapping[str, M
     every = [twin.statistics() for twin in twins]
     for name, first in every[0].items():
         if not isinstance(first, Mapping):
-            found[name] = _over_seeds([one[name] for one in every])  # type: ignore[misc]
+            found[name] = over_seeds([one[name] for one in every])  # type: ignore[misc]
             continue
         by_place = [one[name] for one in every]
         places = {TEXTS: [one[TEXTS] for one in by_place]}  # type: ignore[index]
         if len(first) > 1:
             places["twins"] = [_pooled(one) for one in by_place]  # type: ignore[arg-type]
-        found[name] = {place: _over_seeds(values) for place, values in places.items()}
+        found[name] = {place: over_seeds(values) for place, values in places.items()}
     return found
 
 
 def _pooled(by_place: Mapping[str, Measured]) -> Measured:
     return pool({place: one for place, one in by_place.items() if place != TEXTS})
-
-
-def _over_seeds(values: Sequence[Measured]) -> Measured:
-    for value in values:
-        if isinstance(value, Untested):
-            return value
-    return mean_over_units([one.value for one in values if isinstance(one, Estimate)], "seeds")

@@ -20,7 +20,7 @@ from lib.engine.extraction import extract_residuals, tokenize
 from lib.engine.models import Decoder
 from lib.engine.store import recall_sweep
 from lib.engine.vectors import held_out_centroids, random_directions
-from lib.evidence.tasks import Pairs, Task, exchange_pairs
+from lib.evidence.tasks import Pairs, Task
 from lib.evidence.transfer import (
     ARMS,
     Arm,
@@ -29,6 +29,7 @@ from lib.evidence.transfer import (
     Trial,
     divergence,
     measure_transfer,
+    needed_prompts,
     read_tasks,
 )
 from lib.science import curves
@@ -41,7 +42,7 @@ from lib.science.estimate import (
     Untested,
     generator,
     independent_difference,
-    mean_over_units,
+    over_seeds,
     pool,
     ratio_of_sums,
     stack,
@@ -51,10 +52,7 @@ from lib.science.geometry import angles, jeffreys_divergence
 
 CLAIM = "phase-transition"
 PAPER_TASK = "months-arithmetic"
-N_DONORS = 1
-"""Donors of a subject: with this many subjects a second one says little that is new."""
 CONTROLS = ("random_direction", "covariance_matched", "other_task")
-SEEDS = "seeds"
 TWIN_PAIRS = 12
 """Pairs of a task that twins are measured on: a seed is one number, and there are many tasks."""
 MOST_LOST = 0.25
@@ -122,36 +120,9 @@ class Arms:
 # --- pairs ----------------------------------------------------------------------------------------
 
 
-def choose_pairs(trial: Trial | Untested, *, n_donors: int = N_DONORS) -> Pairs | Untested:
-    """Return the task's pairs, of all prompts, or of the groups that pass the gate.
-
-    Transfer needs no right answers. But a task with groups (the offsets of month arithmetic) is
-    measured on those that the model masters, and not at all without one.
-    """
-    if isinstance(trial, Untested):
-        return trial
-    grouped = bool((trial.task.prompts["group"] != "").any())
-    if grouped and trial.gate is not None:
-        return trial.gate
-    groups = trial.able_groups if grouped else None
-    pairs = exchange_pairs(trial.task, n_donors=n_donors, groups=groups)
-    if len(np.unique(pairs.unit)) < FEWEST_UNITS:
-        return Untested(f"donors of another answer for {len(np.unique(pairs.unit))} subjects")
-    return pairs
-
-
 def thin(pairs: Pairs, most: int) -> np.ndarray:
     """Return which pairs are kept where `most` of them have to do, spread evenly `[n_kept]`."""
     return np.unique(np.linspace(0, len(pairs) - 1, min(most, len(pairs))).round().astype(int))
-
-
-def needed_prompts(task: Task, *pairs: Pairs) -> tuple[Task, list[Pairs]]:
-    """Return the task with only the prompts that the pairs need, and the pairs numbered in it."""
-    rows = needed_rows(*pairs)
-    prompts = task.prompts.iloc[rows].reset_index(drop=True)
-    return replace(task, prompts=prompts), [
-        replace(own, prompts=np.searchsorted(rows, own.prompts)) for own in pairs
-    ]
 
 
 def needed_rows(*pairs: Pairs) -> np.ndarray:
@@ -275,15 +246,6 @@ def transition_spread(transitions: Mapping[str, Measured], n_blocks: int) -> Mea
         sum(one.n_units for one in parts),
         n_least=min(one.n_least for one in parts),
     )
-
-
-def over_seeds(values: Sequence[Measured]) -> Measured:
-    """Return the mean over twins of one number each; Untested if any of them is."""
-    lost = [one.reason for one in values if isinstance(one, Untested)]
-    if lost:
-        return Untested(f"{len(lost)} of {len(values)} twins: {lost[0]}")
-    numbers = [one.value for one in values if isinstance(one, Estimate)]
-    return mean_over_units(numbers, SEEDS)
 
 
 def beyond_twins(

@@ -8,7 +8,7 @@ its untrained twins are measured on the same pairs.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -19,8 +19,15 @@ from lib.engine.edits import Edit, exchange
 from lib.engine.extraction import Positions, check_blocks, logit_lens
 from lib.engine.models import Decoder
 from lib.engine.store import recall_residuals, recall_sweep
-from lib.evidence.tasks import Pairs, Task
-from lib.science.estimate import Measured, Untested, mean_over_units, ratio_of_sums, sums_by_unit
+from lib.evidence.tasks import Pairs, Task, exchange_pairs
+from lib.science.estimate import (
+    FEWEST_UNITS,
+    Measured,
+    Untested,
+    mean_over_units,
+    ratio_of_sums,
+    sums_by_unit,
+)
 
 Site = Literal["subject", "last", "subject's tokens", "between"]
 Arm = Literal["context arm", "prediction arm"]
@@ -100,6 +107,36 @@ def read_tasks(
         states = recall_residuals(decoder, task.tokens, description=f"{name}: read").states
         result[name] = Trial(task, decoder, states[-1].clone())
     return result
+
+
+def choose_pairs(
+    trial: Trial | Untested, *, n_donors: int = 1, same_answer: bool = False
+) -> Pairs | Untested:
+    """Return the task's pairs, of all prompts, or of the groups that pass the gate.
+
+    Transfer needs no right answers. But a task with groups (the offsets of month arithmetic) is
+    measured on those that the model masters, and not at all without one.
+    """
+    if isinstance(trial, Untested):
+        return trial
+    grouped = bool((trial.task.prompts["group"] != "").any())
+    if grouped and trial.gate is not None:
+        return trial.gate
+    groups = trial.able_groups if grouped else None
+    pairs = exchange_pairs(trial.task, n_donors=n_donors, same_answer=same_answer, groups=groups)
+    if (n_units := len(np.unique(pairs.unit))) < FEWEST_UNITS:
+        kind = "of the same answer" if same_answer else "of another answer"
+        return Untested(f"donors {kind} for {n_units} subjects")
+    return pairs
+
+
+def needed_prompts(task: Task, *pairs: Pairs) -> tuple[Task, list[Pairs]]:
+    """Return the task with only the prompts that the pairs need, and the pairs numbered in it."""
+    rows = np.unique(np.concatenate([own.prompts for own in pairs]))
+    prompts = task.prompts.iloc[rows].reset_index(drop=True)
+    return replace(task, prompts=prompts), [
+        replace(own, prompts=np.searchsorted(rows, own.prompts)) for own in pairs
+    ]
 
 
 @dataclass(frozen=True, eq=False)

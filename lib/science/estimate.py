@@ -27,6 +27,8 @@ FEWEST_UNITS = 3
 SMALL = 10
 """Below so many units their draws are spread beforehand: percentiles of so few cannot be."""
 ROUNDING = 1e-12
+SEEDS = "seeds"
+"""What the units of untrained twins, and of networks trained for the purpose, are called."""
 LARGE = 10**6
 """Stands for the size of a sample whose draws are spread already."""
 
@@ -285,6 +287,17 @@ def pool(estimates: Mapping[str, Measured]) -> Measured:
         n_least=min(part.n_least for part in parts),
         share=all(part.share for part in parts),
     )
+
+
+def over_seeds(values: Sequence[Measured]) -> Measured:
+    """Return the mean over networks of one number each, their seeds the units.
+
+    Each value counts as one number, however many draws it has. Untested if any of them is.
+    """
+    lost = [one.reason for one in values if isinstance(one, Untested)]
+    if lost:
+        return Untested(f"{len(lost)} of {len(values)} networks: {lost[0]}")
+    return mean_over_units([one.value for one in values if isinstance(one, Estimate)], SEEDS)
 
 
 def independent_difference(first: Measured, second: Measured) -> Measured:
