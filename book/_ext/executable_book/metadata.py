@@ -29,7 +29,8 @@ NOT_FOUND = """<!DOCTYPE html>
 <title>Page not found – {title}</title>
 <style>
 :root {{ color-scheme: light dark }}
-body {{ font: 1.1rem/1.5 system-ui, sans-serif; margin: 15vh auto; max-width: 34rem; padding: 0 1rem }}
+body {{ font: 1.1rem/1.5 system-ui, sans-serif; margin: 15vh auto; max-width: 34rem }}
+main {{ padding: 0 1rem }}
 </style>
 </head>
 <body>
