@@ -204,10 +204,11 @@ def test_a_span_is_exchanged_with_the_basis_of_the_templates_that_the_pair_is_no
 
 def test_spans_are_judged_on_tasks_of_few_answers(trial):
     spans = claim.measure_span(trial, claim.choose_pairs(trial), BLOCK)
-    found = claim.few_dimensions(trial.task, spans)
+    found = claim.few_dimensions(trial, spans)
     assert float(found["span_transfer"]) == float(spans["span 3"].estimate().at(0))
     many = replace(trial.task, answers=tuple(f"a{i}" for i in range(10)))
-    assert "10 answers" in claim.few_dimensions(many, spans)["span_transfer"].reason
+    wide = Able(many, trial.decoder, trial.last_states)
+    assert "10 answers" in claim.few_dimensions(wide, spans)["span_transfer"].reason
     alone = replace(trial.task, prompts=trial.task.prompts[trial.task.prompts["template"] == 0])
     one = Able(alone, trial.decoder, trial.last_states)
     assert claim.measure_span(one, claim.choose_pairs(one), BLOCK) == claim.ONE_TEMPLATE
@@ -450,7 +451,7 @@ def test_behind_text_the_same_vectors_steer_the_last_token(trial, steering):
             [as_state(unit(to) * np.linalg.norm(state))[None]],
         )[0].numpy()
         flips.append(logits[trial.task.answer_ids].argmax() == steering.target[pair])
-    assert float(found["flipped"]) == pytest.approx(np.mean(flips))
+    assert found["flipped"] == pytest.approx(np.array(flips, dtype=float))
 
 
 def test_passages_are_as_long_as_asked_and_none_of_the_texts_judged(embedded):
@@ -473,7 +474,7 @@ def test_all_statistics_are_judged_and_twins_only_where_no_right_answer_is_neede
     lost = dict.fromkeys(claim.SPANS, Untested("too short"))
     trained = claim.statistics(
         parts,
-        {"tiny": claim.few_dimensions(trial.task, spans), "lost": lost},
+        {"tiny": claim.few_dimensions(trial, spans), "lost": lost},
         {"tiny": control, "lost": Untested("too short")},
         {"tiny": doses, "lost": Untested("too short")},
     )

@@ -15,11 +15,11 @@ def planted(signal: float, n: int = 240, n_classes: int = 3, seed: int = 0):
 def test_a_planted_label_is_decoded_and_noise_is_not():
     rng = np.random.default_rng(1)
     features, label = planted(2.0)
-    assert decoding_gain(features, label, np.arange(240), rng).mean() > 0.25
+    assert decoding_gain(features, label, np.arange(240), rng).gain.mean() > 0.25
     gains = []
     for seed in range(20):
         features, label = planted(0.0, seed=seed)
-        gains.append(decoding_gain(features, label, np.arange(240), rng).mean())
+        gains.append(decoding_gain(features, label, np.arange(240), rng).gain.mean())
     assert abs(np.mean(gains)) < 3 * np.std(gains) / np.sqrt(20)
 
 
@@ -27,14 +27,14 @@ def test_a_label_that_is_curved_in_the_feature_is_decoded_too():
     rng = np.random.default_rng(2)
     feature = rng.normal(size=300)
     label = (np.abs(feature) > 0.7).astype(int)
-    assert decoding_gain(feature[:, None], label, np.arange(300), rng).mean() > 0.2
+    assert decoding_gain(feature[:, None], label, np.arange(300), rng).gain.mean() > 0.2
 
 
 def test_unequal_classes_are_no_information():
     rng = np.random.default_rng(3)
     label = (np.arange(400) % 10 == 0).astype(int)
     gain = decoding_gain(rng.normal(size=(400, 2)), label, np.arange(400), rng)
-    assert abs(gain.mean()) < 0.03
+    assert abs(gain.gain.mean()) < 0.03
 
 
 def test_a_group_is_never_split_so_what_marks_the_group_does_not_help():
@@ -42,8 +42,8 @@ def test_a_group_is_never_split_so_what_marks_the_group_does_not_help():
     group = np.repeat(np.arange(40), 5)
     mark, label = rng.normal(size=40)[group], rng.integers(2, size=40)[group]
     features = (mark + 0.01 * rng.normal(size=200))[:, None]
-    apart = decoding_gain(features, label, group, rng, strata=None).mean()
-    leaked = decoding_gain(features, label, np.arange(200), rng).mean()
+    apart = decoding_gain(features, label, group, rng, strata=None).gain.mean()
+    leaked = decoding_gain(features, label, np.arange(200), rng).gain.mean()
     assert leaked > 0.1
     assert apart < 0.1
 
@@ -53,8 +53,10 @@ def test_labels_are_shuffled_within_strata_alone():
     stratum = np.repeat([0, 1], 150)
     label = np.where(rng.random(300) < 0.9, stratum, 1 - stratum)
     features = (stratum + 0.1 * rng.normal(size=300))[:, None]
-    assert decoding_gain(features, label, np.arange(300), rng).mean() > 0.3
-    assert abs(decoding_gain(features, label, np.arange(300), rng, strata=stratum).mean()) < 0.05
+    assert decoding_gain(features, label, np.arange(300), rng).gain.mean() > 0.3
+    assert (
+        abs(decoding_gain(features, label, np.arange(300), rng, strata=stratum).gain.mean()) < 0.05
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,3 +86,11 @@ def test_residuals_are_those_of_a_least_squares_fit_with_intercept():
 def test_thirds_are_equal_and_ordered():
     found = thirds([5.0, 1.0, 9.0, 3.0, 7.0, 2.0])
     assert found.tolist() == [1, 0, 2, 1, 2, 0]
+
+
+def test_the_interval_of_a_gain_is_no_narrower_than_shuffled_labels_are_spread():
+    rng = np.random.default_rng(7)
+    unit, label = np.repeat(np.arange(40), 3), np.tile(np.arange(3), 40)
+    found = decoding_gain(rng.normal(size=(120, 2)), label, unit, rng, strata=unit)
+    assert found.over_units(unit, "forty").draws.std() >= 0.99 * found.null_spread
+    assert found.over_units(unit, "forty").n_units == 40

@@ -6,7 +6,7 @@ from scipy.spatial.distance import pdist, squareform
 from lib.evidence.criteria import criteria
 from lib.science.correlation import correlate
 from lib.science.decoding import decoding_gain
-from lib.science.estimate import Estimate, mean_over_units
+from lib.science.estimate import Estimate
 
 WITHIN = next(one for one in criteria("norm-code") if one.statistic == "partial_given_angle")
 
@@ -14,10 +14,10 @@ WITHIN = next(one for one in criteria("norm-code") if one.statistic == "partial_
 def test_an_absence_is_falsely_supported_or_refuted_at_the_margin_in_five_per_cent_at_most():
     """At a true partial correlation of just the margin, each verdict is an error."""
     rng = np.random.default_rng(0)
+    weight = _weight(WITHIN.threshold)
     verdicts = []
     for run in range(200):
         norm, turn = rng.normal(size=(2, 80, 1))
-        weight = _weight(WITHIN.threshold)
         divergence = np.abs(rng.normal(size=(80, 80)))
         divergence = squareform(
             pdist(turn)
@@ -37,8 +37,8 @@ def _weight(wanted: float) -> float:
     """Return the weight of the norm's difference at which the partial ρ is `wanted`."""
     rng = np.random.default_rng(1)
     low, high = 0.0, 2.0
-    norm, turn = rng.normal(size=(2, 1500, 1))
-    noise = np.abs(rng.normal(size=1500 * 1499 // 2))
+    norm, turn = rng.normal(size=(2, 700, 1))
+    noise = np.abs(rng.normal(size=700 * 699 // 2))
     for _ in range(12):
         middle = (low + high) / 2
         found = _partial(pdist(norm), pdist(turn) + middle * pdist(norm) + noise, pdist(turn))
@@ -60,9 +60,9 @@ def test_an_attribute_that_the_norm_does_not_carry_is_seldom_found():
         gains = []
         for name in range(2):
             features, label = rng.normal(size=(180, 2)), np.tile(np.arange(3), 60)
-            gain = decoding_gain(features, label, np.repeat(np.arange(60), 3), rng)
-            by_unit = gain.reshape(60, 3).mean(axis=1)
-            gains.append(mean_over_units(by_unit, f"subjects {run} {name}"))
+            unit = np.repeat(np.arange(60), 3)
+            found = decoding_gain(features, label, unit, rng, strata=unit)
+            gains.append(found.over_units(unit, f"subjects {run} {name}"))
         best = max(gains, key=float)
         assert isinstance(best, Estimate)
         supported += bool(best.interval().low > 0)

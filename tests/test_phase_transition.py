@@ -261,19 +261,25 @@ def test_over_seeds_names_the_reason_of_a_lost_seed():
 
 
 def test_twins_are_measured_on_pairs_of_the_trained_model(trial, pairs):
-    kept = claim.thin(pairs, 8)
-    assert len(set(pairs.unit[kept])) == len(kept) == 8
-    task, (few,) = claim.needed_prompts(trial.task, pairs.where(kept))
-    for own, whole in zip(few.prompts.ravel(), pairs.prompts[kept].ravel(), strict=True):
-        assert task.tokens[own] == trial.task.tokens[whole]
-    assert task.n_prompts == len(np.unique(pairs.prompts[kept]))
-    twin = read_tasks(trial.decoder, {"tiny": task})["tiny"]  # the same network, fewer prompts
-    found = claim.measure_arms(twin, few, [0, 2])
-    expected = claim.measure_arms(trial, pairs).restrict(kept, [0, 2])
+    """The same network in the twin's place gives what the trained model's own pairs give."""
+    found = claim.measure_twin(trial.decoder, {"tiny": trial}, {"tiny": pairs})["tiny"]
+    expected = claim.as_twins(claim.measure_arms(trial, pairs), pairs)
+    assert found.blocks == expected.blocks == [0, 1, 2]
     for arm in NAMES:
-        a, b = found.curve(arm), expected.curve(arm)
-        assert a.value == pytest.approx(b.value, abs=1e-4)
-        assert a.units == b.units
+        one, other = found.transfers[arm], expected.transfers[arm]
+        assert len(one.unit) == claim.TWIN_PAIRS
+        assert (one.unit == other.unit).all()
+        assert one.before == pytest.approx(other.before, rel=1e-3, abs=1e-6)
+        assert one.after == pytest.approx(other.after, rel=1e-3, abs=1e-5)
+        assert found.curve(arm).units == expected.curve(arm).units
+
+
+def test_only_the_prompts_that_pairs_need_are_kept(trial, pairs):
+    few = pairs.where(claim.thin(pairs, 5))
+    task, (own,) = claim.needed_prompts(trial.task, few)
+    assert task.n_prompts == len(np.unique(few.prompts))
+    for kept, whole in zip(own.prompts.ravel(), few.prompts.ravel(), strict=True):
+        assert task.tokens[kept] == trial.task.tokens[whole]
 
 
 # --- what the donor has to be ---------------------------------------------------------------------

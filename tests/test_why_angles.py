@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lib.claims import why_angles
 from lib.engine.models import Decoder, load_decoder
-from lib.engine.small_decoders import RECIPES, Training, new_model
+from lib.engine.small_decoders import KINDS, Training, new_model
 from lib.evidence import circle
 from lib.evidence.criteria import criteria, judge
 from lib.science.estimate import Estimate, Untested
@@ -22,13 +22,10 @@ def questions() -> pd.DataFrame:
     return why_angles.held_out_questions().iloc[:N]
 
 
-@pytest.fixture(scope="module", params=RECIPES)
+@pytest.fixture(scope="module", params=KINDS)
 def network(request) -> Decoder:
     """An untrained network with weights large enough for predictions that differ."""
     model = new_model(request.param, 3, d_vocab=len(circle.VOCABULARY))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3.0 if parameter.dim() > 1 and request.param != "none" else 1.0)
     return load_decoder(model, tokenizer=circle.make_tokenizer())
 
 

@@ -57,6 +57,7 @@ PART = {
     "head_dim": 8,
 }
 OTHERWISE: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
     "blt": {
         "encoder_hash_byte_group_vocab": 64,
         "vocab_size": 260,
@@ -90,6 +91,7 @@ OTHERWISE: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granite": {"logits_scaling": 4.0, "residual_multiplier": 0.5},
     "gptj": {"rotary_dim": 4},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "minimax": {"layer_types": ["linear_attention", "full_attention"] * 2, "block_size": 4},

@@ -266,11 +266,15 @@ def largest_span(spans: Mapping[str, Transfer]) -> str:
     return [name for name in spans if name != "complement"][-1]
 
 
-def few_dimensions(task: Task, spans: Mapping[str, Transfer] | Untested) -> dict[str, Measured]:
+def few_dimensions(
+    trial: Trial | Untested, spans: Mapping[str, Transfer] | Untested
+) -> dict[str, Measured]:
     """Return `span_transfer` and `complement_transfer`, judged on tasks of at most nine answers."""
-    if isinstance(spans, Untested):
-        return {"span_transfer": spans, "complement_transfer": spans}
-    if (n := len(task.answers)) > MOST_ANSWERS:
+    if isinstance(trial, Untested) or isinstance(spans, Untested):
+        reason = trial if isinstance(trial, Untested) else spans
+        assert isinstance(reason, Untested)
+        return {"span_transfer": reason, "complement_transfer": reason}
+    if (n := len(trial.task.answers)) > MOST_ANSWERS:
         many = Untested(f"{n} answers; it is judged on tasks of at most {MOST_ANSWERS}")
         return {"span_transfer": many, "complement_transfer": many}
     return {
@@ -743,8 +747,8 @@ def passages(decoder: Decoder, n_tokens: int, n: int) -> list[str]:
     return result
 
 
-def measure_behind(steering: Steering, before: Sequence[str]) -> dict[str, Measured]:
-    """Return the share that is right unedited, and that flips, where prompts stand behind text.
+def measure_behind(steering: Steering, before: Sequence[str]) -> dict[str, FloatArray]:
+    """Return which prompts behind text are right unedited, and which flip, each `[n_pairs]`.
 
     Vectors are those of the bare prompts of other templates.
 
@@ -769,8 +773,8 @@ def measure_behind(steering: Steering, before: Sequence[str]) -> dict[str, Measu
     right = sweep.clean_logits.argmax(-1) == steering.source
     flipped = sweep.logits[0, 0].argmax(-1) == steering.target
     return {
-        "right unedited": steering.mean(right.astype(float), share=True),
-        "flipped": steering.mean(flipped.astype(float), share=True),
+        "right unedited": right.astype(np.float64),
+        "flipped": flipped.astype(np.float64),
     }
 
 

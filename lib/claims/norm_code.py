@@ -109,7 +109,8 @@ def text_attributes(reading: Reading, blocks: Sequence[int]) -> dict[str, Measur
     found: dict[str, Measured] = {}
     for name, label in labels.items():
         gain = decoding_gain(left, label, np.arange(len(last)), generator("decoding", name))
-        found[name] = gain if isinstance(gain, Untested) else mean_over_units(gain, TEXTS)
+        each = np.arange(len(last))
+        found[name] = gain if isinstance(gain, Untested) else gain.over_units(each, TEXTS)
     return found
 
 
@@ -145,8 +146,7 @@ def task_attribute(
     gain = decoding_gain(left, label, task.unit, rng, strata=strata)
     if isinstance(gain, Untested):
         return gain
-    by_unit = np.bincount(task.unit, gain, minlength=task.n_units) / np.bincount(task.unit)
-    return mean_over_units(by_unit, task.units)
+    return gain.over_units(task.unit, task.units)
 
 
 def _means(values: np.ndarray, label: np.ndarray) -> np.ndarray:

@@ -689,20 +689,18 @@ def second_operand(trial: Trial, pairs: Pairs) -> tuple[Trial, Pairs]:
     """Return a task with groups as one whose subject is the group, and its pairs.
 
     In month arithmetic: the offset is exchanged instead of the base month. Recipient and donor
-    share template and month; each recipient of `pairs` gets the next of the offsets in use.
-
-    Raises:
-        ValueError: a tokenizer that joins the group's word with what stands before it.
+    share template and month; each recipient of `pairs` gets the next of the offsets in use. Prompts
+    in which the tokenizer joins the group's word with what stands before it are left out.
     """
     prompts = trial.task.prompts
-    starts, ends = [], []
-    for text, group, tokens in zip(
-        prompts["text"], prompts["group"], prompts["tokens"], strict=True
+    starts, ends, lost = [], [], set()
+    for row, (text, group, tokens) in enumerate(
+        zip(prompts["text"], prompts["group"], prompts["tokens"], strict=True)
     ):
         at = text.rindex(group)
         before, upto = tokenize(trial.decoder, [text[:at].rstrip(), text[:at] + group])
         if tokens[: len(upto)] != upto or not len(before) < len(upto):
-            raise ValueError(f"The tokens of {group!r} cannot be found in {text!r}.")
+            lost.add(row)
         starts.append(len(before))
         ends.append(len(upto) - 1)
     groups = sorted(set(prompts["group"].iloc[pairs.prompts.ravel()]))
@@ -717,7 +715,7 @@ def second_operand(trial: Trial, pairs: Pairs) -> tuple[Trial, Pairs]:
         template, unit, group = (prompts[name].iloc[x] for name in ("template", "unit", "group"))
         other = groups[(groups.index(group) + 1) % len(groups)]
         donor = rows.get((template, unit, other))
-        if donor is not None and other != group:
+        if donor is not None and other != group and not {int(x), donor} & lost:
             found.append((x, donor, unit))
     table = np.array(found, dtype=np.int64).reshape(-1, 3)
     task = replace(trial.task, prompts=prompts.assign(subject_start=starts, subject_position=ends))

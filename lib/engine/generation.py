@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lib.engine.edits import Edit, apply_edit
 from lib.engine.extraction import Prompts, check_blocks, check_prompts
 from lib.engine.models import Decoder, evaluated
+from lib.engine.passes import generation_is_exact
 from lib.engine.structure import untuple
 
 Positions = Sequence[int | Sequence[int] | range]
@@ -45,6 +46,8 @@ def steer(
             position that no pass reached (ranges excepted), so that no edit does nothing unnoticed.
     """
     check_blocks(decoder, [block])
+    for way in ("cache", "padding"):  # compared now, since no edit may take part in it
+        generation_is_exact(decoder, way)
     wanted = [_position_set(entry) for entry in positions]
     if not wanted:
         raise ValueError("No positions were given; give one entry for each prompt.")
@@ -129,8 +132,8 @@ def generate(
         decoder: the model.
         prompts: token ids.
         n_new_tokens: most tokens to add.
-        use_cache: keep keys and values between tokens; without, every token recomputes the whole
-            text, which is slower and must give the same.
+        use_cache: keep keys and values between tokens, where that is found to be exact; without,
+            every token recomputes the whole text, which is slower and must give the same.
 
     Raises:
         ValueError: no prompts, an empty prompt, or no tokens to add; prompts of different lengths
@@ -143,13 +146,15 @@ def generate(
             f"prompts, {n_new_tokens} new tokens."
         )
     longest = max(len(prompt) for prompt in prompts)
-    if "past_key_values" not in inspect.signature(decoder.model.forward).parameters:
-        if min(len(prompt) for prompt in prompts) < longest:
-            raise ValueError(
-                f"{decoder.name} carries a state in place of keys and values, which padding would "
-                "enter: give prompts of one length, or one prompt at a time."
-            )
-        use_cache = False
+    takes_cache = "past_key_values" in inspect.signature(decoder.model.forward).parameters
+    if min(len(prompt) for prompt in prompts) < longest and not (
+        takes_cache and generation_is_exact(decoder, "padding")
+    ):
+        raise ValueError(
+            f"{decoder.name} carries a state in place of keys and values, which padding would "
+            "enter: give prompts of one length, or one prompt at a time."
+        )
+    use_cache = use_cache and takes_cache and generation_is_exact(decoder, "cache")
     pad = [[0] * (longest - len(prompt)) for prompt in prompts]
     text = torch.tensor([p + list(prompt) for p, prompt in zip(pad, prompts, strict=True)])
     mask = torch.tensor([p + [1] * len(t) for p, t in zip(pad, prompts, strict=True)])

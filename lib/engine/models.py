@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -104,8 +105,9 @@ class Decoder:
     def final_norm(self, states: Tensor) -> Tensor:
         """Return the final norm of residual streams `[..., d_model]`, same shape."""
         states = states.to(device_of(self.unembedding))
-        for stage in self.final_stages:
-            states = untuple(stage(states))
+        with _mode_of(states):
+            for stage in self.final_stages:
+                states = untuple(stage(states))
         return states
 
     def unembed(self, normed: Tensor, token_ids: Sequence[int] | None = None) -> Tensor:
@@ -115,14 +117,15 @@ class Decoder:
         """
         # A slice of a larger tensor makes the product about eight times slower than its copy.
         normed = normed.to(device_of(self.unembedding)).contiguous()
-        if token_ids is None:
-            logits = self.unembedding(normed)
-        else:
-            logits = nn.functional.linear(normed, *self.unembedding_rows(token_ids))
-        if self.logit_scale != 1.0:
-            logits = logits * self.logit_scale
-        if self.logit_softcap is not None:
-            logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
+        with _mode_of(normed):
+            if token_ids is None:
+                logits = self.unembedding(normed)
+            else:
+                logits = nn.functional.linear(normed, *self.unembedding_rows(token_ids))
+            if self.logit_scale != 1.0:
+                logits = logits * self.logit_scale
+            if self.logit_softcap is not None:
+                logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
         return logits
 
     def unembedding_rows(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor | None]:
@@ -238,6 +241,11 @@ def _describe(
             rebuilt = decoder.unembed(decoder.final_norm(last_state))
         check_parts(model, blocks, tokens, logits, rebuilt)
     return decoder
+
+
+def _mode_of(states: Tensor) -> AbstractContextManager[Any]:
+    """Return inference mode for states from it, which no weight with gradients may meet else."""
+    return torch.inference_mode() if states.is_inference() else nullcontext()
 
 
 def evaluated(

@@ -1,8 +1,9 @@
 """Forward passes over batches of prompts, and what may be run once or side by side in them."""
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lib.engine.batches import Batch
-from lib.engine.models import Decoder
+from lib.engine.models import Decoder, evaluated
 from lib.engine.structure import untuple
 
 Key = TypeVar("Key")
@@ -23,6 +24,7 @@ REFUSALS = (RuntimeError, TypeError, AttributeError, ValueError, IndexError)
 SHARED_LEAST = 0.25  # of a prompt's tokens, for a pass of their own to pay
 _shared: Known[int] = WeakKeyDictionary()
 _packed: Known[int] = WeakKeyDictionary()
+_generated: Known[str] = WeakKeyDictionary()
 
 
 def run_blocks(decoder: Decoder, tokens: Tensor, blocks: set[int]) -> dict[int, Tensor]:
@@ -82,6 +84,41 @@ def packing_is_exact(decoder: Decoder, batch: Batch) -> bool:
             return False
         known[length] = agree(torch.cat(alone), fast.popitem()[1])
     return known[length]
+
+
+@evaluated
+def generation_is_exact(decoder: Decoder, way: Literal["cache", "padding"]) -> bool:
+    """Compare, once for a model, a few tokens run at once with the same tokens as `generate` runs.
+
+    That is one after the other by the model's own cache, or behind padding on the left. A state
+    that is carried from token to token may take padding in, or be handed on wrongly.
+    """
+    known = known_of(_generated, decoder)
+    if way not in known:
+        tokens = torch.arange(1, 8, device=decoder.device)[None] % decoder.d_vocab
+        last, run = {decoder.n_blocks - 1}, decoder.model.base_model
+        with _capture(decoder, last) as whole, torch.inference_mode():
+            run(tokens, use_cache=False)
+        try:
+            with _capture(decoder, last) as parts, torch.inference_mode():
+                if way == "cache":
+                    cache = run(tokens[:, :5], use_cache=True).past_key_values
+                    run(tokens[:, 5:6], past_key_values=cache, use_cache=True)
+                    run(tokens[:, 6:], past_key_values=cache, use_cache=True)
+                else:
+                    padded = torch.cat([torch.zeros_like(tokens[:, :3]), tokens], dim=1)
+                    mask = torch.ones_like(padded)
+                    mask[:, :3] = 0
+                    told: dict[str, Any] = {"attention_mask": mask}
+                    if "position_ids" in inspect.signature(run.forward).parameters:
+                        told["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+                    run(padded, use_cache=False, **told)
+        except REFUSALS:
+            known[way] = False
+            return False
+        (slow,), (fast,) = whole.values(), parts.values()
+        known[way] = agree(slow[:, -1], fast[:, -1])
+    return known[way]
 
 
 def known_of(known: Known[Key], decoder: Decoder) -> dict[Key, bool]:
