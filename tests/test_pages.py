@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,16 @@ def test_the_page_for_what_is_not_found_needs_no_other_file():
     assert not page.find_all(["script", "link", "img"])
     links = [link["href"] for link in page.find_all("a")]
     assert links == ["https://a.github.io/b/", "https://a.github.io/b/search.html"]
+
+
+def test_the_first_page_names_each_model_of_the_catalogue_with_its_command():
+    page = (ROOT / "book" / "intro.md").read_text("utf-8")
+    models = tomllib.loads((ROOT / "lib/data/models.toml").read_text("utf-8"))["weights"]
+    default, *others = models
+    assert all(f"`make book MODEL={name}`" in page for name in others)
+    assert "| `make book` | SmolLM2-135M" in page and default.startswith("smollm2-135m")
+    assert page.index("{chapter-figure}") < page.index("{scorecard}") < page.index("make book")
+
+
+def test_the_phase_transition_leads_to_the_explorer():
+    assert "](depth-explorer.md)" in (ROOT / "book" / "phase-transition.md").read_text("utf-8")
