@@ -35,7 +35,7 @@ TESTS_READY := $(VENV)/tests.stamp
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help book test test-reading test-colab pdf picture floors atlas verify lint audit mutate bench model \
+.PHONY: help book test test-reading test-colab pdf summary picture floors atlas verify lint audit mutate bench model \
   architectures notebooks lock clean
 
 help:  ## list the commands
@@ -50,7 +50,7 @@ test: $(TESTS_READY) model  ## run the tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-reading: $(TESTS_READY)  ## read the built book in a browser: offline, links, accessibility
-	@$(BIN)/python -m pytest -m browser tests/test_reading.py
+	@$(BIN)/python -m pytest -m browser tests/test_reading.py tests/test_pdf.py
 
 test-colab: $(TESTS_READY) $(COLAB_VENV)/ready.stamp  ## run every notebook as on Colab: bare, alone
 	@$(BIN)/python -m pytest -m colab tests/test_colab.py
@@ -60,6 +60,9 @@ pdf: book $(TESTS_READY)  ## print the whole book as one PDF
 
 atlas: $(BOOK_READY) $(TOOLS_READY)  ## run the book on all models of workflow/config.yaml, one after the other
 	@$(TOOLS)/bin/snakemake --snakefile workflow/Snakefile --cores 2 --resources mem_mb=14000
+
+summary: book $(TESTS_READY)  ## print the answer at a glance on one sheet
+	@$(BIN)/python book/_ext/pdf.py summary
 
 floors: $(BOOK_READY)  ## draw lib's floors from the imports
 	@$(BIN)/python book/_ext/floors.py

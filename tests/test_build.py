@@ -581,7 +581,7 @@ FOLDERS = ("PROGRESS_FILE", "MPLCONFIGDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME")
 class SmallBook:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name in ("_config.yml", "requirements.txt", "environment.yml"):
+        for name in ("_config.yml", "CITATION.cff", "requirements.txt", "environment.yml"):
             shutil.copy(ROOT / name, folder)
         for name in ("book/_ext", "book/_static"):
             shutil.copytree(ROOT / name, folder / name)
@@ -654,9 +654,14 @@ def test_a_small_book_lives_through_builds_failures_and_changes(tmp_path):
         assert not re.findall(r'<(?:script|img|iframe)[^>]*src="(?:https?:)?//[^"]*"', page)
         assert not re.findall(r'<link[^>]*rel="stylesheet"[^>]*href="(?:https?:)?//[^"]*"', page)
         assert "_static/tex-svg-full.js" in page
+        assert page.count('<meta property="og:title"') == page.count('"citation_title"') == 1
     assert (tmp_path / "_build/html/_static/tex-svg-full.js").stat().st_size > 1_000_000
     assert 'alt="Line that rises."' in book.page("angular-code")
     assert '<span class="pasted-text">0.50 [0.50, 0.50]</span>.' in book.page("intro")
+    summary = 'property="og:description" content="Symbol \\theta and value 0.50 [0.50, 0.50]."'
+    assert summary in book.page("phase-transition")
+    assert "no page here" in (tmp_path / "_build/html/404.html").read_text()
+    assert not (tmp_path / "_build/html/sitemap.xml").exists()
     card = re.sub(r"<[^>]+>", " ", book.page("intro"))
     assert re.search(r"Depth switches\.\s+● supported\s+the one number\s+small: 0\.50 \[", card)
     assert "○ refuted" in card  # the twins

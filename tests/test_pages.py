@@ -3,16 +3,21 @@
 import csv
 import json
 import re
+import tomllib
+from pathlib import Path
 
 import pytest
+import yaml
+from bs4 import BeautifulSoup
 from claimed import invented, number
 
-from executable_book import comparison, first_registration, scorecard
+from executable_book import comparison, first_registration, metadata, scorecard
 from lib.evidence import records
 from lib.evidence.criteria import criteria
 from lib.evidence.records import shown
 from lib.science.estimate import Untested
 
+ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = criteria("phase-transition")[0]
 
 
@@ -106,3 +111,65 @@ def test_without_a_run_there_is_a_sentence(monkeypatch, tmp_path):
     directive = object.__new__(comparison.ModelComparison)
     (paragraph,) = directive.run()
     assert "no run yet" in paragraph.astext()
+
+
+# What other programs read
+
+
+def tags_of(title: str, summary: str) -> dict[str, str]:
+    citation = {"authors": [{"family-names": "Li", "given-names": "Bo"}, {"name": "Group"}]}
+    text = metadata.head_tags(
+        title,
+        summary,
+        book="Book",
+        site="https://a.github.io/b",
+        page="book/one",
+        citation=citation | {"year": "2026"},
+    )
+    found = BeautifulSoup(text, "html.parser").find_all("meta")
+    return {str(tag.get("property") or tag["name"]): str(tag["content"]) for tag in found}
+
+
+def test_previews_get_title_summary_and_an_absolute_picture_that_exists():
+    tags = tags_of('A "title" & more', "The claim. Angles\n matter.")
+    assert tags["og:title"] == 'A "title" & more'
+    assert tags["description"] == tags["og:description"] == "Angles matter."
+    assert tags["og:url"] == "https://a.github.io/b/book/one.html"
+    picture = tags["og:image"].removeprefix("https://a.github.io/b/")
+    assert (ROOT / "book" / picture).is_file()
+    assert (tags["citation_title"], tags["citation_publication_date"]) == ("Book", "2026")
+    assert tags["citation_author"] == "Group"  # the last of them; the first is a person
+    assert metadata.author_name({"family-names": "Li", "given-names": "Bo"}) == "Li, Bo"
+
+
+def test_long_summaries_are_cut_at_a_word():
+    text = metadata.shortened("word " * 60)
+    assert len(text) <= metadata.LONGEST and text.endswith(" word…")
+    assert metadata.shortened("short") == "short"
+
+
+def test_the_book_is_cited_by_one_title():
+    config = yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert config["title"] == citation["title"]
+
+
+def test_the_page_for_what_is_not_found_needs_no_other_file():
+    text = metadata.NOT_FOUND.format(title="Book", site="https://a.github.io/b")
+    page = BeautifulSoup(text, "html.parser")
+    assert not page.find_all(["script", "link", "img"])
+    links = [link["href"] for link in page.find_all("a")]
+    assert links == ["https://a.github.io/b/", "https://a.github.io/b/search.html"]
+
+
+def test_the_first_page_names_each_model_of_the_catalogue_with_its_command():
+    page = (ROOT / "book" / "intro.md").read_text("utf-8")
+    models = tomllib.loads((ROOT / "lib/data/models.toml").read_text("utf-8"))["weights"]
+    default, *others = models
+    assert all(f"`make book MODEL={name}`" in page for name in others)
+    assert "| `make book` | SmolLM2-135M" in page and default.startswith("smollm2-135m")
+    assert page.index("{chapter-figure}") < page.index("{scorecard}") < page.index("make book")
+
+
+def test_the_phase_transition_leads_to_the_explorer():
+    assert "](depth-explorer.md)" in (ROOT / "book" / "phase-transition.md").read_text("utf-8")

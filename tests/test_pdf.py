@@ -46,3 +46,44 @@ def test_missing_pages_and_browsers_are_named_with_what_to_do(site, monkeypatch)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(FileNotFoundError, match="set CHROMIUM"):
         pdf.find_browser()
+
+
+LANDING = """<html><head></head><body><article class="bd-article"><section id="book"><h1>Book</h1>
+<figure><img src="x.png"></figure><section id="the-answer-at-a-glance"><h2>Answer</h2>
+<table class="scorecard"><tr><td>supported</td></tr></table>{text}</section>
+<section id="later"><h2>Later</h2></section></section></article></body></html>"""
+
+
+@pytest.fixture
+def landing(tmp_path, monkeypatch):
+    (tmp_path / "first.html").write_text(LANDING.format(text="<p>long</p>" * 90))
+    monkeypatch.setattr(pdf, "pages", lambda root: ["first"])
+    return tmp_path
+
+
+def test_summary_ends_with_the_answer_at_a_glance(landing):
+    whole = BeautifulSoup(pdf.summary(landing), "html.parser")
+    assert [one.get_text() for one in whole.find_all(["h1", "h2"])] == ["Book", "Answer"]
+    assert whole.img and whole.select_one("table.scorecard")
+    (landing / "first.html").write_text(PAGE.format(title="a", text=""))
+    with pytest.raises(FileNotFoundError, match=r"no section .* Run `make book` first"):
+        pdf.summary(landing)
+
+
+@pytest.mark.browser
+def test_summary_is_one_sheet_however_long(landing):
+    html = pdf.summary(landing)
+    pdf.print_pdf(html, landing / "many.pdf")
+    assert pdf.n_sheets(landing / "many.pdf") > 1
+    pdf.print_pdf(html, landing / "one.pdf", one_sheet=True)
+    assert pdf.n_sheets(landing / "one.pdf") == 1
+
+
+def test_without_a_browser_one_line_says_so(landing, monkeypatch):
+    monkeypatch.delenv("CHROMIUM", raising=False)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(pdf, "SUMMARY", landing / "s.pdf")
+    monkeypatch.setattr(pdf, "summary", lambda: "<html></html>")
+    with pytest.raises(SystemExit, match=r"^No browser: [^\n]*$"):
+        pdf.main("summary")
+    assert not list(landing.glob("s.*"))

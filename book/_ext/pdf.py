@@ -1,10 +1,13 @@
-"""Prints the built book as one PDF. Run by `make pdf`, after `make book`.
+"""Prints the built book as one PDF, or its answer on one sheet; after `make book`.
+
+Run by `make pdf`, and with the word "summary" by `make summary`.
 
 The articles of all pages are put into one page, in the order of the book, and an installed
 Chromium prints it, so that page numbers run through and links between pages lead into the PDF.
 """
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -20,6 +23,9 @@ from lib.evidence.records import pages  # noqa: E402
 
 SITE = ROOT / "_build" / "html"
 PDF = ROOT / "_build" / "prediction-geometry.pdf"
+SUMMARY = ROOT / "_build" / "summary.pdf"
+ANSWER = "the-answer-at-a-glance"  # the first page's section with the table
+SCALES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 LEFT_OUT = ".headerlink, .copybtn, details.hide, .depth-map .controls, script"
 FOOTER = (
@@ -79,6 +85,22 @@ def whole_book(names: list[str], site: Path = SITE) -> str:
     return str(whole)
 
 
+def summary(site: Path = SITE) -> str:
+    """Returns the landing page up to the end of the answer at a glance, as one HTML page.
+
+    Raises:
+        FileNotFoundError: the landing page is not built, or has no answer at a glance.
+    """
+    first = pages(ROOT)[0]
+    whole: Any = BeautifulSoup(whole_book([first], site), "html.parser")
+    answer = whole.find("section", id=_anchor(first, ANSWER))
+    if answer is None:
+        raise FileNotFoundError(f"{first} has no section {ANSWER}. Run `make book` first.")
+    for later in answer.find_next_siblings():
+        later.decompose()
+    return str(whole)
+
+
 def _anchor(name: str, fragment: str = "") -> str:
     return f"{name.replace('/', '-')}--{fragment}" if fragment else name.replace("/", "-")
 
@@ -100,42 +122,57 @@ def _rewrite(root: Any, address: str, name: str, addresses: dict[str, str]) -> N
                 node[key] = _anchor(name, str(node[key]))
 
 
-def print_pdf(html: str, pdf: Path = PDF) -> None:
-    """Writes a PDF of a page, with an outline of its headings and numbered sheets of A4."""
+def print_pdf(html: str, pdf: Path = PDF, *, one_sheet: bool = False) -> None:
+    """Writes a PDF of a page, with an outline of its headings and numbered sheets of A4.
+
+    For one sheet, all is printed as much smaller as it takes.
+    """
     from playwright.sync_api import sync_playwright
 
+    browser_path = find_browser()
     source = pdf.with_suffix(".html")
     source.write_text(html, encoding="utf-8")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=find_browser(), args=["--disable-gpu", "--disable-quic"]
+            executable_path=browser_path, args=["--disable-gpu", "--disable-quic"]
         )
         page = browser.new_page(color_scheme="light")
         page.goto(source.as_uri())
         page.evaluate("window.MathJax?.startup?.promise")
-        page.pdf(
-            path=pdf,
-            format="A4",
-            margin={"top": "18mm", "bottom": "18mm", "left": "18mm", "right": "18mm"},
-            display_header_footer=True,
-            header_template="<span></span>",
-            footer_template=FOOTER,
-            print_background=True,
-            outline=True,
-            tagged=True,
-        )
+        for scale in SCALES:
+            page.pdf(
+                path=pdf,
+                format="A4",
+                scale=scale,
+                margin={"top": "18mm", "bottom": "18mm", "left": "18mm", "right": "18mm"},
+                display_header_footer=not one_sheet,
+                header_template="<span></span>",
+                footer_template=FOOTER,
+                print_background=True,
+                outline=True,
+                tagged=True,
+            )
+            if not one_sheet or n_sheets(pdf) == 1:
+                break
         browser.close()
     source.unlink()
 
 
-def main() -> None:
-    """Prints the book."""
+def n_sheets(pdf: Path) -> int:
+    """Returns the number of sheets of a PDF that Chromium wrote."""
+    return len(re.findall(rb"/Type\s*/Page\b", pdf.read_bytes()))
+
+
+def main(what: str = "book") -> None:
+    """Prints the book, or its summary."""
+    pdf = SUMMARY if what == "summary" else PDF
     try:
-        print_pdf(whole_book(pages(ROOT)))
+        html = summary() if what == "summary" else whole_book(pages(ROOT))
+        print_pdf(html, pdf, one_sheet=what == "summary")
     except FileNotFoundError as problem:
         sys.exit(str(problem))
-    print(f"The PDF is at {PDF}")
+    print(f"The PDF is at {pdf}")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -12,6 +12,7 @@
 - `comparison`: the models' runs side by side.
 - `mathjax`: puts MathJax into the book, so that pages need no network.
 - `plotting`: gives Matplotlib a folder that it can write, for it complains where a home is not.
+- `metadata`: previews, citation tags and the page for what is not found.
 - `theme`: mends what the theme gets wrong on the pages.
 """
 
@@ -29,6 +30,7 @@ from executable_book import (
     first_registration,
     freshness,
     mathjax,
+    metadata,
     plotting,
     progress,
     results,
@@ -42,7 +44,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Connect the parts to the build. Reading runs in one process, in the order of the book."""
     for part in (
         *(mathjax, plotting, progress, results, freshness),
-        *(run_facts, scorecard, comparison, first_registration, chapter_figure, theme),
+        *(run_facts, scorecard, comparison, first_registration, chapter_figure, metadata, theme),
     ):
         part.setup(app)
     return {"parallel_read_safe": False, "parallel_write_safe": True}
