@@ -53,10 +53,10 @@ def test_forest_draws_each_number_to_scale_and_twins_grey():
     centres = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', html)]
     low, high = scorecard.AXIS
     values = [row["estimate"] for row in own if row["place"] == "all tasks"]
-    expected = [6 + 228 * (value - low) / (high - low) for value in values]
+    expected = [6 + 148 * (value - low) / (high - low) for value in values]
     assert centres == pytest.approx(expected, abs=0.06)
     (threshold,) = re.findall(r'class="threshold" x1="([\d.]+)"', html)
-    assert float(threshold) == pytest.approx(6 + 228 * (0.8 - low) / (high - low), abs=0.06)
+    assert float(threshold) == pytest.approx(6 + 148 * (0.8 - low) / (high - low), abs=0.06)
     assert html.count(f'stroke="{scorecard.TWIN}"') == 2  # interval and mark
     assert "● supported" in html and "○ refuted" in html and 'href="a.html"' in html
 
@@ -65,7 +65,7 @@ def test_numbers_beyond_the_axis_are_drawn_at_its_end_and_untested_ones_not_at_a
     rows = [r for r in invented("phase-transition") if r["statistic"] == CONTEXT.statistic]
     far = rows[0] | {"estimate": 40.0, "low": -40.0, "high": 41.0}
     html = scorecard._forest([far], CONTEXT, ["m"])
-    assert 'x1="6.0" x2="234.0"' in html and '<circle cx="234.0"' in html
+    assert 'x1="6.0" x2="154.0"' in html and '<circle cx="154.0"' in html
     gone = far | {"estimate": None, "verdict": "not testable", "reason": "no <pair>"}
     html = scorecard._forest([gone], CONTEXT, ["m"])
     assert "<circle" not in html and "no &lt;pair&gt;" in html

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 
+from lib.evidence.criteria import criteria
 from lib.evidence.records import pages
 from notebooks import site_address
 
@@ -24,6 +25,9 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 BROWSER = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
 PAGES = [*pages(ROOT), "search", "genindex"]
 CHAPTERS = [page for page in PAGES if (ROOT / page).with_suffix(".ipynb").is_file()]
+CLAIM_PAGES = [
+    page for page in pages(ROOT) if Path(page).name in {one.claim for one in criteria()} | {"intro"}
+]
 EXPLORER = "book/depth-explorer"
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
@@ -175,8 +179,11 @@ def test_dark_mode_is_dark_and_figures_keep_a_light_card(opened):
     })"""
     (page,) = opened.page.evaluate(brightness, "body")
     assert page is not None and page < 0.2
-    cards = opened.page.evaluate(brightness, "article.bd-article .cell_output img")
+    cards = opened.page.evaluate(brightness, "article.bd-article img")
     assert all(card is not None and card > 0.9 for card in cards)
+    filters = """() => [...document.querySelectorAll("article.bd-article img")]
+        .map(node => getComputedStyle(node).filter)"""
+    assert set(opened.page.evaluate(filters)) <= {"none"}  # nothing dims what was drawn on white
 
 
 def test_on_a_phone_nothing_widens_the_page_and_wide_tables_scroll(opened):
@@ -244,6 +251,49 @@ def test_no_line_of_code_is_cut(opened):
             .map(node => node.textContent.slice(0, 200))"""
     )
     assert cut == []
+
+
+def test_the_first_figure_is_seen_without_much_scrolling(opened):
+    if opened.name not in CLAIM_PAGES:
+        pytest.skip("no claim, no figure")
+    opened.page.emulate_media(color_scheme="light")
+    top = opened.page.evaluate(
+        """() => {
+            const image = document.querySelector("article.bd-article img");
+            return image && image.getBoundingClientRect().top + scrollY;
+        }"""
+    )
+    assert top is not None and top < 1200
+
+
+def test_a_chapter_shows_its_answer_as_a_table_before_its_first_figure(opened):
+    if opened.name not in CLAIM_PAGES:
+        pytest.skip("no claim, no answer")
+    assert opened.page.evaluate(
+        """() => {
+            const table = document.querySelector("article.bd-article table");
+            const image = document.querySelector("article.bd-article img");
+            const code = document.querySelector("article.bd-article .cell_input");
+            const before = (one, other) => !other || Boolean(
+                one.compareDocumentPosition(other) & Node.DOCUMENT_POSITION_FOLLOWING);
+            return table !== null && before(table, code)
+                && (location.pathname.endsWith("intro.html") || before(table, image))
+                && before(image, code);
+        }"""
+    )
+
+
+def test_every_glued_number_came_through(opened):
+    pasted = opened.page.evaluate(
+        "[...document.querySelectorAll('article.bd-article .pasted-text')].map(n => n.textContent)"
+    )
+    wrong = [one for one in pasted if one.strip() in ("", "…", "nan", "None", "inf")]
+    assert not wrong
+    prose = opened.page.evaluate(
+        "[...document.querySelectorAll('article.bd-article :is(p, figcaption, td)')]"
+        ".map(n => n.textContent).join(' ')"
+    )
+    assert "{glue" not in prose and "glue:text" not in prose
 
 
 def test_the_answer_at_a_glance_says_verdicts_in_words_beside_their_shapes(soups):

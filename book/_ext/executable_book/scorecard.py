@@ -18,7 +18,7 @@ NO_RESULT = "no result"
 MODEL_COLOURS, TWIN = ("#0173b2", "#d55e00", "#029e73", "#cc78bc"), "#7f7f7f"
 AXIS = (-0.25, 1.25)
 """Ends of the forest's axis; a number beyond them is drawn at the end that it passes."""
-_WIDTH, _LINE = 240, 16
+_WIDTH, _LINE = 160, 16
 
 
 class Scorecard(SphinxDirective):
