@@ -17,7 +17,7 @@ from lib.engine.extraction import extract_residuals
 from lib.engine.models import load_decoder
 from lib.evidence.criteria import claim_verdict, judge
 from lib.evidence.tasks import Pairs, build_task, load_texts
-from lib.evidence.transfer import Transfer, Trial, read_tasks
+from lib.evidence.transfer import Transfer, Trial, needed_prompts, read_tasks
 from lib.science.estimate import Estimate, Untested
 
 N_ANSWERS, BLOCK = 4, 2
@@ -116,7 +116,7 @@ def test_edits_are_made_after_the_transition_and_never_after_the_last_block():
 
 def test_pairs_that_need_few_prompts_keep_their_texts(trial):
     pairs = claim.few_pairs(trial, 4)
-    task, (renumbered,) = claim.needed_prompts(trial.task, pairs)
+    task, (renumbered,) = needed_prompts(trial.task, pairs)
     assert len(pairs) == 4 and task.n_prompts <= 8
     for before, after in zip(pairs.prompts.ravel(), renumbered.prompts.ravel(), strict=True):
         assert trial.task.prompts["text"][before] == task.prompts["text"][after]

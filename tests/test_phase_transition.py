@@ -16,8 +16,8 @@ from lib.claims.phase_transition import Arms
 from lib.engine.models import load_decoder
 from lib.evidence.criteria import claim_verdict, judge
 from lib.evidence.tasks import Pairs, build_task, exchange_pairs, load_tasks
-from lib.evidence.transfer import Transfer, read_tasks
-from lib.science.estimate import Estimate, Untested, mean_over_units
+from lib.evidence.transfer import Transfer, choose_pairs, needed_prompts, read_tasks
+from lib.science.estimate import Estimate, Untested, mean_over_units, over_seeds
 
 
 def switch(arms):
@@ -55,11 +55,11 @@ def trial(tiny):
 
 @pytest.fixture(scope="module")
 def pairs(trial):
-    return claim.choose_pairs(trial, n_donors=3)
+    return choose_pairs(trial, n_donors=3)
 
 
 def choose_all(trials):
-    return {name: claim.choose_pairs(one) for name, one in trials.items()}
+    return {name: choose_pairs(one) for name, one in trials.items()}
 
 
 def recompute(trial, row, position, block, state):
@@ -256,7 +256,7 @@ def test_a_task_that_a_twin_cannot_be_measured_on_is_left_out_of_both():
 
 
 def test_over_seeds_names_the_reason_of_a_lost_seed():
-    lost = claim.over_seeds([mean_over_units([1, 2, 3.0], "u"), Untested("flat")])
+    lost = over_seeds([mean_over_units([1, 2, 3.0], "u"), Untested("flat")])
     assert lost.reason == "1 of 2 twins: flat"
 
 
@@ -276,7 +276,7 @@ def test_twins_are_measured_on_pairs_of_the_trained_model(trial, pairs):
 
 def test_only_the_prompts_that_pairs_need_are_kept(trial, pairs):
     few = pairs.where(claim.thin(pairs, 5))
-    task, (own,) = claim.needed_prompts(trial.task, few)
+    task, (own,) = needed_prompts(trial.task, few)
     assert task.n_prompts == len(np.unique(few.prompts))
     for kept, whole in zip(own.prompts.ravel(), few.prompts.ravel(), strict=True):
         assert task.tokens[kept] == trial.task.tokens[whole]
@@ -313,7 +313,7 @@ def test_states_are_those_of_the_whole_prompt(trial, arm):
 
 
 def test_transfer_of_the_donor_is_that_of_the_exchange(trial, contents):
-    pairs = claim.choose_pairs(trial)
+    pairs = choose_pairs(trial)
     arms = claim.measure_arms(trial, pairs)
     blocks = claim.carrying_blocks(trial.decoder.n_blocks)
     expected = [float(arms.estimates[arm].at(block)) for arm, block in blocks.items()]
@@ -325,7 +325,7 @@ def test_self_donor_changes_nothing(contents, embedded):
     assert contents["tiny"].self_donor <= 1e-5
     tasks = load_tasks(embedded, ["capitals", "months-sequence"])
     few = {
-        name: claim.needed_prompts(task, exchange_pairs(task, n_donors=1).where(np.arange(4)))
+        name: needed_prompts(task, exchange_pairs(task, n_donors=1).where(np.arange(4)))
         for name, task in tasks.items()
     }
     real = read_tasks(embedded, {name: task for name, (task, _) in few.items()})
@@ -335,8 +335,8 @@ def test_self_donor_changes_nothing(contents, embedded):
 
 def test_nulls_are_measured_beyond_chance(tiny, trial, contents):
     """By the loop: T towards the donor less, if above 0, T towards all donors of third answers."""
-    small, (own, _) = claim._narrow(trial, claim.choose_pairs(trial))
-    other = claim._narrow(tiny["other"], claim.choose_pairs(tiny["other"]))[0]
+    small, (own, _) = claim._narrow(trial, choose_pairs(trial))
+    other = claim._narrow(tiny["other"], choose_pairs(tiny["other"]))[0]
     answers, template = small.task.answer_index, small.task.prompts["template"].to_numpy()
     logs = [clean(small, row) for row in range(small.task.n_prompts)]
     for index, (arm, block) in enumerate(claim.carrying_blocks(4).items()):
@@ -519,14 +519,14 @@ def test_width_gap_is_positive_where_the_geometry_rises_more_slowly():
 def test_a_task_with_groups_needs_one_that_passes_the_gate(trial, monkeypatch):
     grouped = replace(trial.task, prompts=trial.task.prompts.assign(group="two"))
     failing = replace(trial, task=grouped)
-    assert "accuracy" in claim.choose_pairs(failing).reason
+    assert "accuracy" in choose_pairs(failing).reason
     monkeypatch.setattr(type(trial), "able_groups", property(lambda _self: ["two"]))
-    assert len(claim.choose_pairs(failing)) == len(claim.choose_pairs(trial))
+    assert len(choose_pairs(failing)) == len(choose_pairs(trial))
 
 
 def test_a_task_without_groups_needs_no_right_answer(trial):
     assert trial.gate is not None
-    assert len(claim.choose_pairs(trial)) == 12
+    assert len(choose_pairs(trial)) == 12
 
 
 def test_the_second_operand_is_exchanged_at_its_own_token(tiny):
@@ -633,7 +633,7 @@ def test_arms_that_are_exchanged_refute_the_claim():
 def test_the_default_model_hands_over_from_subject_to_last_token(embedded):
     whole = load_tasks(embedded, ["capitals"])["capitals"]
     pairs = exchange_pairs(whole, n_donors=1)
-    task, (few,) = claim.needed_prompts(whole, pairs.where(claim.thin(pairs, 6)))
+    task, (few,) = needed_prompts(whole, pairs.where(claim.thin(pairs, 6)))
     real = read_tasks(embedded, {"capitals": task})["capitals"]
     arms = claim.measure_arms(real, few, [12, 26])
     assert arms.curve("context arm").value == pytest.approx([1, 0], abs=0.2)
