@@ -28,6 +28,10 @@ from lib.science.correlation import partial_correlation
 from lib.science.estimate import Measured, Untested, generator, mean_over_units
 from lib.science.geometry import angles, distances, jeffreys_divergence, upper_triangle
 
+CLAIM = "why-angles"
+MODEL = "small decoders"
+"""What the records call the networks, whichever model the other chapters run on."""
+
 GATE = 0.01
 """Largest KL(truth ‖ model), in nats, of a network that has learned the language."""
 
@@ -46,7 +50,7 @@ def training_material() -> Material:
 def held_out_questions() -> pd.DataFrame:
     """Return the questions that the networks are measured on, 256 with fillers not trained on."""
     every = circle.all_questions(circle.HELD_OUT_FILLERS)
-    rows = generator("why-angles", "questions").choice(len(every), N_QUESTIONS, replace=False)
+    rows = generator(CLAIM, "questions").choice(len(every), N_QUESTIONS, replace=False)
     return every.iloc[rows].reset_index(drop=True)
 
 
@@ -58,6 +62,27 @@ def _material(questions: pd.DataFrame) -> Material:
 def read_network(training: Training, moment: int | None = None) -> Decoder:
     """Return a network at a moment of its training, by default the last, as a decoder."""
     return load_decoder(training.model(moment), tokenizer=circle.make_tokenizer())
+
+
+def read_states(training: Training, questions: pd.DataFrame) -> NDArray[np.float32]:
+    """Return a trained network's residual streams at the last token `[n_blocks, n, d_model]`."""
+    states: NDArray[np.float32] = _read(read_network(training), questions)[0].numpy()
+    return states
+
+
+def with_losses(table: pd.DataFrame, trainings: Sequence[Training]) -> pd.DataFrame:
+    """Return a table of moments with the training loss at each, in nats, as column `kl_nats`.
+
+    The loss is the mean over the ten steps up to the moment.
+    """
+    losses = {
+        (one.kind, one.seed, step): one.losses[max(0, step - 10) : step].mean()
+        for one in trainings
+        for step in one.weights
+        if step > 0
+    }
+    keys = zip(table["kind"], table["seed"], table["step"], strict=True)
+    return table.assign(kl_nats=[losses[key] for key in keys])
 
 
 def divergence_from_truth(decoder: Decoder, questions: pd.DataFrame) -> float:
@@ -222,7 +247,7 @@ def measure_arms(decoder: Decoder, questions: pd.DataFrame) -> pd.DataFrame:
         A row an arm and block: `arm`, `block`, `transfer`.
     """
     donors = questions.copy()
-    drawn = generator("why-angles", "hours").integers(1, circle.N_HOURS, len(questions))
+    drawn = generator(CLAIM, "hours").integers(1, circle.N_HOURS, len(questions))
     hours = (questions["hour"].map(circle.HOURS.index).to_numpy() + drawn) % circle.N_HOURS
     donors["hour"] = np.array(circle.HOURS)[hours]
     both = pd.concat([questions, donors], ignore_index=True)
@@ -301,7 +326,7 @@ def _by_seed(
 
 def random_pairs(n: int) -> NDArray[np.int64]:
     """Return a donor for each of n questions, `[n, 2]`: one random cycle through all of them."""
-    order = generator("why-angles", "donors").permutation(n)
+    order = generator(CLAIM, "donors").permutation(n)
     return np.array(sorted([*pairwise(order), (order[-1], order[0])]))
 
 
