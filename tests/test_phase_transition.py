@@ -257,7 +257,7 @@ def test_a_task_that_a_twin_cannot_be_measured_on_is_left_out_of_both():
 
 def test_over_seeds_names_the_reason_of_a_lost_seed():
     lost = over_seeds([mean_over_units([1, 2, 3.0], "u"), Untested("flat")])
-    assert lost.reason == "1 of 2 twins: flat"
+    assert lost.reason == "1 of 2 networks: flat"
 
 
 def test_twins_are_measured_on_pairs_of_the_trained_model(trial, pairs):
