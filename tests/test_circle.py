@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.special import i0, i1
 from scipy.stats import vonmises
 
 from lib.evidence import circle
@@ -37,6 +38,14 @@ def test_each_filler_is_trained_at_each_place():
 def test_fillers_mean_nothing():
     one, other = (circle.all_questions([pair]) for pair in (("well", "well"), ("oh", "so")))
     np.testing.assert_array_equal(circle.truths(one), circle.truths(other))
+
+
+def test_guessing_costs_what_a_von_mises_density_holds_over_a_uniform_one():
+    """In the limit of many hours κ I₁(κ)/I₀(κ) − log I₀(κ); 24 are many at these κ."""
+    kappas = np.array([1.0, 2.0, 4.0, 8.0])
+    expected = (kappas * i1(kappas) / i0(kappas) - np.log(i0(kappas))).mean()
+    questions = circle.all_questions([("so", "so")])
+    assert circle.guessing(questions) == pytest.approx(expected, abs=1e-6)
 
 
 def test_each_word_is_one_token_at_its_place():

@@ -151,14 +151,22 @@ def test_every_question_gives_and_takes_once_and_never_itself():
 
 
 def test_scaling_the_last_state_is_a_temperature_unless_a_norm_divides_it_out(network, questions):
-    doses = why_angles.measure_doses(network, questions)
-    last = doses[doses["block"] == 5].set_index("factor")
+    last = why_angles.measure_doses(network, questions, block=5).set_index("factor")
     assert list(last.index) == list(why_angles.DOSES)
     for factor, row in last.iterrows():
         if kind_of(network) in why_angles.NORMED:
             assert row["kl_nats"] < 1e-6 and abs(row["sharpening"]) < 1e-2
         else:
             assert row["sharpening"] == pytest.approx(np.log(factor), abs=1e-3)
+
+
+def test_the_block_before_the_last_is_scaled_by_default(network, questions):
+    doses = why_angles.measure_doses(network, questions).set_index("factor")
+    _, clean = run(network, questions)
+    _, edited = run(network, questions, lambda h: 2 * h, 4)
+    assert set(doses["block"]) == {4}
+    expected = kl(clean, edited).mean()
+    assert doses.loc[2.0, "kl_nats"] == pytest.approx(expected, rel=2e-3, abs=1e-8)
 
 
 def test_transfer_equals_full_recomputes_of_pairs_that_differ_in_the_hour(network, questions):
@@ -227,6 +235,13 @@ def test_networks_that_have_not_learned_say_why(questions):
     assert reasons[1] == "none, seed 3: its loss was not finite at step 1"
     assert list(why_angles.untested_kinds(learned)) == ["none"]
     assert why_angles.untested_kinds(learned.assign(kl_nats=0.0099)) == {}
+
+
+def test_a_moments_loss_is_the_mean_of_the_ten_steps_before_it():
+    weights = {0: {}, 3: {}, 20: {}}
+    training = Training("none", 4, np.arange(20.0), weights)
+    table = pd.DataFrame({"kind": "none", "seed": 4, "step": [20, 3]})
+    assert list(why_angles.with_losses(table, [training])["kl_nats"]) == [14.5, 1.0]
 
 
 def test_all_networks_are_measured_at_the_moments_asked_for(questions):

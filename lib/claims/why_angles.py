@@ -211,33 +211,37 @@ def measure_exchanges(decoder: Decoder, questions: pd.DataFrame) -> pd.DataFrame
     return pd.DataFrame({**columns, "norm_cost": norm / direction})
 
 
-def measure_doses(decoder: Decoder, questions: pd.DataFrame) -> pd.DataFrame:
-    """Return what scaling the last token's state by c does, after each block.
+def measure_doses(
+    decoder: Decoder, questions: pd.DataFrame, *, block: int | None = None
+) -> pd.DataFrame:
+    """Return what scaling the last token's state by c does.
+
+    Args:
+        decoder: the network.
+        questions: what it is asked.
+        block: after which the state is scaled; by default the one before the last.
 
     Returns:
-        A row a block and c: `block`, `factor`, `kl_nats`, the mean KL(p ‖ p_edited);
-        `sharpening`, the mean of −log T in nats, T the temperature that best turns the edited
-        prediction back into the unedited one (`lib.engine.readouts.fit_temperature`): above zero
-        where the edit made the prediction more certain.
+        A row a c: `block`, `factor`, `kl_nats`, the mean KL(p ‖ p_edited); `sharpening`, the mean
+        of −log T in nats, T the temperature that best turns the edited prediction back into the
+        unedited one (`lib.engine.readouts.fit_temperature`): above zero where the edit made the
+        prediction more certain.
     """
+    block = decoder.n_blocks - 2 if block is None else block
     pairs = np.stack([np.arange(len(questions))] * 2, axis=1)
+    logits = _read(decoder, questions)[1]
     sweep = sweep_blocks(
         decoder,
         tokenize(decoder, circle.texts(questions)),
         pairs,
         {str(factor): Scale(factor) for factor in DOSES},
         positions="last",
-        measure=DistributionMeasure(_read(decoder, questions)[1], pairs[:, 0], temperature=True),
+        blocks=[block],
+        measure=DistributionMeasure(logits, pairs[:, 0], temperature=True),
     )
-    kl = sweep.measures["kl_nats"].mean(-1)
-    sharpening = -np.log(sweep.measures["temperature"]).mean(-1)
-    return pd.DataFrame(
-        [
-            {"block": b, "factor": c, "kl_nats": kl[i, b], "sharpening": sharpening[i, b]}
-            for i, c in enumerate(DOSES)
-            for b in sweep.blocks
-        ]
-    )
+    columns = {"factor": DOSES, "kl_nats": sweep.measures["kl_nats"][:, 0].mean(-1)}
+    columns["sharpening"] = -np.log(sweep.measures["temperature"][:, 0]).mean(-1)
+    return pd.DataFrame(columns).assign(block=block)
 
 
 def measure_arms(decoder: Decoder, questions: pd.DataFrame) -> pd.DataFrame:

@@ -89,6 +89,12 @@ def truths(questions: pd.DataFrame) -> NDArray[np.float64]:
     return result
 
 
+def guessing(questions: pd.DataFrame) -> float:
+    """Return the mean KL(truth ‖ all hours alike) in nats: what knowing no question costs."""
+    p = truths(questions)[:, list(ANSWER_IDS)]
+    return float((p * np.log(p * N_HOURS)).sum(axis=1).mean())
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Return the tokenizer of the language: one token a word, no special tokens."""
     # No unknown token: a word of no language is an error, not the first word.

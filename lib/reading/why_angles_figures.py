@@ -80,12 +80,13 @@ def language(truths: Mapping[str, FloatArray], title: str) -> Figure:
     return figure
 
 
-def losses(table: pd.DataFrame, gate: float) -> Figure:
+def losses(table: pd.DataFrame, gate: float, guess: float) -> Figure:
     """Return the loss of every network over training.
 
     Args:
         table: columns `kind`, `seed`, `step`, `kl_nats`.
         gate: what a network has to reach, dashed.
+        guess: what one reaches to whom all hours are the same, dotted.
     """
     use_theme()
     figure, axes = plt.subplots(figsize=(WIDTH, 3.0))
@@ -98,6 +99,7 @@ def losses(table: pd.DataFrame, gate: float) -> Figure:
                 **{**style, "marker": None, "linewidth": 1.0},
             )
     axes.axhline(gate, color="#b00020", linestyle="--", linewidth=1)
+    axes.axhline(guess, color="#444444", linestyle=":", linewidth=1)
     axes.set_yscale("log")
     axes.set_xlabel("training step")
     axes.set_ylabel("KL(truth ‖ model), nats")
