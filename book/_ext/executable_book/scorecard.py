@@ -112,7 +112,8 @@ def _effect_rows(
         head = f'<a href="{href}">{text}</a>' if href else text
         numbers, verdicts = [], []
         for row in own:
-            who = "untrained twins" if row["untrained"] else row["model"]
+            trained = "trained" if len(runs) == 1 else row["model"]
+            who = "untrained" if row["untrained"] else trained
             numbers.append(f"<div>{escape(who)}: {escape(record_text(row))}</div>")
             verdicts.append(f"<div>{escape(verdict_text(row))}</div>")
         result.append(
