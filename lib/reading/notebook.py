@@ -281,13 +281,15 @@ def answer_table(rows: Sequence[Record], claim: str) -> pd.DataFrame:
 
 
 def _answer_row(criterion: Criterion, row: Record, twin: Record | None) -> dict[str, str]:
-    place = "" if row["place"] == "model" else f" ({row['place']})"
+    place = {"model": "", "all tasks": ", tasks"}.get(row["place"], f", {row['place']}")
     twins = "compared" if criterion.comparative else "–"
+    if twin is not None and twin["estimate"] is not None:
+        twins = record_text(twin)
     return {
         "part": criterion.part,
-        "statistic": f"{criterion.text}{place}",
+        "statistic": f"{criterion.statistic.replace('_', ' ')}{place}",
         "trained": record_text(row),
-        "untrained twins": twins if twin is None else record_text(twin),
+        "untrained twins": twins,
         "criterion": f"{criterion.wanted} {_UNITS.get(criterion.unit, criterion.unit)}".strip(),
         "verdict": verdict_text(row),
     }

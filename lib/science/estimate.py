@@ -275,6 +275,9 @@ def pool(estimates: Mapping[str, Measured]) -> Measured:
     found = {name: one for name, one in estimates.items() if isinstance(one, Estimate)}
     if not found:
         reasons = [f"{name}: {one.reason}" for name, one in estimates.items()]  # type: ignore[union-attr]
+        shared = {one.reason for one in estimates.values() if isinstance(one, Untested)}
+        if len(estimates) > 1 and len(shared) == 1:
+            return Untested(shared.pop())
         return Untested("; ".join(reasons) or "no task")
     if len(found) == 1:
         return next(iter(found.values()))
