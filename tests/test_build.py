@@ -663,7 +663,7 @@ def test_a_small_book_lives_through_builds_failures_and_changes(tmp_path):
     assert "no page here" in (tmp_path / "_build/html/404.html").read_text()
     assert not (tmp_path / "_build/html/sitemap.xml").exists()
     card = re.sub(r"<[^>]+>", " ", book.page("intro"))
-    assert re.search(r"Depth switches\.\s+● supported\s+the one number\s+small: 0\.50 \[", card)
+    assert re.search(r"Depth switches\.\s+● supported\s+the one number\s+trained: 0\.50 \[", card)
     assert "○ refuted" in card  # the twins
     assert 'href="angular-code.html#angular-code"' in book.page("intro")
     assert 'alt="An empty figure."' in book.page("intro")

@@ -58,7 +58,10 @@ def save_tiny_model(folder: Path) -> None:
 def build_book(folder: Path) -> None:
     """Build the book in a folder as `make book MODEL=folder` does, on smaller samples."""
     save_tiny_model(folder / "tiny-llama")
-    for name in ("_config.yml", "_toc.yml", "requirements.txt", "environment.yml"):
+    for name in (
+        *("_config.yml", "_toc.yml", "requirements.txt", "environment.yml"),
+        "CITATION.cff",
+    ):
         shutil.copy(ROOT / name, folder)
     for name in ("lib", "book", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -154,8 +154,9 @@ def depth_positions(states: ArrayLike) -> tuple[FloatArray, FloatArray]:
         directions = blocks[block] / norms
         centred = directions - directions.mean(axis=0)
         left, values, _ = np.linalg.svd(centred, full_matrices=False)
-        if values[0] < 1e-9:
-            raise ValueError(f"block {block}: all directions are equal; there is nothing to map.")
+        if values[0] < 1e-9:  # all directions are equal: they lie at one place, shown whole
+            shown[block] = 1.0
+            continue
         plane = left[:, :2] * values[:2]
         if following is None:
             signs = np.sign(plane[np.abs(plane).argmax(axis=0), [0, 1]])
