@@ -162,13 +162,18 @@ def test_a_cloud_that_only_turns_stays_where_it_is_on_the_map() -> None:
     ("states", "message"),
     [
         (np.zeros((1, 4, 3)), "item 0 has norm 0"),
-        (np.ones((2, 4, 3)), "block 1: all directions are equal"),
         (np.ones((1, 2, 3)), "at least 3"),
     ],
 )
 def test_states_without_a_map_are_refused(states: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         depth_positions(states)
+
+
+def test_states_that_are_all_alike_lie_at_one_place_shown_whole() -> None:
+    positions, shown = depth_positions(np.ones((2, 4, 3)))
+    assert not positions.any()
+    assert shown.tolist() == [1.0, 1.0]
 
 
 def test_map_is_that_of_the_states(trial: Trial, one: Exploration) -> None:

@@ -27,7 +27,9 @@ def test_states_equal_hooks_on_each_prompt_alone(decoder: Decoder) -> None:
     residuals = extract_residuals(decoder, RAGGED, positions=[1, 2, -2, -1, 3])
     for row, (prompt, position) in enumerate(zip(RAGGED, [1, 2, 4, 2, 3], strict=True)):
         expected = oracle.block_states(decoder.model, decoder.blocks, prompt)[:, position]
-        assert torch.allclose(residuals.states[:, row], expected, atol=1e-5)
+        # Rounding grows with the states: scans of hybrid models reach a size of ten.
+        size = max(1.0, float(expected.abs().max()))
+        assert torch.allclose(residuals.states[:, row], expected, rtol=0, atol=1e-5 * size)
 
 
 def test_last_block_is_read_before_the_final_norm(llama: Decoder) -> None:
