@@ -107,6 +107,19 @@ def test_planted_codes_are_told_apart(monkeypatch, questions):
     assert metric["distance"] > 0.95 and metric["partial_gap"] < -0.5
 
 
+def test_the_logit_code_is_that_of_a_planes_vectors(monkeypatch):
+    questions = why_angles.held_out_questions()
+    turned = questions["hour"].str[:2].astype(int) + questions["turn"].str[1:-1].astype(int)
+    phi = 2 * np.pi * turned.to_numpy() / 24
+    kappa = questions["confidence"].map(circle.CONCENTRATIONS).to_numpy()[:, None]
+    plane = kappa * np.stack([np.cos(phi), np.sin(phi)], axis=1)
+    log_p = np.log(circle.truths(questions)[:, list(circle.ANSWER_IDS)])
+    plant(monkeypatch, plane, log_p)
+    expected = why_angles.measure_geometry(None, questions)["partial_gap"].iloc[0]
+    # Angles and distances that are equal in one embedding differ by rounding in the other.
+    assert why_angles.logit_code(questions) == pytest.approx(expected, abs=0.02)
+
+
 def test_confidence_share_is_the_variance_between_confidences(monkeypatch, questions):
     rng = np.random.default_rng(1)
     levels = questions["confidence"].map(circle.CONCENTRATIONS).to_numpy(dtype=float)

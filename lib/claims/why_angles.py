@@ -8,6 +8,7 @@ divergence of the network's own predictions at the last token, r = ‖h‖₂.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -166,26 +167,41 @@ def measure_geometry(decoder: Decoder, questions: pd.DataFrame) -> pd.DataFrame:
     """
     states, logits = _read(decoder, questions)
     divergences = rankdata(upper_triangle(jeffreys_divergence(logits)))
+    confidence = questions["confidence"].to_numpy()
     rows = []
     for block, found in enumerate(states.numpy()):
-        ranks = [rankdata(upper_triangle(measure(found))) for measure in (angles, distances)]
-        every = np.corrcoef([ranks[0], divergences, ranks[1]])
-        by_angle = float(partial_correlation(every))
-        by_distance = float(partial_correlation(every[::-1, ::-1]))
-        rows.append(
-            {
-                "block": block,
-                "angle": every[0, 1],
-                "distance": every[2, 1],
-                "angle_given_distance": by_angle,
-                "distance_given_angle": by_distance,
-                "partial_gap": by_angle - by_distance,
-                "confidence_share": _share_between(
-                    np.log(np.linalg.norm(found, axis=1)), questions["confidence"].to_numpy()
-                ),
-            }
-        )
+        share = _share_between(np.log(np.linalg.norm(found, axis=1)), confidence)
+        rows.append({"block": block, **_gaps(found, divergences), "confidence_share": share})
     return pd.DataFrame(rows)
+
+
+def _gaps(states: NDArray[Any], divergences: NDArray[np.float64]) -> dict[str, float]:
+    """Return the rank correlations of states `[n, d_model]` with ranked divergences of pairs."""
+    ranks = [rankdata(upper_triangle(measure(states))) for measure in (angles, distances)]
+    every = np.corrcoef([ranks[0], divergences, ranks[1]])
+    by_angle = float(partial_correlation(every))
+    by_distance = float(partial_correlation(every[::-1, ::-1]))
+    return {
+        "angle": every[0, 1],
+        "distance": every[2, 1],
+        "angle_given_distance": by_angle,
+        "distance_given_angle": by_distance,
+        "partial_gap": by_angle - by_distance,
+    }
+
+
+def logit_code(questions: pd.DataFrame) -> float:
+    """Return the partial gap of states that are the true logits themselves, a reference.
+
+    The logits κ cos(φ − μ) are a plane's vectors κ (cos μ, sin μ): length the confidence, direction
+    the answer.
+    """
+    truths = circle.truths(questions)[:, list(circle.ANSWER_IDS)]
+    logits = np.log(truths)
+    logits -= logits.mean(axis=1, keepdims=True)
+    return float(
+        _gaps(logits, rankdata(upper_triangle(jeffreys_divergence(logits))))["partial_gap"]
+    )
 
 
 def measure_exchanges(decoder: Decoder, questions: pd.DataFrame) -> pd.DataFrame:

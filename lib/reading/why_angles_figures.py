@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from lib.evidence.circle import CONCENTRATIONS
 from lib.reading.figures import STYLES, WIDTH, mark_last_block, shared_legend, use_theme
 
 FloatArray = NDArray[np.float64]
@@ -21,6 +22,9 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     "none": {"color": STYLES["distance"]["color"], "marker": "^", "linestyle": ":"},
 }
 """Colour, marker and dash of each kind of network."""
+
+MARKS = "osD^"
+"""Markers of the confidences, from the least certain on."""
 
 PARTIALS = {
     "angle_given_distance": ("angle, given distance", STYLES["angle"]),
@@ -65,9 +69,9 @@ def language(truths: Mapping[str, FloatArray], title: str) -> Figure:
     use_theme()
     figure = plt.figure(figsize=(WIDTH * 0.75, 3.4))
     axes: Any = figure.add_subplot(projection="polar")
-    colours = plt.get_cmap("cividis")(np.linspace(0, 0.85, len(truths)))
-    marks = "osD^"
-    for (word, p), colour, mark in zip(truths.items(), colours, marks, strict=False):
+    for (word, p), colour, mark in zip(
+        truths.items(), _four_colours(len(truths)), MARKS, strict=False
+    ):
         around = 2 * np.pi * np.arange(len(p) + 1) / len(p)
         axes.plot(around, [*p, p[0]], color=colour, marker=mark, markersize=3, label=word)
     axes.set_theta_zero_location("N")
@@ -108,39 +112,55 @@ def losses(table: pd.DataFrame, gate: float, guess: float) -> Figure:
 
 
 def maps(
-    states: Mapping[str, FloatArray], hours: NDArray[np.int64], concentrations: FloatArray
+    states: Mapping[str, FloatArray], hours: NDArray[np.int64], confidences: NDArray[np.object_]
 ) -> Figure:
-    """Return states in the plane in which they spread most, a panel a network.
+    """Return the states of networks from above and from the side, a column a network.
+
+    The axis is the direction of the states' mean. From above: the plane across the axis in which
+    they spread most. From the side: how far they lie along the axis and, in that plane, from it;
+    states of one direction lie on one ray from the origin.
 
     Args:
-        states: by title `[n, d_model]`; not centred, so that the origin is the origin.
+        states: by title `[n, d_model]`.
         hours: the true answers' hours `[n]`, shown as colours round the clock.
-        concentrations: κ `[n]`, shown as sizes.
+        confidences: the words of confidence `[n]`, shown by colour and marker.
     """
     use_theme()
-    figure, grid = plt.subplots(1, len(states), figsize=(WIDTH, 3.9), squeeze=False)
-    for axes, (title, found) in zip(grid.flat, states.items(), strict=True):
-        plane = np.linalg.svd(found, full_matrices=False)[2][:2]
-        x, y = plane @ found.T
-        shown = axes.scatter(
-            x,
-            y,
-            c=hours,
-            s=6 * concentrations,
-            cmap="twilight_shifted",
-            vmin=0,
-            vmax=24,
-            edgecolor="#333333",
-            linewidth=0.3,
-        )
-        axes.plot(0, 0, marker="+", color="black", markersize=10)
-        axes.set_aspect("equal", adjustable="datalim")
-        axes.set_title(title)
-        axes.set_xlabel("first direction")
-    grid[0, 0].set_ylabel("second direction")
-    bar = figure.colorbar(shown, ax=list(grid.flat), location="bottom", shrink=0.5, aspect=40)
+    figure, grid = plt.subplots(2, len(states), figsize=(WIDTH, 6.4), squeeze=False)
+    words = list(dict.fromkeys(sorted(confidences, key=list(CONCENTRATIONS).index)))
+    for (above, side), (title, found) in zip(grid.T, states.items(), strict=True):
+        mean = found.mean(axis=0)
+        along = found @ (mean / np.linalg.norm(mean))
+        across = found - np.outer(along, mean / np.linalg.norm(mean))
+        x, y = np.linalg.svd(across, full_matrices=False)[2][:2] @ across.T
+        shown = above.scatter(
+            x, y, c=hours, s=14, cmap="twilight_shifted", vmin=0, vmax=24,
+            edgecolor="#333333", linewidth=0.3,
+        )  # fmt: skip
+        above.plot(0, 0, marker="+", color="black", markersize=10)
+        above.set_aspect("equal", adjustable="datalim")
+        above.set_title(title)
+        for word, colour, mark in zip(words, _four_colours(len(words)), MARKS, strict=False):
+            own = confidences == word
+            radius = np.hypot(x, y)[own]
+            side.scatter(along[own], radius, color=colour, marker=mark, s=12, label=word)
+            slope = float((radius / along[own]).mean())
+            reach = float(along[own].max()) * 1.05
+            side.plot([0, reach], [0, slope * reach], color=colour, linewidth=0.8)
+        side.set_xlim(0, None)
+        side.set_ylim(0, None)
+        side.set_xlabel("along the states' mean")
+    grid[0, 0].set_ylabel("across it, from above")
+    grid[1, 0].set_ylabel("distance from the axis")
+    bar = figure.colorbar(shown, ax=list(grid[0]), location="right", shrink=0.8)
     bar.set_ticks(range(0, 25, 6), labels=[f"{hour:02d}h" for hour in range(0, 25, 6)])
+    shared_legend(figure, grid[1])
     return figure
+
+
+def _four_colours(n: int) -> FloatArray:
+    colours: FloatArray = plt.get_cmap("cividis")(np.linspace(0, 0.85, n))
+    return colours
 
 
 def costs_and_shares(table: pd.DataFrame, bars: Mapping[str, float]) -> Figure:
