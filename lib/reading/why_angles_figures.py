@@ -78,7 +78,9 @@ def language(truths: Mapping[str, FloatArray], title: str) -> Figure:
     axes.set_theta_direction(-1)
     named = np.arange(0, 24, 3)
     axes.set_xticks(2 * np.pi * named / 24, [f"{hour:02d}h" for hour in named])
-    axes.set_rlabel_position(250)
+    axes.set_yticks([0.1, 0.2, 0.3])
+    axes.set_rlabel_position(292)
+    axes.tick_params(axis="y", labelsize="x-small")
     axes.set_title(title, loc="center", fontsize="medium")
     axes.legend(loc="center left", bbox_to_anchor=(1.15, 0.5))
     return figure
@@ -145,7 +147,7 @@ def maps(
             radius = np.hypot(x, y)[own]
             side.scatter(along[own], radius, color=colour, marker=mark, s=12, label=word)
             slope = float((radius / along[own]).mean())
-            reach = float(along[own].max()) * 1.05
+            reach = min(float(along[own].max()), float(radius.max()) / slope) * 1.05
             side.plot([0, reach], [0, slope * reach], color=colour, linewidth=0.8)
         side.set_xlim(0, None)
         side.set_ylim(0, None)
@@ -153,6 +155,7 @@ def maps(
     grid[0, 0].set_ylabel("across it, from above")
     grid[1, 0].set_ylabel("distance from the axis")
     bar = figure.colorbar(shown, ax=list(grid[0]), location="right", shrink=0.8)
+    bar.set_label("hour of the answer", fontsize="small")
     bar.set_ticks(range(0, 25, 6), labels=[f"{hour:02d}h" for hour in range(0, 25, 6)])
     shared_legend(figure, grid[1])
     return figure
@@ -184,7 +187,9 @@ def costs_and_shares(table: pd.DataFrame, bars: Mapping[str, float]) -> Figure:
     left.set_ylim(max(1e-5, table["norm_cost"].min() / 2), None)
     for name, level in bars.items():
         left.axhline(level, color="#b00020", linestyle="--", linewidth=1)
-        left.annotate(name, (0, level), color="#b00020", fontsize="x-small", va="bottom")
+        above = level == max(bars.values())
+        place = {"va": "bottom" if above else "top", "ha": "right"}
+        left.annotate(name, (n_blocks - 1.6, level), color="#b00020", fontsize="x-small", **place)
     left.set_title("KL of a norm exchange / of a direction exchange", fontsize="small")
     right.set_ylim(-0.03, 1.05)
     right.set_title("share of the variance of log r between confidences", fontsize="small")
