@@ -270,6 +270,8 @@ def test_all_networks_are_measured_at_the_moments_asked_for(questions):
     decoder = load_decoder(models[1], tokenizer=circle.make_tokenizer())
     expected = why_angles.measure_geometry(decoder, questions)
     pd.testing.assert_frame_equal(moments[moments["step"] == 5][expected.columns], expected)
+    with pytest.raises(ValueError, match="none has learned the language"):
+        why_angles.measure_all(why_angles.measure_geometry, [], questions)
 
 
 def tables() -> tuple[pd.DataFrame, pd.DataFrame]:

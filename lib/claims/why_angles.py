@@ -143,7 +143,12 @@ def measure_all(
         questions: what the networks are asked.
         every_moment: measure all of their moments but the untrained one, in which no two
             predictions differ enough to be ranked.
+
+    Raises:
+        ValueError: no training; as `measure`.
     """
+    if not trainings:
+        raise ValueError("No network to measure: none has learned the language. See the losses.")
     tables = []
     for one in trainings:
         moments = sorted(one.weights)
