@@ -17,6 +17,7 @@ from lib.engine.models import load_decoder
 from lib.evidence.criteria import claim_verdict, judge
 from lib.evidence.tasks import Pairs, build_task, exchange_pairs, load_tasks
 from lib.evidence.transfer import Transfer, choose_pairs, needed_prompts, read_tasks
+from lib.reading import phase_transition_figures as drawn
 from lib.science.estimate import Estimate, Untested, mean_over_units, over_seeds
 
 
@@ -638,3 +639,10 @@ def test_the_default_model_hands_over_from_subject_to_last_token(embedded):
     arms = claim.measure_arms(real, few, [12, 26])
     assert arms.curve("context arm").value == pytest.approx([1, 0], abs=0.2)
     assert arms.curve("prediction arm").value == pytest.approx([0, 1], abs=0.2)
+
+
+def test_a_table_of_nothing_measured_keeps_its_numbers_types_beside_others():
+    nothing = drawn.by_block({"a": Untested("accuracy 0.1")}, range(4))
+    beside = pd.concat([drawn.by_block({"a": mean_over_units(np.eye(4), "u")}, range(4)), nothing])
+    assert len(nothing) == 0
+    assert all(beside[name].dtype.kind in "if" for name in ("block", "estimate", "low", "high"))

@@ -45,7 +45,10 @@ def by_block(
         if isinstance(one, Estimate)
     ]
     columns = ["task", "block", "estimate", "low", "high", "n"]
-    return pd.concat(frames)[columns] if frames else pd.DataFrame(columns=columns)
+    if frames:
+        return pd.concat(frames)[columns]
+    # Columns of numbers even where there is none: beside others, objects would spread to them.
+    return pd.DataFrame(columns=columns).astype(dict.fromkeys(columns[1:], float))
 
 
 def hand_over(
