@@ -105,7 +105,9 @@ def test_the_book_builds_on_a_model_that_can_do_no_task(tmp_path: Path) -> None:
             assert own, f"{claim}, untrained {untrained}: no record"
             assert {row["model"] for row in own} == {"tiny-llama"}
             found = claim_verdict(own, claim, "tiny-llama", untrained=untrained).verdict
-            assert found != "supported", claim
+            # The norm code's criteria neither need right answers nor compare with twins, so random
+            # weights may meet them all; its chapter says so.
+            assert found != "supported" or claim == "norm-code", claim
     for page in pages(tmp_path):
         text = prose(tmp_path, page)
         gaps = [text[max(0, gap.start() - 60) : gap.end() + 40] for gap in GAP.finditer(text)]
