@@ -115,6 +115,17 @@ def test_a_chapter_that_left_no_records_is_named(check, capsys):
     assert problem == "norm-code: no records; its chapter failed or was not built"
 
 
+def test_a_chapter_that_trains_models_of_its_own_owes_nothing_for_the_other_chapters(
+    check, monkeypatch, capsys
+):
+    monkeypatch.setattr(verify, "pages", lambda: ["book/causal-control", f"book/{CLAIM}"])
+    control = [row | {"model": "another"} for row in invented("causal-control")]
+    records.write_records(verify.recorded_file("another"), control)
+    assert check([*control, *invented(CLAIM)]) == 0
+    assert check(control) == 1
+    assert f"{CLAIM}: no records; its chapter failed" in capsys.readouterr().out
+
+
 def test_scorecard_names_each_claim_and_part_with_shape_and_word():
     rows = invented(CLAIM) + invented("causal-control", met=False)
     lines = verify.scorecard(rows).splitlines()

@@ -30,8 +30,8 @@ def verify(
     """Return what is wrong with the records of a build, a line each; none if nothing is.
 
     Args:
-        rows: the records of the build.
-        recorded: those that were reviewed and kept.
+        rows: the records of the build, of all its models: a chapter may train its own.
+        recorded: those that were reviewed and kept, of the same models.
         chapters: the claims whose chapters are in the book; each owes records.
     """
     problems = []
@@ -186,15 +186,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     problems = [] if rows else ["the build left no records"]
     claims = {one.claim for one in criteria()}
     chapters = [claim for claim in (Path(page).name for page in pages()) if claim in claims]
+    recorded = []
     for model in sorted({row["model"] for row in rows}):
         own = [row for row in rows if row["model"] == model]
         file = recorded_file(model)
-        recorded = read_records(file)
+        before = read_records(file)
         if update:
-            print("\n".join(changes(own, recorded)) or "Nothing changed.")
+            print("\n".join(changes(own, before)) or "Nothing changed.")
             write_records(file, own)
-            recorded = own
-        problems += verify(own, recorded, chapters)
+            before = own
+        recorded += before
+    if rows:
+        problems += verify(rows, recorded, chapters)
     for problem in problems:
         print(f"FAILED {problem}")
     print(f"{len(rows)} records, {len(problems)} problems")
