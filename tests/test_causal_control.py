@@ -63,12 +63,13 @@ def steering(trial):
 
 @pytest.fixture(scope="module")
 def control(trials, steering):
-    return claim.measure_control(steering, claim.prepare_steering(trials["other"], BLOCK))
+    other = claim.prepare_steering(trials["other"], BLOCK)
+    return claim.measure_control({"tiny": steering, "other": other})["tiny"]
 
 
 @pytest.fixture(scope="module")
 def doses(steering):
-    return claim.measure_doses(steering, list(claim.METHODS), (0.25, 0.6, 1.0))
+    return claim.measure_doses({"tiny": steering}, list(claim.METHODS), (0.25, 0.6, 1.0))["tiny"]
 
 
 def recompute(trial, prompt, state, block=BLOCK):
@@ -127,7 +128,7 @@ def test_pairs_that_need_few_prompts_keep_their_texts(trial):
 
 def test_parts_of_a_donors_state_do_what_full_passes_say(trial):
     pairs = claim.few_pairs(trial)
-    parts = claim.measure_parts(trial, pairs, [1, BLOCK])
+    parts = claim.measure_parts({"tiny": trial}, {"tiny": pairs}, [1, BLOCK])["tiny"]
     states = states_of(trial)
     for pair, (x, y) in enumerate(pairs.prompts):
         h, given = states[x], states[y]
@@ -188,7 +189,7 @@ def test_the_basis_spans_the_other_templates_centroid_differences_and_nothing_el
 
 def test_a_span_is_exchanged_with_the_basis_of_the_templates_that_the_pair_is_not_of(trial):
     pairs = claim.few_pairs(trial)
-    spans = claim.measure_span(trial, pairs, BLOCK)
+    spans = claim.measure_span({"tiny": trial}, {"tiny": pairs}, BLOCK)["tiny"]
     assert list(spans) == ["span 1", "span 2", "span 3", "complement"]
     states, template = states_of(trial), trial.task.prompts["template"].to_numpy()
     for pair, (x, y) in enumerate(pairs.prompts):
@@ -203,7 +204,7 @@ def test_a_span_is_exchanged_with_the_basis_of_the_templates_that_the_pair_is_no
 
 
 def test_spans_are_judged_on_tasks_of_few_answers(trial):
-    spans = claim.measure_span(trial, claim.few_pairs(trial), BLOCK)
+    spans = claim.measure_span({"tiny": trial}, {"tiny": claim.few_pairs(trial)}, BLOCK)["tiny"]
     found = claim.few_dimensions(trial, spans)
     assert float(found["span_transfer"]) == float(spans["span 3"].estimate().at(0))
     many = replace(trial.task, answers=tuple(f"a{i}" for i in range(10)))
@@ -211,7 +212,8 @@ def test_spans_are_judged_on_tasks_of_few_answers(trial):
     assert "10 answers" in claim.few_dimensions(wide, spans)["span_transfer"].reason
     alone = replace(trial.task, prompts=trial.task.prompts[trial.task.prompts["template"] == 0])
     one = Able(alone, trial.decoder, trial.last_states)
-    assert claim.measure_span(one, claim.few_pairs(one), BLOCK) == claim.ONE_TEMPLATE
+    found = claim.measure_span({"tiny": one}, {"tiny": claim.few_pairs(one)}, BLOCK)
+    assert found["tiny"] == claim.ONE_TEMPLATE
 
 
 # --- steering to an answer -----------------------------------------------------------------------
@@ -282,9 +284,9 @@ def test_a_stranger_has_no_answer_in_common(trials, steering):
 
 
 def test_without_a_third_answer_or_a_stranger_the_rotation_is_still_measured(steering):
-    alone = claim.measure_control(steering, Untested("no other task"))
+    alone = claim.measure_control({"tiny": steering})["tiny"]
     assert isinstance(alone.flips(), Estimate)
-    assert alone.null_flips() == Untested("no other task")
+    assert alone.null_flips() == Untested("no other task without an answer in common")
 
 
 def bare(source, target, n_answers):
@@ -374,7 +376,7 @@ def test_each_method_at_each_dose_does_what_full_passes_say(trial, steering, dos
 
 
 def test_the_logit_edit_raises_the_targets_logit_on_the_sources(trial, steering):
-    small = claim.measure_doses(steering, ["logit edit"], (0.02,))
+    small = claim.measure_doses({"tiny": steering}, ["logit edit"], (0.02,))["tiny"]
     assert (small.passed["logit edit"] > 0).mean() > 0.8
 
 
@@ -429,11 +431,11 @@ def test_a_random_plane_is_compared_at_the_rotations_dose():
 
 def test_an_unknown_method_is_named_with_the_known_ones(steering):
     with pytest.raises(ValueError, match="Unknown method 'push'; choose among rotate to centroid"):
-        claim.measure_doses(steering, ["push"])
+        claim.measure_doses({"tiny": steering}, ["push"])
 
 
 def test_rotation_to_the_donor_ends_at_its_direction(trial, steering):
-    found = claim.measure_doses(steering, ["rotate to donor"], (0.5,))
+    found = claim.measure_doses({"tiny": steering}, ["rotate to donor"], (0.5,))["tiny"]
     states = states_of(trial)
     for pair, (x, y) in enumerate(steering.pairs.prompts):
         to = mean_state(trial, steering.target[pair], trial.task.prompts["template"][x])
@@ -445,7 +447,7 @@ def test_rotation_to_the_donor_ends_at_its_direction(trial, steering):
 
 
 def test_behind_text_the_same_vectors_steer_the_last_token(trial, steering):
-    found = claim.measure_behind(steering, ["t1 t2 s3"] * len(steering.pairs))
+    found = claim.measure_behind({"tiny": steering}, ["t1 t2 s3"] * len(steering.pairs))["tiny"]
     template, flips = trial.task.prompts["template"], []
     decoder = trial.decoder
     for pair, x in enumerate(steering.pairs.prompts[:, 0]):
@@ -479,8 +481,11 @@ def test_all_statistics_are_judged_and_twins_only_where_no_right_answer_is_neede
     trial, control, doses
 ):
     pairs = claim.few_pairs(trial)
-    parts = {"tiny": claim.measure_parts(trial, pairs, [1, 2]), "lost": Untested("too short")}
-    spans = claim.measure_span(trial, pairs, BLOCK)
+    lost = Untested("too short")
+    parts = claim.measure_parts(
+        {"tiny": trial, "lost": lost}, {"tiny": pairs, "lost": lost}, [1, 2]
+    )
+    spans = claim.measure_span({"tiny": trial}, {"tiny": pairs}, BLOCK)["tiny"]
     lost = dict.fromkeys(claim.SPANS, Untested("too short"))
     trained = claim.statistics(
         parts,
@@ -504,7 +509,7 @@ def test_a_twins_number_is_one_and_the_seeds_are_the_units(trial):
     by_seed = [
         claim.measure_twin(trial.decoder, {"tiny": trial}, [1], most) for most in (6, 8, 10, 12)
     ]
-    whole = claim.measure_parts(trial, pairs, [1])["norm"]
+    whole = claim.measure_parts({"tiny": trial}, {"tiny": pairs}, [1])["tiny"]["norm"]
     assert by_seed[-1]["tiny"]["norm"].after == pytest.approx(whole.after, abs=1e-5)
     found = claim.twin_statistics(by_seed)["norm_transfer"]["tiny"]
     each = [float(claim.direction_and_norm(one["tiny"])["norm_transfer"]) for one in by_seed]

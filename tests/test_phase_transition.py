@@ -13,7 +13,9 @@ from scipy.stats import spearmanr, t
 
 from lib.claims import phase_transition as claim
 from lib.claims.phase_transition import Arms
+from lib.engine.edits import exchange
 from lib.engine.models import load_decoder
+from lib.engine.sweeps import sweep_together
 from lib.evidence.criteria import claim_verdict, judge
 from lib.evidence.tasks import Pairs, build_task, exchange_pairs, load_tasks
 from lib.evidence.transfer import Transfer, choose_pairs, needed_prompts, read_tasks
@@ -264,7 +266,7 @@ def test_over_seeds_names_the_reason_of_a_lost_seed():
 def test_twins_are_measured_on_pairs_of_the_trained_model(trial, pairs):
     """The same network in the twin's place gives what the trained model's own pairs give."""
     found = claim.measure_twin(trial.decoder, {"tiny": trial}, {"tiny": pairs})["tiny"]
-    expected = claim.as_twins(claim.measure_arms(trial, pairs), pairs)
+    expected = claim.as_twins(claim.measure_arms({"tiny": trial}, {"tiny": pairs})["tiny"], pairs)
     assert found.blocks == expected.blocks == [0, 1, 2]
     for arm in NAMES:
         one, other = found.transfers[arm], expected.transfers[arm]
@@ -297,7 +299,9 @@ def test_states_put_in_equal_a_full_recompute(trial, pairs, arm):
     third = few[::-1, 1]
     states = claim.states_at(trial, arm, [1])[0][torch.as_tensor(few[:, 1])]
     toward = {"recipient": few[:, 0], "donor": few[:, 1], "third": third}
-    found = claim.put_in(trial, trial.logits, toward, states, arm, 1)
+    request = claim.put_in(trial, trial.logits, toward, states, arm)
+    (sweep,) = sweep_together(trial.decoder, [request], {"exchange": exchange}, blocks=[1])
+    found = {name: values[0, 0] for name, values in sweep.measures.items()}
     for row, (x, y) in enumerate(few):
         edited = recompute(trial, x, place(trial, x, arm), 1, states[row])
         for name, k in (("recipient", x), ("donor", y), ("third", third[row])):
@@ -315,7 +319,7 @@ def test_states_are_those_of_the_whole_prompt(trial, arm):
 
 def test_transfer_of_the_donor_is_that_of_the_exchange(trial, contents):
     pairs = choose_pairs(trial)
-    arms = claim.measure_arms(trial, pairs)
+    arms = claim.measure_arms({"tiny": trial}, {"tiny": pairs})["tiny"]
     blocks = claim.carrying_blocks(trial.decoder.n_blocks)
     expected = [float(arms.estimates[arm].at(block)) for arm, block in blocks.items()]
     assert contents["tiny"].transfer["donor"].value == pytest.approx(expected, abs=1e-4)
@@ -453,7 +457,7 @@ def test_the_other_task_does_not_depend_on_the_order_of_tasks():
 @pytest.mark.parametrize("arm", NAMES)
 def test_steering_adds_differences_of_centroids_of_the_other_templates(trial, pairs, arm):
     few = pairs.where(np.arange(0, len(pairs), 5))
-    transfer = claim.measure_steering(trial, few, arm, [1])
+    transfer = claim.measure_steering({"": trial}, {"": few}, arm, [1])[""]
     prompts = trial.task.prompts
     states = trial.states("subject" if arm == "context arm" else "last")[1]
     label = "unit" if arm == "context arm" else "answer"
@@ -480,7 +484,7 @@ def test_steering_adds_differences_of_centroids_of_the_other_templates(trial, pa
 
 
 def test_alignment_is_spearmans_within_templates(trial, pairs):
-    arms = claim.measure_arms(trial, pairs, [1])
+    arms = claim.measure_arms({"tiny": trial}, {"tiny": pairs}, [1])["tiny"]
     found = claim.alignment(trial, arms.transfers["prediction arm"])
     template = trial.task.prompts["template"].to_numpy()
     expected = []
@@ -545,7 +549,7 @@ def test_the_second_operand_is_exchanged_at_its_own_token(tiny):
         assert unit == prompts["unit"][x]
         assert task.tokens[x][2] == WORDS.index(prompts["group"][x])
     assert (other.task.subject_positions == 2).all()
-    arms = claim.measure_arms(other, own.where(np.arange(6)), [1])
+    arms = claim.measure_arms({"": other}, {"": own.where(np.arange(6))}, [1])[""]
     states = [block_states(decoder.model, decoder.blocks, tokens)[1, 2] for tokens in task.tokens]
     for index, (x, y) in enumerate(own.prompts[:6]):
         edited = recompute(sums, x, 2, 1, states[y])
@@ -636,7 +640,7 @@ def test_the_default_model_hands_over_from_subject_to_last_token(embedded):
     pairs = exchange_pairs(whole, n_donors=1)
     task, (few,) = needed_prompts(whole, pairs.where(claim.thin(pairs, 6)))
     real = read_tasks(embedded, {"capitals": task})["capitals"]
-    arms = claim.measure_arms(real, few, [12, 26])
+    arms = claim.measure_arms({"": real}, {"": few}, [12, 26])[""]
     assert arms.curve("context arm").value == pytest.approx([1, 0], abs=0.2)
     assert arms.curve("prediction arm").value == pytest.approx([0, 1], abs=0.2)
 

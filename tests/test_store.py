@@ -17,7 +17,7 @@ from lib.engine.extraction import Residuals, extract_residuals
 from lib.engine.models import Decoder, load_decoder
 from lib.engine.readouts import DistributionMeasure
 from lib.engine.store import fingerprint, recall_residuals, recall_sweep
-from lib.engine.sweeps import Sweep, sweep_blocks
+from lib.engine.sweeps import Request, Sweep, sweep_blocks
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7], [1, 2, 3, 4], [8, 9, 1]]
 
@@ -239,6 +239,30 @@ def test_a_recalled_sweep_is_the_measured_one_to_the_last_bit(
     for _ in range(3):
         assert same(recall_sweep(decoder, **call(**changes)), fresh)
     assert len(swept) == 1
+
+
+def test_requests_are_kept_each_by_itself_and_only_the_missing_ones_are_measured(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    run = store.sweep_together
+
+    def counted(decoder: Decoder, requests: Any, *given: Any, **options: Any) -> Any:
+        asked.append(len(requests))
+        return run(decoder, requests, *given, **options) if requests else []
+
+    monkeypatch.setattr(store, "sweep_together", counted)
+    one, two = (
+        Request(PROMPTS, np.array([pair]), "last", read_ids=[5]) for pair in ([0, 1], [3, 2])
+    )
+    edits = {"exchange": exchange}
+    first = store.recall_sweeps(decoder, {"one": one}, edits, blocks=[1])
+    both = store.recall_sweeps(decoder, {"two": two, "one": one}, edits, blocks=[1])
+    again = store.recall_sweeps(decoder, {"one": one, "two": two}, edits, blocks=[1])
+    assert asked == [1, 1, 0] and list(both) == ["two", "one"]
+    assert same(both["one"], first["one"]) and same(again["two"], both["two"])
+    other = store.recall_sweeps(decoder, {"one": one}, edits, blocks=[2])
+    assert asked[-1] == 1 and not same(other["one"], first["one"])
 
 
 def another_bit(tensor: torch.Tensor) -> torch.Tensor:

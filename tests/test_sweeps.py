@@ -1,5 +1,7 @@
 """Sweeps: equal to a full recompute with hooks, for every architecture, arm and batch."""
 
+from dataclasses import replace
+
 import numpy as np
 import oracle
 import pytest
@@ -7,11 +9,12 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from torch import Tensor
 
+from lib.engine import sweeps
 from lib.engine.edits import Edit, TurnBy, add, exchange, exchange_direction, exchange_norm, keep
 from lib.engine.extraction import extract_residuals
 from lib.engine.models import Decoder, load_decoder
 from lib.engine.replay import Prefix
-from lib.engine.sweeps import Sweep, sweep_blocks
+from lib.engine.sweeps import Request, Sweep, sweep_blocks, sweep_together
 
 PROMPTS = [
     [5, 9, 4, 33, 12, 8, 51],
@@ -138,6 +141,66 @@ def test_result_does_not_depend_on_the_batch(
     monkeypatch.setattr("lib.engine.sweeps.MAX_ROW_TOKENS", 6)
     _, small = full(llama, [3, 2, 3, 2, 1], batch_tokens=1)
     assert np.abs(large - small).max() < 1e-4
+
+
+class Confidence:
+    """A measure of its own for each request: log p of one token, and the pair's number."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, logits: Tensor, pair: Tensor) -> dict[str, Tensor]:
+        return {"log_p": logits.log_softmax(-1)[:, self.token], "pair": pair.double()}
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_requests_run_together_equal_each_alone(llama: Decoder, given: bool) -> None:
+    requests = [
+        Request(PROMPTS[:3], np.array([[0, 1], [2, 0]]), [2, 3, 2], None, [4, 40], Confidence(3)),
+        Request(PROMPTS[2:], np.array([[2, 0], [1, 2], [0, 1]]), "last", None, [9], Confidence(7)),
+        Request(PROMPTS[:2], np.array([[1, 0]]), [[2, 3], [4, 6]], None, [], Confidence(1)),
+    ]
+    if given:
+        width = [1, 1, 2]
+        requests = [
+            replace(one, donors=torch.randn(2, len(one.prompts), k, llama.d_model))
+            for one, k in zip(requests, width, strict=True)
+        ]
+    edits, blocks = {"add": add, "exchange": exchange}, [2, 0]
+    together = sweep_together(llama, requests, edits, blocks=blocks)
+    for one, found in zip(requests, together, strict=True):
+        alone = sweep_blocks(
+            llama,
+            one.prompts,
+            one.pairs,
+            edits,
+            positions=one.positions,
+            donors=one.donors,
+            blocks=blocks,
+            read_ids=one.read_ids,
+            measure=one.measure,
+        )
+        assert np.array_equal(found.pairs, alone.pairs)
+        assert found.logits.shape == alone.logits.shape
+        assert np.allclose(found.logits, alone.logits, atol=1e-4)
+        assert np.allclose(found.clean_logits, alone.clean_logits, atol=1e-4)
+        assert np.array_equal(found.measures["pair"], alone.measures["pair"])
+        assert np.allclose(found.measures["log_p"], alone.measures["log_p"], atol=1e-4)
+
+
+def test_prompts_of_one_length_share_passes_across_requests(
+    llama: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[int] = []
+    run = sweeps.run_prefix
+    monkeypatch.setattr(
+        sweeps, "run_prefix", lambda *given: passes.append(len(given[1])) or run(*given)
+    )
+    own = Request(PROMPTS[:3], np.array([[0, 1], [1, 2], [2, 0]]), "last")
+    sweep_blocks(llama, own.prompts, own.pairs, {"keep": keep}, positions="last")
+    passes.clear()
+    sweep_together(llama, [own] * 4, {"keep": keep}, blocks=[1])
+    assert passes == [12]
 
 
 def count_tokens(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -27,15 +27,16 @@ from lib.engine.edits import (
 )
 from lib.engine.extraction import tokenize
 from lib.engine.models import Decoder
-from lib.engine.store import recall_sweep
+from lib.engine.store import recall_sweeps
+from lib.engine.sweeps import Measure, Request, Sweep
 from lib.engine.vectors import held_out_centroids, random_directions, unembedding_direction
-from lib.evidence.tasks import Pairs, exchange_pairs, load_texts
+from lib.evidence.tasks import Pairs, Task, exchange_pairs, load_texts
 from lib.evidence.transfer import (
     ROWS_AT_ONCE,
     Transfer,
     Trial,
     choose_pairs,
-    measure_transfer,
+    measure_transfers,
     needed_prompts,
     read_tasks,
 )
@@ -84,6 +85,7 @@ def thinned_late_blocks(n_blocks: int, transition: float) -> list[int]:
     return list(late_blocks(n_blocks, transition))[::-2][::-1]
 
 
+Trials = Mapping[str, Trial | Untested]
 Found = TypeVar("Found")
 Result = TypeVar("Result")
 
@@ -94,6 +96,18 @@ def each(
     """Return a function of every task's entry; what is untested stays so."""
     return {
         name: one if isinstance(one, Untested) else function(one) for name, one in found.items()
+    }
+
+
+def _with(
+    found: Mapping[str, Found | Untested],
+    swept: Mapping[str, Sweep],
+    function: Callable[[Found, Sweep], Result],
+) -> dict[str, Result | Untested]:
+    """Return a function of every task's entry and its sweep; what is untested stays so."""
+    return {
+        name: one if isinstance(one, Untested) else function(one, swept[name])
+        for name, one in found.items()
     }
 
 
@@ -112,25 +126,45 @@ def thin(pairs: Pairs, most: int) -> Pairs:
 # --- transfer of parts of a state -----------------------------------------------------------------
 
 
+Edited = Mapping[str, Tensor]
+"""By name, the states `[n_blocks, n_pairs, d_model]` that are put in the recipients' place."""
+
+
 def measure_edited(
-    trial: Trial, pairs: Pairs, edited: Mapping[str, Tensor], blocks: Sequence[int]
-) -> dict[str, Transfer]:
-    """Return what states put in the recipients' place do, by name, from one pass over the prompts.
+    trials: Trials,
+    pairs: Mapping[str, Pairs | Untested],
+    edited: Mapping[str, Edited | Untested],
+    blocks: Sequence[int],
+) -> dict[str, dict[str, Transfer] | Untested]:
+    """Return by task what states put in the recipients' place do, by name; one sweep of all tasks.
 
     Args:
-        trial: the task and the model.
+        trials: tasks as one model reads them.
         pairs: recipients and the donors whose prediction is to come through.
-        edited: by name, the states `[n_blocks, n_pairs, d_model]`.
-        blocks: after which they are put in.
+        edited: what is put in.
+        blocks: after which.
     """
-    n = len(pairs)
-    tiled = pairs.where(np.tile(np.arange(n), len(edited)))
-    donors = torch.cat(list(edited.values()), dim=1)
-    whole = measure_transfer(trial, tiled, "last", edit=exchange, donors=donors, blocks=blocks)
-    result = {}
-    for number, name in enumerate(edited):
-        own = slice(number * n, (number + 1) * n)
-        result[name] = replace(
+    whole: dict[str, Pairs] = {}
+    given: dict[str, Tensor] = {}
+    for name, states in edited.items():
+        own = pairs[name]
+        if not (isinstance(states, Untested) or isinstance(own, Untested)):
+            whole[name] = own.where(np.tile(np.arange(len(own)), len(states)))
+            given[name] = torch.cat(list(states.values()), dim=1)
+    able = {name: trial for name, trial in trials.items() if isinstance(trial, Trial)}
+    found = measure_transfers(able, whole, "last", edit=exchange, donors=given, blocks=blocks)
+    return {
+        name: states if isinstance(states, Untested) else _apart(found[name], list(states))
+        for name, states in edited.items()
+    }
+
+
+def _apart(whole: Transfer, names: Sequence[str]) -> dict[str, Transfer]:
+    """Return the parts of a transfer whose pairs were repeated once a name."""
+    n = whole.after.shape[1] // len(names)
+    parts = {name: slice(place * n, (place + 1) * n) for place, name in enumerate(names)}
+    return {
+        name: replace(
             whole,
             after=whole.after[:, own],
             before=whole.before[own],
@@ -138,42 +172,48 @@ def measure_edited(
             target=whole.target[own],
             unit=whole.unit[own],
         )
-    return result
+        for name, own in parts.items()
+    }
 
 
 def measure_parts(
-    trial: Trial, pairs: Pairs | Untested, blocks: Sequence[int]
-) -> dict[str, Transfer] | Untested:
-    """Return what the donor's whole state, its direction and its norm do, each alone."""
-    if isinstance(pairs, Untested):
-        return pairs
-    states = trial.states("last")[list(blocks)]
-    own, given = (states[:, torch.as_tensor(side)] for side in pairs.prompts.T)
-    edited = {
-        "whole": given,
-        "direction": exchange_direction(own, given),
-        "norm": exchange_norm(own, given),
-    }
-    return measure_edited(trial, pairs, edited, blocks)
+    trials: Trials, pairs: Mapping[str, Pairs | Untested], blocks: Sequence[int]
+) -> dict[str, dict[str, Transfer] | Untested]:
+    """Return by task what the donor's whole state, its direction and its norm do, each alone."""
+
+    def parts_of(name: str, own: Pairs | Untested) -> Edited | Untested:
+        trial = trials[name]
+        if isinstance(trial, Untested) or isinstance(own, Untested):
+            return trial if isinstance(trial, Untested) else own  # type: ignore[return-value]
+        states = trial.states("last")[list(blocks)]
+        mine, given = (states[:, torch.as_tensor(side)] for side in own.prompts.T)
+        return {
+            "whole": given,
+            "direction": exchange_direction(mine, given),
+            "norm": exchange_norm(mine, given),
+        }
+
+    edited = {name: parts_of(name, own) for name, own in pairs.items()}
+    return measure_edited(trials, pairs, edited, blocks)
 
 
 def measure_twin(
-    twin: Decoder, trials: Mapping[str, Trial | Untested], blocks: Sequence[int], most: int
+    twin: Decoder, trials: Trials, blocks: Sequence[int], most: int
 ) -> dict[str, dict[str, Transfer] | Untested]:
     """Return `measure_parts` of an untrained twin by task, on `most` pairs of each.
 
     Only the prompts of these pairs are read.
     """
-
-    def measure(trial: Trial) -> dict[str, Transfer] | Untested:
-        pairs = few_pairs(trial, most)
-        if isinstance(pairs, Untested):
-            return pairs
-        task, (pairs,) = needed_prompts(trial.task, pairs)
-        read = read_tasks(twin, {task.name: task})[task.name]
-        return read if isinstance(read, Untested) else measure_parts(read, pairs, blocks)
-
-    return each(trials, measure)
+    pairs = each(trials, lambda one: few_pairs(one, most))
+    tasks: dict[str, Task | Untested] = {}
+    own: dict[str, Pairs | Untested] = {}
+    for name, chosen in pairs.items():
+        trial = trials[name]
+        if isinstance(trial, Untested) or isinstance(chosen, Untested):
+            tasks[name] = own[name] = chosen  # type: ignore[assignment]
+        else:
+            tasks[name], (own[name],) = needed_prompts(trial.task, chosen)
+    return measure_parts(read_tasks(twin, tasks), own, blocks)
 
 
 def direction_and_norm(parts: Mapping[str, Transfer]) -> dict[str, Measured]:
@@ -221,13 +261,21 @@ def answer_basis(
 
 
 def measure_span(
-    trial: Trial, pairs: Pairs | Untested, block: int
-) -> dict[str, Transfer] | Untested:
-    """Return what exchanging the span of centroid differences does, and what the rest does.
+    trials: Trials, pairs: Mapping[str, Pairs | Untested], block: int
+) -> dict[str, dict[str, Transfer] | Untested]:
+    """Return by task what exchanging the span of centroid differences does, and what the rest does.
 
     Names: "span 1", "span 2", … by the number of directions, and "complement" of the largest.
     Each pair's span is fitted on the templates other than its own.
     """
+    edited = {name: _in_span(trials[name], own, block) for name, own in pairs.items()}
+    return measure_edited(trials, pairs, edited, [block])
+
+
+def _in_span(trial: Trial | Untested, pairs: Pairs | Untested, block: int) -> Edited | Untested:
+    """Return the recipients' states with the donors' part in each span, or outside the largest."""
+    if isinstance(trial, Untested):
+        return trial
     if isinstance(pairs, Untested):
         return pairs
     task = trial.task
@@ -251,7 +299,7 @@ def measure_span(
             rows = torch.as_tensor(np.flatnonzero(held_out == one))
             edit = ExchangeSubspace(basis[:size], complement)
             edited[name][0, rows] = edit(own[rows], given[rows])
-    return measure_edited(trial, pairs, edited, [block])
+    return edited
 
 
 def largest_span(spans: Mapping[str, Transfer]) -> str:
@@ -383,22 +431,37 @@ def prepare_steering(trial: Trial, block: int) -> Steering | Untested:
     return Steering(trial, block, pairs, states[torch.as_tensor(x)], centroids, known, place[x])
 
 
-def choices(steering: Steering, edited: Tensor, pair: IntArray) -> IntArray:
-    """Return the answer that is chosen from edited states `[n_rows, d_model]`, each of a pair."""
-    trial = steering.trial
-    sweep = recall_sweep(
-        trial.decoder,
-        trial.task.tokens,
-        np.stack([steering.pairs.prompts[pair, 0], np.arange(len(pair))], axis=1),
+def sweep_edited(
+    asked: Mapping[str, tuple[Steering, Tensor, IntArray, Measure | None]], description: str
+) -> dict[str, Sweep]:
+    """Return by task the sweep in which edited states take their recipients' place.
+
+    Args:
+        asked: the steering, the states `[n_rows, d_model]`, each row's pair `[n_rows]`, and what
+            is measured beside the logits of the answers.
+        description: what a progress display calls this.
+    """
+    if not asked:
+        return {}
+    first = next(iter(asked.values()))[0]
+    requests = {
+        name: Request(
+            steering.trial.task.tokens,
+            np.stack([steering.pairs.prompts[pair, 0], np.arange(len(pair))], axis=1),
+            "last",
+            states[None],
+            steering.trial.task.answer_ids.tolist(),
+            measure,
+        )
+        for name, (steering, states, pair, measure) in asked.items()
+    }
+    return recall_sweeps(
+        first.trial.decoder,
+        requests,
         {"exchange": exchange},
-        positions="last",
-        donors=edited[None],
-        blocks=[steering.block],
-        read_ids=trial.task.answer_ids.tolist(),
-        description=f"{trial.task.name}: rotation",
+        blocks=[first.block],
+        description=description,
     )
-    found: IntArray = sweep.logits[0, 0].argmax(-1)
-    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -454,30 +517,54 @@ class Control:
         return np.asarray((choice == target) - chance, dtype=np.float64)
 
 
-def measure_control(steering: Steering, stranger: Steering | Untested) -> Control:
-    """Return what rotations to the target and to the nulls do; one pass over the prompts.
+def measure_control(
+    steerings: Mapping[str, Steering | Untested],
+) -> dict[str, Control | Untested]:
+    """Return by task what rotations to the target and to the nulls do, in one sweep of all tasks.
 
-    Args:
-        steering: the task's.
-        stranger: that of another task, for its centroids (`find_stranger`).
+    The centroids of another task are those of `find_stranger`.
     """
+    drawn = each(steerings, lambda one: _draw_nulls(one, find_stranger(one, steerings)))
+    asked = {}
+    for name, one in drawn.items():
+        if not isinstance(one, Untested):
+            own, n = one.steering, len(one.steering.pairs)
+            edited = torch.cat([exchange_direction(own.own, vector) for vector in one.vectors])
+            asked[name] = (own, edited, np.tile(np.arange(n), len(one.vectors)), None)
+    swept = sweep_edited(asked, "rotation")
+
+    def read(one: _Drawn, sweep: Sweep) -> Control:
+        chosen = sweep.logits[0, 0].argmax(-1).reshape(-1, len(one.steering.pairs))
+        parts = (chosen[1:2], chosen[2:3], chosen[3:])
+        nulls = one.reason or dict(zip(NULLS, parts, strict=True))
+        return Control(one.steering, chosen[0], nulls, one.aimed)
+
+    return _with(drawn, swept, read)
+
+
+@dataclass(frozen=True, eq=False)
+class _Drawn:
+    """What a task's states are turned towards: the targets' centroids, then those of the nulls."""
+
+    steering: Steering
+    vectors: Sequence[Tensor]
+    aimed: IntArray
+    reason: Untested | None
+
+
+def _draw_nulls(steering: Steering, stranger: Steering | Untested) -> _Drawn:
     rng = generator("nulls", steering.trial.task.name)
-    n = len(steering.pairs)
     aimed = _third_answers(steering, rng)
     reason = next((one for one in (aimed, stranger) if isinstance(one, Untested)), None)
     vectors = [steering.centroid(steering.target)]
     if isinstance(aimed, Untested):
-        aimed = np.full(n, -1)
+        aimed = np.full(len(steering.pairs), -1)
     elif isinstance(stranger, Steering):
         strangers = stranger.centroid(stranger.target)
-        drawn = rng.integers(len(strangers), size=n)
+        drawn = rng.integers(len(strangers), size=len(steering.pairs))
         vectors += [steering.centroid(aimed), strangers[torch.as_tensor(drawn)]]
         vectors += [_matched(steering, rng) for _ in range(N_DRAWN)]
-    edited = torch.cat([exchange_direction(steering.own, one) for one in vectors])
-    chosen = choices(steering, edited, np.tile(np.arange(n), len(vectors))).reshape(-1, n)
-    parts = (chosen[1:2], chosen[2:3], chosen[3:])
-    nulls = reason or dict(zip(NULLS, parts, strict=True))
-    return Control(steering, chosen[0], nulls, aimed)
+    return _Drawn(steering, vectors, aimed, reason)
 
 
 def _third_answers(steering: Steering, rng: np.random.Generator) -> IntArray | Untested:
@@ -663,17 +750,45 @@ def share_at_half(draws: FloatArray) -> FloatArray:
 
 
 def measure_doses(
-    steering: Steering,
+    steerings: Mapping[str, Steering | Untested],
     methods: Sequence[str] = (ROTATE, RANDOM),
     doses: Sequence[float] = DOSES,
-) -> Doses:
-    """Return what each method does at each dose; one pass over the prompts.
+) -> dict[str, Doses | Untested]:
+    """Return by task what each method does at each dose, in one sweep of all tasks.
 
     Raises:
         ValueError: a method that is not in `METHODS`.
     """
     if unknown := [method for method in methods if method not in METHODS]:
         raise ValueError(f"Unknown method {unknown[0]!r}; choose among {', '.join(METHODS)}.")
+    asked = {
+        name: _graded(one, methods, doses)
+        for name, one in steerings.items()
+        if isinstance(one, Steering)
+    }
+    swept = sweep_edited(asked, "doses")
+
+    def read(steering: Steering, sweep: Sweep) -> Doses:
+        shape = (len(methods), len(doses), len(steering.pairs))
+        chosen = sweep.logits[0, 0].argmax(-1).reshape(shape)
+        gained, lost, moved = (
+            sweep.measures[name][0, 0].reshape(shape) for name in ("gained", "lost", "moved")
+        )
+        flipped = (chosen == steering.target).astype(float)
+        return Doses(
+            steering,
+            dict(zip(methods, flipped, strict=True)),
+            dict(zip(methods, np.minimum(gained, lost), strict=True)),
+            dict(zip(methods, moved, strict=True)),
+        )
+
+    return _with(steerings, swept, read)
+
+
+def _graded(
+    steering: Steering, methods: Sequence[str], doses: Sequence[float]
+) -> tuple[Steering, Tensor, IntArray, Measure]:
+    """Return the states of every method and dose, methods first, for `sweep_edited`."""
     trial, n = steering.trial, len(steering.pairs)
     whole = angle_degrees(steering.own, steering.centroid(steering.target))[:, None]
     edited = []
@@ -684,35 +799,13 @@ def measure_doses(
     pair = np.tile(np.arange(n), len(edited))
     recipients, recipient = np.unique(steering.pairs.prompts[:, 0], return_inverse=True)
     ids = trial.task.answer_ids
-    sweep = recall_sweep(
-        trial.decoder,
-        trial.task.tokens,
-        np.stack([steering.pairs.prompts[pair, 0], np.arange(len(pair))], axis=1),
-        {"exchange": exchange},
-        positions="last",
-        donors=torch.cat(edited)[None],
-        blocks=[steering.block],
-        read_ids=ids.tolist(),
-        measure=ProbabilityMoved(
-            trial.logits[torch.as_tensor(recipients)],
-            recipient[pair],
-            ids[steering.source][pair],
-            ids[steering.target][pair],
-        ),
-        description=f"{trial.task.name}: doses",
+    measure = ProbabilityMoved(
+        trial.logits[torch.as_tensor(recipients)],
+        recipient[pair],
+        ids[steering.source][pair],
+        ids[steering.target][pair],
     )
-    shape = (len(methods), len(doses), n)
-    chosen = sweep.logits[0, 0].argmax(-1).reshape(shape)
-    gained, lost, moved = (
-        sweep.measures[name][0, 0].reshape(shape) for name in ("gained", "lost", "moved")
-    )
-    flipped = (chosen == steering.target).astype(float)
-    return Doses(
-        steering,
-        dict(zip(methods, flipped, strict=True)),
-        dict(zip(methods, np.minimum(gained, lost), strict=True)),
-        dict(zip(methods, moved, strict=True)),
-    )
+    return steering, torch.cat(edited), pair, measure
 
 
 def selectivity(doses: Doses) -> dict[str, Measured]:
@@ -747,35 +840,48 @@ def passages(decoder: Decoder, n_tokens: int, n: int) -> list[str]:
     return result
 
 
-def measure_behind(steering: Steering, before: Sequence[str]) -> dict[str, FloatArray]:
-    """Return which prompts behind text are right unedited, and which flip, each `[n_pairs]`.
+def measure_behind(
+    steerings: Mapping[str, Steering | Untested], before: Sequence[str]
+) -> dict[str, dict[str, FloatArray] | Untested]:
+    """Return by task which prompts behind text are right unedited, and which flip `[n_pairs]`.
 
     Vectors are those of the bare prompts of other templates.
 
     Args:
-        steering: the task's.
-        before: a passage for each pair; an empty one for none.
+        steerings: the tasks'.
+        before: passages, as many as the largest task has pairs or more; an empty one for none.
     """
-    trial = steering.trial
-    own = trial.task.prompts["text"].iloc[steering.pairs.prompts[:, 0]]
-    texts = [f"{text}\n\n{one}" if text else one for text, one in zip(before, own, strict=True)]
-    n = len(texts)
-    sweep = recall_sweep(
-        trial.decoder,
-        tokenize(trial.decoder, texts),
-        np.stack([np.arange(n)] * 2, axis=1),
-        {"rotation": exchange_direction},
-        positions="last",
-        donors=steering.centroid(steering.target)[None],
-        blocks=[steering.block],
-        read_ids=trial.task.answer_ids.tolist(),
-    )
-    right = sweep.clean_logits.argmax(-1) == steering.source
-    flipped = sweep.logits[0, 0].argmax(-1) == steering.target
-    return {
-        "right unedited": right.astype(np.float64),
-        "flipped": flipped.astype(np.float64),
-    }
+    able = {name: one for name, one in steerings.items() if isinstance(one, Steering)}
+    requests = {}
+    for name, one in able.items():
+        trial, n = one.trial, len(one.pairs)
+        own = trial.task.prompts["text"].iloc[one.pairs.prompts[:, 0]]
+        passage = before[:n]
+        texts = [
+            f"{text}\n\n{own}" if text else own for text, own in zip(passage, own, strict=True)
+        ]
+        requests[name] = Request(
+            tokenize(trial.decoder, texts),
+            np.stack([np.arange(n)] * 2, axis=1),
+            "last",
+            one.centroid(one.target)[None],
+            trial.task.answer_ids.tolist(),
+        )
+    if not able:
+        return {name: one for name, one in steerings.items() if isinstance(one, Untested)}
+    first = next(iter(able.values()))
+    edits = {"rotation": exchange_direction}
+    swept = recall_sweeps(first.trial.decoder, requests, edits, blocks=[first.block])
+
+    def read(one: Steering, sweep: Sweep) -> dict[str, FloatArray]:
+        right = sweep.clean_logits.argmax(-1) == one.source
+        flipped = sweep.logits[0, 0].argmax(-1) == one.target
+        return {
+            "right unedited": right.astype(np.float64),
+            "flipped": flipped.astype(np.float64),
+        }
+
+    return _with(steerings, swept, read)
 
 
 # --- all of them ----------------------------------------------------------------------------------

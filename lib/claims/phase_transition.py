@@ -18,7 +18,8 @@ from torch import Tensor
 from lib.engine.edits import Add, Exchange
 from lib.engine.extraction import extract_residuals, tokenize
 from lib.engine.models import Decoder
-from lib.engine.store import recall_sweep
+from lib.engine.store import recall_sweeps
+from lib.engine.sweeps import Request
 from lib.engine.vectors import held_out_centroids, random_directions
 from lib.evidence.tasks import Pairs, Task
 from lib.evidence.transfer import (
@@ -28,7 +29,7 @@ from lib.evidence.transfer import (
     Transfer,
     Trial,
     divergence,
-    measure_transfer,
+    measure_transfers,
     needed_prompts,
     read_tasks,
 )
@@ -158,12 +159,9 @@ def measure_twin(
         for name, own in pairs.items()
     }
     read = read_tasks(twin, {name: task for name, (task, _) in few.items()})
-    return {
-        name: one
-        if isinstance(one, Untested)
-        else measure_arms(one, few[name][1][0], twin_blocks(twin.n_blocks))
-        for name, one in read.items()
-    }
+    able = {name: one for name, one in read.items() if isinstance(one, Trial)}
+    arms = measure_arms(able, {n: few[n][1][0] for n in able}, twin_blocks(twin.n_blocks))
+    return {name: one if isinstance(one, Untested) else arms[name] for name, one in read.items()}
 
 
 def as_twins(arms: Arms, pairs: Pairs) -> Arms:
@@ -171,15 +169,22 @@ def as_twins(arms: Arms, pairs: Pairs) -> Arms:
     return arms.restrict(thin(pairs, TWIN_PAIRS), twin_blocks(arms.n_blocks))
 
 
-def measure_arms(trial: Trial, pairs: Pairs, blocks: Sequence[int] | None = None) -> Arms:
-    """Return what an exchange at the subject's token and one at the last token do to the pairs."""
-    transfers = {
-        arm: measure_transfer(
-            trial, pairs, site, blocks=blocks, description=f"{trial.task.name}: {arm}"
-        )
+def measure_arms(
+    trials: Mapping[str, Trial], pairs: Mapping[str, Pairs], blocks: Sequence[int] | None = None
+) -> dict[str, Arms]:
+    """Return by task what an exchange at the subject's token and one at the last token do."""
+    found = {
+        arm: measure_transfers(trials, pairs, site, blocks=blocks, description=arm)
         for arm, site in ARMS.items()
     }
-    return Arms(trial.decoder.n_blocks, transfers, is_seed=trial.decoder.untrained)
+    return {
+        name: Arms(
+            trials[name].decoder.n_blocks,
+            {arm: found[arm][name] for arm in ARMS},
+            is_seed=trials[name].decoder.untrained,
+        )
+        for name in pairs
+    }
 
 
 def plateaus(arms: Arms) -> dict[str, Measured]:
@@ -306,18 +311,71 @@ class Content:
 
 def measure_content(trials: Mapping[str, Trial], pairs: Mapping[str, Pairs]) -> dict[str, Content]:
     """Return by task what states with and without the donor's content do where each arm carries."""
+    if not pairs:
+        return {}
     small = {name: _narrow(trials[name], own) for name, own in pairs.items()}
-    states = {
-        name: {
-            arm: states_at(trial, arm, [block])[0]
-            for arm, block in carrying_blocks(trial.decoder.n_blocks).items()
-        }
-        for name, (trial, _) in small.items()
-    }
+    compared = {name: _compare(trial, own[0]) for name, (trial, own) in small.items()}
+    decoder = trials[next(iter(pairs))].decoder
+    done: dict[str, list[_Done]] = {name: [] for name in small}
+    for arm, block in carrying_blocks(decoder.n_blocks).items():
+        states = {name: states_at(trial, arm, [block])[0] for name, (trial, _) in small.items()}
+        put, asked, alike_asked = {}, {}, {}
+        for name, (trial, (own, alike)) in small.items():
+            x, y = (torch.as_tensor(side) for side in own.prompts.T)
+            at, others = states[name], states[other_task(name, small)]
+            put[name] = {"donor": at[y], "itself": at[x]}
+            put[name] |= control_states(trial.task, own, at, others, arm)
+            logits, toward, *_ = compared[name]
+            tiled = {k: np.tile(rows, len(put[name])) for k, rows in toward.items()}
+            asked[name] = put_in(trial, logits, tiled, torch.cat(list(put[name].values())), arm)
+            same = at[torch.as_tensor(alike.prompts[:, 1])]
+            if len(alike):
+                toward = {"recipient": alike.prompts[:, 0]}
+                alike_asked[name] = put_in(trial, logits, toward, same, arm)
+        edits = {"edit": Exchange()}
+        swept = recall_sweeps(decoder, asked, edits, blocks=[block])
+        swept_alike = recall_sweeps(decoder, alike_asked, edits, blocks=[block])
+        for name in small:
+            after = {
+                k: dict(zip(put[name], values[0, 0].reshape(len(put[name]), -1), strict=True))
+                for k, values in swept[name].measures.items()
+            }
+            same_after = (
+                swept_alike[name].measures["recipient"][0, 0]
+                if name in swept_alike
+                else np.empty(0)
+            )
+            done[name].append(_Done(after, same_after))
     return {
-        name: _content(trial, own[0], own[1], states[name], states[other_task(name, small)])
-        for name, (trial, own) in small.items()
+        name: _content(trial, own, alike, *compared[name][2:], done[name])
+        for name, (trial, (own, alike)) in small.items()
     }
+
+
+@dataclass(frozen=True, eq=False)
+class _Done:
+    """What was put in for one arm did, nats: KL(p_k ‖ p_edited) by k and what, `[n_pairs]`."""
+
+    after: Mapping[str, Mapping[str, np.ndarray]]
+    same_answer: np.ndarray
+
+
+def _compare(
+    trial: Trial, pairs: Pairs
+) -> tuple[Tensor, dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray | None]:
+    """Return logits to compare with, their rows by name, and KL(p_k ‖ p_x) before by name, nats.
+
+    And what the mean over third answers adds, `third_answers`; None without them.
+    """
+    task, logits = trial.task, trial.logits
+    x, y = pairs.prompts.T
+    toward = {"recipient": x, "donor": y, "third": y}
+    third = third_answers(task, pairs, logits)
+    if third is not None:
+        toward["third"] = len(logits) + np.arange(len(pairs))
+        logits = torch.cat([logits, third[0]])
+    before = {name: divergence(logits, rows, x) for name, rows in toward.items()}
+    return logits, toward, before, None if third is None else third[1]
 
 
 def _narrow(trial: Trial, pairs: Pairs) -> tuple[Trial, list[Pairs]]:
@@ -430,91 +488,58 @@ def _content(
     trial: Trial,
     pairs: Pairs,
     alike: Pairs,
-    states: Mapping[Arm, Tensor],
-    others: Mapping[Arm, Tensor],
+    before: Mapping[str, np.ndarray],
+    constant: np.ndarray | None,
+    done: Sequence[_Done],
 ) -> Content:
-    task, unit, logits = trial.task, pairs.unit, trial.logits
-    x, y = pairs.prompts.T
-    toward = {"recipient": x, "donor": y}
-    third = third_answers(task, pairs, logits)
-    if third is not None:
-        toward["third"] = len(logits) + np.arange(len(pairs))
-        logits = torch.cat([logits, third[0]])
-    before = {name: divergence(logits, rows, x) for name, rows in toward.items()}
+    task, unit = trial.task, pairs.unit
     transfer: dict[str, list[Measured]] = {name: [] for name in ("donor", *CONTROLS)}
     beyond: dict[str, list[Measured]] = {name: [] for name in CONTROLS}
     ratios: list[Measured] = []
     itself = 0.0
-    for arm, block in carrying_blocks(trial.decoder.n_blocks).items():
-        own = states[arm]
-        put = {"donor": own[torch.as_tensor(y)], "itself": own[torch.as_tensor(x)]}
-        put |= control_states(task, pairs, own, others[arm], arm)
-        tiled = {name: np.tile(rows, len(put)) for name, rows in toward.items()}
-        found = put_in(trial, logits, tiled, torch.cat(list(put.values())), arm, block)
-        after = {
-            name: dict(zip(put, values.reshape(len(put), -1), strict=True))
-            for name, values in found.items()
-        }
+    for one in done:
+        after = one.after
         for name in transfer:
             near = _transfer(task, after["donor"][name], before["donor"], unit)
             transfer[name].append(near)
-            if name in CONTROLS and third is not None:
+            if name in CONTROLS and constant is not None:
                 far = _transfer(
-                    task, after["third"][name] + third[1], before["third"] + third[1], unit
+                    task, after["third"][name] + constant, before["third"] + constant, unit
                 )
                 beyond[name].append(near - far.map(lambda t: np.maximum(t, 0)))
         itself = max(itself, float(after["recipient"]["itself"].max()))
-        same = put_in(
-            trial,
-            logits,
-            {"recipient": alike.prompts[:, 0]},
-            own[torch.as_tensor(alike.prompts[:, 1])],
-            arm,
-            block,
-        )["recipient"]
-        ratios.append(disturbance_ratio(task, same, alike.unit, after["recipient"]["donor"], unit))
+        other = after["recipient"]["donor"]
+        ratios.append(disturbance_ratio(task, one.same_answer, alike.unit, other, unit))
     lost = Untested(f"{len(task.answers)} answers leave no third one for some pairs")
     return Content(
         {name: stack(*both) for name, both in transfer.items()},
-        {name: lost if third is None else stack(*both) for name, both in beyond.items()},
+        {name: lost if constant is None else stack(*both) for name, both in beyond.items()},
         stack(*ratios),
         itself,
     )
 
 
 def put_in(
-    trial: Trial,
-    logits: Tensor,
-    toward: Mapping[str, np.ndarray],
-    states: Tensor,
-    arm: Arm,
-    block: int,
-) -> dict[str, np.ndarray]:
-    """Return KL(p_k ‖ p_edited), nats `[n]` by name, where states are put in after a block.
+    trial: Trial, logits: Tensor, toward: Mapping[str, np.ndarray], states: Tensor, arm: Arm
+) -> Request:
+    """Return the request to put states in, and to measure KL(p_k ‖ p_edited), nats, by name.
 
     Args:
         trial: the task and the model.
         logits: of the task's prompts, and of what else p_k may be `[…, d_vocab]`.
-        toward: by name, the row k of the logits; "recipient" is the prompt that is edited.
+        toward: by name, the row k of the logits; "recipient" is the prompt that is edited `[n]`.
         states: what is put in `[n, d_model]`.
         arm: where.
-        block: after which block.
     """
     task, recipients = trial.task, toward["recipient"]
-    if not len(recipients):
-        return {name: np.empty(0) for name in toward}
     last = np.array([len(prompt) - 1 for prompt in task.tokens])
-    sweep = recall_sweep(
-        trial.decoder,
+    return Request(
         task.tokens,
         np.stack([recipients, np.arange(len(recipients))], axis=1),
-        {"edit": Exchange()},
-        positions=task.subject_positions if arm == "context arm" else last,
-        donors=states[None],
-        blocks=[block],
+        task.subject_positions if arm == "context arm" else last,
+        states[None],
         measure=Divergences(logits, toward),
     )
-    return {name: values[0, 0] for name, values in sweep.measures.items()}
 
 
 def _transfer(task: Task, after: np.ndarray, before: np.ndarray, unit: np.ndarray) -> Measured:
@@ -616,15 +641,34 @@ def width_gap(rho: Measured, arms: Arms) -> Measured:
 # --- shown beside the statistics ------------------------------------------------------------------
 
 
-def measure_steering(trial: Trial, pairs: Pairs, arm: Arm, blocks: Sequence[int]) -> Transfer:
-    """Return what adding centroid differences of held-out templates does, as the paper steers.
+def measure_steering(
+    trials: Mapping[str, Trial], pairs: Mapping[str, Pairs], arm: Arm, blocks: Sequence[int]
+) -> dict[str, Transfer]:
+    """Return by task what adding centroid differences of held-out templates does.
 
-    At the subject's token the centroids are those of donor's and recipient's subject, at the last
-    token those of their answers, over the prompts of all other templates.
+    That is how the paper steers. At the subject's token the centroids are those of donor's and
+    recipient's subject, at the last token those of their answers, over the prompts of all other
+    templates.
 
     Raises:
         ValueError: a task of one template.
     """
+    vectors = {
+        name: _steering_vectors(trials[name], own, arm, blocks) for name, own in pairs.items()
+    }
+    return measure_transfers(
+        trials,
+        pairs,
+        ARMS[arm],
+        edit=Add(),
+        donors=vectors,
+        blocks=blocks,
+        description=f"steering, {arm}",
+    )
+
+
+def _steering_vectors(trial: Trial, pairs: Pairs, arm: Arm, blocks: Sequence[int]) -> Tensor:
+    """Return the donor's centroid less the recipient's `[n_blocks, n_pairs, d_model]`."""
     task = trial.task
     labels = task.unit if arm == "context arm" else task.answer_index
     template = task.prompts["template"].to_numpy()
@@ -636,15 +680,7 @@ def measure_steering(trial: Trial, pairs: Pairs, arm: Arm, blocks: Sequence[int]
         held_out_centroids(states, labels[used], template[used], labels[rows], template[recipients])
         for rows in (donors, recipients)
     )
-    return measure_transfer(
-        trial,
-        pairs,
-        ARMS[arm],
-        edit=Add(),
-        donors=to - away,
-        blocks=blocks,
-        description=f"{task.name}: steering, {arm}",
-    )
+    return to - away
 
 
 def second_operand(trial: Trial, pairs: Pairs) -> tuple[Trial, Pairs]:

@@ -34,7 +34,7 @@ class Batch:
 def equal_length_rows(prompts: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
     """Yield lists of prompt indices of one length each, at most `batch_tokens` tokens a list."""
     lengths = np.array([len(prompt) for prompt in prompts])
-    for length in np.unique(lengths):
+    for length in np.unique(lengths)[::-1]:  # the longest first: what is exact there is so below
         rows = np.flatnonzero(lengths == length)
         size = max(1, batch_tokens // int(length))
         for start in range(0, len(rows), size):

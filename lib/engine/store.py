@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -39,8 +39,9 @@ from lib.engine.keys import NoKeyError, key_of
 from lib.engine.models import Decoder
 from lib.engine.sites import Site, sweep_sites
 from lib.engine.sources import digest_of_files, imported_files
-from lib.engine.sweeps import Sweep, sweep_blocks
+from lib.engine.sweeps import Request, Sweep, sweep_blocks, sweep_together
 
+Name = TypeVar("Name")
 STORE = BUILD / "states"
 KEPT_FOLDERS = 16  # one of states and one of sweeps a model; the least recently used go
 SAMPLED = 64  # values of each weight tensor in the fingerprint, beside its sum
@@ -125,6 +126,55 @@ def recall_sweep(
         ValueError: as `sweep_blocks`.
     """
     return _recall(sweep_blocks, "sweeps", decoder, prompts, pairs, edits, options)
+
+
+def recall_sweeps(
+    decoder: Decoder,
+    requests: Mapping[Name, Request],
+    edits: Mapping[str, Edit],
+    *,
+    blocks: Sequence[int] | None = None,
+    description: str | None = None,
+) -> dict[Name, Sweep]:
+    """Return `sweep_together` of requests by name; each is kept by itself, as `recall_sweep` does.
+
+    Args:
+        decoder: the model.
+        requests: what differs, by name.
+        edits: as `sweep_together`.
+        blocks: as `sweep_together`.
+        description: as `sweep_together`.
+
+    Raises:
+        ValueError: as `sweep_together`.
+    """
+    paths = {
+        name: _sweep_path(
+            "sweeps",
+            decoder,
+            one.prompts,
+            one.pairs,
+            edits,
+            {
+                "positions": one.positions,
+                "donors": one.donors,
+                "blocks": blocks,
+                "read_ids": one.read_ids,
+                "measure": one.measure,
+            },
+        )
+        for name, one in requests.items()
+    }
+    read = {name: _read_sweep(path) for name, path in paths.items() if path is not None}
+    found = {name: sweep for name, sweep in read.items() if sweep is not None}
+    missing = [name for name in requests if name not in found]
+    asked = [requests[name] for name in missing]
+    swept = sweep_together(decoder, asked, edits, blocks=blocks, description=description)
+    for name, sweep in zip(missing, swept, strict=True):
+        found[name] = sweep
+        if (path := paths[name]) is not None:
+            _write_sweep(path, sweep)
+    return {name: found[name] for name in requests}
 
 
 def recall_sites(

@@ -165,6 +165,115 @@ def sweep_blocks(
     return Sweep(tuple(edits), wanted, pairs, logits, clean, measures, path)
 
 
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One sweep of several that run together: arguments of `sweep_blocks` that differ."""
+
+    prompts: Prompts
+    pairs: np.ndarray
+    positions: np.ndarray | Sequence[int] | str
+    donors: Tensor | None = None
+    read_ids: Sequence[int] = ()
+    measure: Measure | None = None
+
+
+def sweep_together(
+    decoder: Decoder,
+    requests: Sequence[Request],
+    edits: Mapping[str, Edit],
+    *,
+    blocks: Sequence[int] | None = None,
+    description: str | None = None,
+) -> list[Sweep]:
+    """Return the sweep of each request; prompts of one length share passes across requests.
+
+    Weights are read from memory once a pass, whatever is in it: few prompts of many tasks take half
+    the time that they take task by task. Requests with as many positions a prompt run as one sweep.
+
+    Args:
+        decoder: the model.
+        requests: what differs; all give donors or none does, all measure by the same names or none
+            measures.
+        edits: as `sweep_blocks`, the same for all.
+        blocks: as `sweep_blocks`, the same for all.
+        description: as `sweep_blocks`.
+
+    Raises:
+        ValueError: as `sweep_blocks`.
+    """
+    tables = [position_table(one.prompts, one.positions) for one in requests]
+    result: dict[int, Sweep] = {}
+    for width in sorted({table.shape[1] for table in tables}):
+        numbers = [n for n, table in enumerate(tables) if table.shape[1] == width]
+        chosen = [requests[number] for number in numbers]
+        offset = np.cumsum([0, *(len(one.pairs) for one in chosen)])
+        read_ids = sorted({int(token) for one in chosen for token in one.read_ids})
+        whole = sweep_blocks(
+            decoder,
+            [prompt for one in chosen for prompt in one.prompts],
+            _renumber(chosen),
+            edits,
+            positions=np.concatenate([tables[number] for number in numbers]),
+            donors=_side_by_side([one.donors for one in chosen]),
+            blocks=blocks,
+            read_ids=read_ids,
+            measure=_each_its_own([one.measure for one in chosen], offset),
+            description=description,
+        )
+        for place, (number, one) in enumerate(zip(numbers, chosen, strict=True)):
+            own = slice(offset[place], offset[place + 1])
+            columns = np.searchsorted(read_ids, np.asarray(one.read_ids, dtype=np.int64))
+            result[number] = Sweep(
+                whole.edits,
+                whole.blocks,
+                np.asarray(one.pairs),
+                whole.logits[:, :, own][..., columns],
+                whole.clean_logits[own][:, columns],
+                {name: values[:, :, own] for name, values in whole.measures.items()},
+                whole.path,
+            )
+    return [result[number] for number in range(len(requests))]
+
+
+def _renumber(requests: Sequence[Request]) -> np.ndarray:
+    """Return the pairs of all requests `[n_pairs, 2]`, numbered through prompts and donors."""
+    pairs, n_prompts, n_donors = [], 0, 0
+    for one in requests:
+        own = _check_pairs(one.pairs, len(one.prompts), one.donors)
+        first = (n_prompts, n_prompts if one.donors is None else n_donors)
+        pairs.append(own + np.array(first))
+        n_prompts += len(one.prompts)
+        n_donors += 0 if one.donors is None else one.donors.shape[1]
+    return np.concatenate(pairs)
+
+
+def _side_by_side(donors: Sequence[Tensor | None]) -> Tensor | None:
+    given = [one for one in donors if one is not None]
+    return torch.cat(given, dim=1) if given else None
+
+
+def _each_its_own(measures: Sequence[Measure | None], offset: np.ndarray) -> Measure | None:
+    """Return the measure that gives each request's rows to its own; requests follow `offset`."""
+    if measures[0] is None:
+        return None
+    bounds = torch.as_tensor(offset[1:])
+
+    def measure(logits: Tensor, pair: Tensor) -> dict[str, Tensor]:
+        owner = torch.bucketize(pair, bounds.to(pair.device), right=True)
+        result: dict[str, Tensor] = {}
+        for number in owner.unique().tolist():
+            rows = torch.nonzero(owner == number)[:, 0]
+            own = measures[number]
+            assert own is not None
+            for name, values in own(logits[rows], pair[rows] - int(offset[number])).items():
+                if name not in result:
+                    result[name] = torch.full((len(pair),), torch.nan, dtype=torch.float64)
+                result[name][rows.cpu()] = values.double().cpu()
+        return result
+
+    return measure
+
+
 @dataclass(frozen=True)
 class _Group:
     """Recipients `[n]` whose prompts line up; their pairs `[n, n_columns]`, padded by repeats."""
@@ -192,7 +301,7 @@ def _recipient_groups(
     """Yield groups of recipients of `n_rows` rows at most, as many as `batch_tokens` allows."""
     unique = np.unique(recipients)
     layout = [(len(prompts[r]), *where[r].tolist()) for r in unique]
-    for key in sorted(set(layout)):
+    for key in sorted(set(layout), reverse=True):  # the longest first: one comparison does
         members = unique[[entry == key for entry in layout]]
         row_length = key[0] - min(key[1:])
         most = max(row_length, min(n_rows * row_length, MAX_ROW_TOKENS))

@@ -18,7 +18,8 @@ from torch import Tensor
 from lib.engine.edits import Edit, exchange
 from lib.engine.extraction import Positions, check_blocks, logit_lens
 from lib.engine.models import Decoder
-from lib.engine.store import recall_residuals, recall_sweep
+from lib.engine.store import recall_residuals, recall_sweeps
+from lib.engine.sweeps import Request
 from lib.evidence.tasks import Pairs, Task, exchange_pairs
 from lib.science.estimate import (
     FEWEST_UNITS,
@@ -230,54 +231,91 @@ def measure_transfer(
     blocks: Sequence[int] | None = None,
     description: str | None = None,
 ) -> Transfer:
-    """Return what an edit at `site` does to every pair, after each block.
+    """Return what an edit at `site` does to every pair, after each block: `measure_transfers`."""
+    given = None if donors is None else {"": donors}
+    found = measure_transfers(
+        {"": trial},
+        {"": pairs},
+        site,
+        edit=edit,
+        donors=given,
+        blocks=blocks,
+        description=description,
+    )
+    return found[""]
+
+
+def measure_transfers(
+    trials: Mapping[str, Trial],
+    pairs: Mapping[str, Pairs],
+    site: Site,
+    *,
+    edit: Edit = exchange,
+    donors: Mapping[str, Tensor] | None = None,
+    blocks: Sequence[int] | None = None,
+    description: str | None = None,
+) -> dict[str, Transfer]:
+    """Return by task what an edit at `site` does to every pair, after each block.
 
     Args:
-        trial: the task and the model.
-        pairs: recipients and donors.
+        trials: tasks as one model reads them.
+        pairs: recipients and donors, by task.
         site: `"last"`: the last token; `"subject"`: the last of the subject's tokens;
             `"subject's tokens"`: all of them; `"between"`: from the subject to the last token but
             one. Pairs whose tokens do not line up are left out of the last two.
         edit: what is done there.
         donors: what the edit takes, one a pair `[n_blocks, n_pairs, d_model]` in the order of
-            `blocks`; by default the donor prompt's own state at the site.
+            `blocks`, by task; by default the donor prompt's own state at the site.
         blocks: after which to edit, all by default.
         description: what a progress display calls this.
 
     Raises:
         ValueError: as `lib.engine.sweeps.sweep_blocks`.
     """
-    wanted = check_blocks(trial.decoder, blocks)
-    pairs, classes = _classes(trial.task, pairs, site, mirror=edit == exchange and donors is None)
-    logits = trial.logits
-    before = divergence(logits, pairs.prompts[:, 1], pairs.prompts[:, 0])
-    after = np.empty((len(wanted), len(pairs)))
-    choice = np.empty((len(wanted), len(pairs)), dtype=np.int64)
-    for positions, rows, mirrored in classes:
-        asked = pairs.prompts[rows]
-        measure = DivergenceFromDonor(logits[np.unique(asked[:, 1])], _ranks(asked[:, 1]))
-        swept = asked[:, ::-1] if mirrored else asked
-        own = None
-        if donors is not None:
-            swept = np.stack([asked[:, 0], np.arange(len(asked))], axis=1)
-            own = donors[:, torch.as_tensor(rows)]
-        sweep = recall_sweep(
-            trial.decoder,
-            trial.task.tokens,
-            swept,
-            {"edit": edit},
-            positions=positions,
-            donors=own,
-            blocks=wanted,
-            read_ids=trial.task.answer_ids.tolist(),
-            measure=measure,
-            description=description,
+    if not pairs:
+        return {}
+    decoder = trials[next(iter(pairs))].decoder
+    wanted = check_blocks(decoder, blocks)
+    in_line: dict[str, Pairs] = {}
+    classes: dict[tuple[str, int], np.ndarray] = {}
+    before: dict[str, np.ndarray] = {}
+    requests: dict[tuple[str, int], Request] = {}
+    for name, own in pairs.items():
+        task, logits = trials[name].task, trials[name].logits
+        in_line[name], found = _classes(task, own, site, edit == exchange and donors is None)
+        before[name] = divergence(logits, *in_line[name].prompts.T[::-1])
+        for number, (positions, rows, mirrored) in enumerate(found):
+            asked = in_line[name].prompts[rows]
+            swept, states = asked[:, ::-1] if mirrored else asked, None
+            if donors is not None:
+                swept = np.stack([asked[:, 0], np.arange(len(asked))], axis=1)
+                states = donors[name][:, torch.as_tensor(rows)]
+            classes[name, number] = rows
+            requests[name, number] = Request(
+                task.tokens,
+                swept,
+                positions,
+                states,
+                task.answer_ids.tolist(),
+                DivergenceFromDonor(logits[np.unique(asked[:, 1])], _ranks(asked[:, 1])),
+            )
+    sweeps = recall_sweeps(
+        decoder, requests, {"edit": edit}, blocks=wanted, description=description
+    )
+    result = {}
+    for name, own in in_line.items():
+        task = trials[name].task
+        after = np.empty((len(wanted), len(own)))
+        choice = np.empty((len(wanted), len(own)), dtype=np.int64)
+        for key, rows in classes.items():
+            if key[0] == name:
+                after[:, rows] = sweeps[key].measures["kl_nats"][0]
+                choice[:, rows] = sweeps[key].logits[0].argmax(-1)
+        target = task.answer_index[own.prompts[:, 1]]
+        result[name] = Transfer(
+            wanted, after, before[name], choice, target, own.unit, task.units, task.n_units
         )
-        after[:, rows] = sweep.measures["kl_nats"][0]
-        choice[:, rows] = sweep.logits[0].argmax(-1)
-    task = trial.task
-    target = task.answer_index[pairs.prompts[:, 1]]
-    return Transfer(wanted, after, before, choice, target, pairs.unit, task.units, task.n_units)
+    return result
 
 
 def divergence(logits: Tensor, of: np.ndarray, from_: np.ndarray) -> np.ndarray:
