@@ -543,6 +543,21 @@ def test_all_statistics_are_judged_and_twins_only_where_no_right_answer_is_neede
     assert claim_verdict(records, claim.CLAIM, "m", untrained=True).verdict != "supported"
 
 
+def test_each_statistic_bears_the_number_that_it_is_named_after(trial, control):
+    parts = claim.measure_parts(trial, claim.few_pairs(trial), [1, 2])
+    spans = dict.fromkeys(claim.SPANS, Untested("not measured"))
+    found = claim.statistics({"t": parts}, {"t": spans}, {"t": control}, {"t": planted()})
+    assert set(found) == {*claim.PARTS, *claim.SPANS, *claim.CONTROL}
+    flips = np.mean(control.rotation == control.steering.target)
+    assert float(found["rotation_flips"]["t"]) == pytest.approx(flips)
+    assert found["null_flips"]["t"].value.shape == (3,)
+    assert float(found["selective_share"]["t"]) == pytest.approx(0.7)
+    assert float(found["selective_beyond_random"]["t"]) == pytest.approx(0.9)
+    norm = parts["norm"]
+    moved = np.mean(1 - norm.after.sum(axis=1) / norm.before.sum())
+    assert float(found["norm_transfer"]["t"]) == pytest.approx(moved)
+
+
 def test_a_twins_numbers_are_those_of_its_own_weights(trial):
     torch.manual_seed(11)
     model = tiny_model("llama")
