@@ -449,6 +449,25 @@ def test_disturbance_ratio_is_one_of_sums_over_subjects(trial):
     assert found.n_units == len(both)
 
 
+def test_disturbance_by_the_same_answer_is_over_that_by_the_donor_from_the_recipient(
+    trial, contents
+):
+    """By the loop: KL(p_x ‖ p_edited) of donors of the same answer over that of the donors."""
+    small, (own, alike) = claim._narrow(trial, choose_pairs(trial))
+    for index, (arm, block) in enumerate(claim.carrying_blocks(4).items()):
+        states = claim.states_at(small, arm, [block])[0]
+        sums = [
+            sum(
+                kl(clean(small, x), recompute(small, x, place(small, x, arm), block, states[y]))
+                for x, y in pairs.prompts
+            )
+            for pairs in (alike, own)
+        ]
+        assert set(alike.unit) == set(own.unit)  # one pair a subject of either kind
+        found = contents["tiny"].same_answer.value[index]
+        assert found == pytest.approx(sums[0] / sums[1], rel=2e-3)
+
+
 def test_one_subject_an_answer_cannot_be_tested_for_the_same_answer(tiny, trial):
     decoder = trial.decoder
     answers = [f"t{i}" for i in range(6)] + ANSWERS
