@@ -31,7 +31,6 @@ from lib.claims.angular_code import (
     unembedding_basis,
     within,
 )
-from lib.engine.passes import run_blocks
 from lib.evidence.criteria import criteria, judge
 from lib.evidence.tasks import build_task, load_tasks, load_texts
 from lib.evidence.transfer import Trial, read_tasks
@@ -126,11 +125,9 @@ def test_readers_learn_at_every_token_but_the_first(llama):
     (reader,) = learn_readers(llama, prompts, [1], judged=[]).values()
     states, target, text = [], [], []
     for number, prompt in enumerate(prompts):
-        with torch.inference_mode():
-            found = llama.model(torch.tensor([prompt]), output_hidden_states=True).hidden_states
-            alone = run_blocks(llama, torch.tensor([prompt]), {3})[3]  # before the final norm
-        states.append(found[2][0, 1:].double().numpy())
-        target.append(alone[0, 1:].double().numpy())
+        found = block_states(llama.model, llama.blocks, prompt)[:, 1:].double().numpy()
+        states.append(found[1])
+        target.append(found[3])
         text += [number] * (len(prompt) - 1)
 
     expected = fit_reader(np.concatenate(states), np.concatenate(target), text)
