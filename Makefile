@@ -50,7 +50,7 @@ test: $(TESTS_READY) model  ## run the tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-reading: $(TESTS_READY)  ## read the built book in a browser: offline, links, accessibility
-	@$(BIN)/python -m pytest -m browser tests/test_reading.py tests/test_pdf.py
+	@$(BIN)/python -m pytest -m browser tests/test_pdf.py tests/test_reading.py
 
 test-colab: $(TESTS_READY) $(COLAB_VENV)/ready.stamp  ## run every notebook as on Colab: bare, alone
 	@$(BIN)/python -m pytest -m colab tests/test_colab.py

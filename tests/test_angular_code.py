@@ -1,16 +1,20 @@
 """The angular code's statistics against full recomputes, naive loops and planted structure."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from oracle import block_states, forward
 from scipy.spatial.distance import pdist, squareform
 from scipy.special import log_softmax
 from scipy.stats import rankdata, spearmanr
 
 from lib.claims.angular_code import (
     Items,
+    beyond_by_rivals,
     beyond_twins,
     correlate_beyond,
     correlate_different,
@@ -18,16 +22,17 @@ from lib.claims.angular_code import (
     find_windows,
     items_by_template,
     learn_readers,
+    measure_network,
     over_twins,
     read_divergence,
     read_items,
     statistics,
+    thin_tasks,
     unembedding_basis,
     within,
 )
-from lib.engine.passes import run_blocks
 from lib.evidence.criteria import criteria, judge
-from lib.evidence.tasks import load_tasks, load_texts
+from lib.evidence.tasks import build_task, load_tasks, load_texts
 from lib.evidence.transfer import Trial, read_tasks
 from lib.science.estimate import Untested, mean_over_units
 from lib.science.geometry import angles, distances
@@ -120,11 +125,9 @@ def test_readers_learn_at_every_token_but_the_first(llama):
     (reader,) = learn_readers(llama, prompts, [1], judged=[]).values()
     states, target, text = [], [], []
     for number, prompt in enumerate(prompts):
-        with torch.inference_mode():
-            found = llama.model(torch.tensor([prompt]), output_hidden_states=True).hidden_states
-            alone = run_blocks(llama, torch.tensor([prompt]), {3})[3]  # before the final norm
-        states.append(found[2][0, 1:].double().numpy())
-        target.append(alone[0, 1:].double().numpy())
+        found = block_states(llama.model, llama.blocks, prompt)[:, 1:].double().numpy()
+        states.append(found[1])
+        target.append(found[3])
         text += [number] * (len(prompt) - 1)
 
     expected = fit_reader(np.concatenate(states), np.concatenate(target), text)
@@ -174,6 +177,128 @@ def test_an_angle_that_a_reader_reads_whole_says_nothing_beyond_it():
     own = Items(items.states, angle + noise - noise.min() * (angle > 0), "texts")
     found = correlate_beyond(own, {6: angle + 0.01 * squareform(rng.random(60 * 59 // 2))}, [6])
     assert abs(float(found)) < 0.1
+
+
+# --- one network ---------------------------------------------------------------------------------
+
+
+def toy_task(decoder, n_subjects=12):
+    """A task of two templates and two groups, each of which holds every subject."""
+    rows = [
+        (f"w{i + 1}", f"w{50 + i % 3}", f"w{58 + g}") for g in (0, 1) for i in range(n_subjects)
+    ]
+    items = pd.DataFrame(rows, columns=["subject", "answer", "group"])
+    return build_task("toy", items, ["{group} w61 {subject} w62", "w63 {subject} {group}"], decoder)
+
+
+def naive(decoder, prompts):
+    """States after each block at the last token, and J, from one plain pass a prompt."""
+    states = [block_states(decoder.model, decoder.blocks, one)[:, -1].double() for one in prompts]
+    log_p = log_softmax([forward(decoder.model, [one])[0].double() for one in prompts], axis=1)
+    return torch.stack(states, dim=1).numpy(), jeffreys(log_p)
+
+
+def jeffreys(log_p):
+    return np.array([[((np.exp(p) - np.exp(q)) * (p - q)).sum() for q in log_p] for p in log_p])
+
+
+def angle_between(states):
+    return np.arccos(np.clip(1 - squareform(pdist(states, "cosine")), -1, 1))
+
+
+def partial(first, second, given):
+    a, b, c = (rankdata(pairs_of(matrix)) for matrix in (first, second, given))
+    rest = [values - np.polyval(np.polyfit(c, values, 1), c) for values in (a, b)]
+    return np.corrcoef(*rest)[0, 1]
+
+
+@pytest.fixture(scope="module")
+def read_network(llama):
+    """What is measured of a tiny network, and what it was given."""
+    texts, learn = prompts_of(16, 6, seed=3), prompts_of(40, 6, seed=4)
+    tasks = {"toy": toy_task(llama), "lost": Untested("no tokens")}
+    return measure_network(llama, texts, tasks, learn=learn, reader_blocks=[1, 2]), texts, learn
+
+
+def test_a_networks_curves_are_of_its_own_angles_and_distances(llama, read_network):
+    network, texts, _ = read_network
+    task = toy_task(llama)
+    cells = task.prompts.groupby(["template", "group"])["tokens"]
+    assert cells.ngroups == 4
+    for place, sets in (("texts", [texts]), ("toy", [cell.tolist() for _, cell in cells])):
+        read = [naive(llama, prompts) for prompts in sets]
+        for found, measure in (
+            (network.angle[place], angle_between),
+            (network.distance[place], lambda states: squareform(pdist(states))),
+        ):
+            for block in range(3):
+                rho = [
+                    spearmanr(pairs_of(measure(states[block])), pairs_of(divergence)).statistic
+                    for states, divergence in read
+                ]
+                assert found.value[block] == pytest.approx(np.mean(rho), abs=5e-3)
+    assert network.angle["lost"] == network.distance["lost"] == Untested("no tokens")
+
+
+def test_items_are_subjects_in_one_order_whatever_the_order_of_prompts(llama):
+    task = toy_task(llama)
+    order = np.random.default_rng(0).permutation(task.n_prompts)
+    turned = replace(task, prompts=task.prompts.iloc[order].reset_index(drop=True))
+    one, other = (
+        correlate_items(items_by_template(read_tasks(llama, {"toy": each})["toy"]))
+        for each in (task, turned)
+    )
+    np.testing.assert_allclose(one.draws, other.draws, atol=1e-3)
+
+
+def test_a_networks_readers_learn_from_other_texts_and_the_lens_from_none(llama, read_network):
+    network, texts, learn = read_network
+    states, _ = naive(llama, texts)
+    whole = [block_states(llama.model, llama.blocks, one)[:, 1:].double().numpy() for one in learn]
+    given, target = (np.concatenate([one[block] for one in whole]) for block in (1, 3))
+    expected = fit_reader(given, target, np.repeat(np.arange(40), 5))
+
+    def divergence(read):
+        with torch.no_grad():
+            last = llama.final_norm(torch.as_tensor(read, dtype=torch.float32))
+            return jeffreys(log_softmax(llama.unembed(last).double().numpy(), axis=1))
+
+    assert network.readers[1].penalty == expected.penalty
+    read, lens = divergence(expected(states[1])), divergence(states[1])
+    assert spearmanr(pairs_of(read), pairs_of(lens)).statistic < 0.95  # a swap would be seen
+    np.testing.assert_allclose(network.read[1], read, rtol=2e-2, atol=1e-3)
+    np.testing.assert_allclose(network.lens[1], lens, rtol=1e-3, atol=1e-4)
+
+
+def test_rivals_of_the_angle_are_what_their_names_say_given_the_reader(llama, read_network):
+    network, texts, _ = read_network
+    states, divergence = naive(llama, texts)
+    rows = llama.unembedding.weight.detach().double().numpy()
+    first = np.linalg.svd(rows - rows.mean(axis=0))[2].T[:, :8]
+    found = beyond_by_rivals(llama, network, [1, 2], 8)
+    expected = {
+        "angle": angle_between,
+        "distance": lambda h: squareform(pdist(h)),
+        "angle, top 8 of the unembedding": lambda h: angle_between(h @ first),
+        "angle, all other directions": lambda h: angle_between(h - h @ first @ first.T),
+    }
+    for name, measure in expected.items():
+        by_block = [partial(measure(states[b]), divergence, network.read[b]) for b in (1, 2)]
+        assert float(found[name]) == pytest.approx(np.mean(by_block), abs=1e-2), name
+    assert set(found) == {*expected, "angle, 8 random directions"}
+
+
+def test_twins_read_one_template_and_each_subject_keeps_its_prompt(llama):
+    task = toy_task(llama, n_subjects=48)
+    found = thin_tasks({"toy": task, "lost": Untested("no tokens")})
+    assert found["lost"] == Untested("no tokens")
+    few = found["toy"]
+    assert few.n_prompts == few.n_units == 24
+    assert len(set(few.prompts["template"])) == len(set(few.prompts["group"])) == 1
+    assert set(few.prompts["text"]) <= set(task.prompts["text"])
+    for row in few.prompts.itertuples():
+        assert few.subjects[row.unit] == row.subject
+        assert llama.tokenizer(row.text)["input_ids"] == row.tokens
 
 
 # --- statistics ----------------------------------------------------------------------------------

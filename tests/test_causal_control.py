@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
-from oracle import patched_logits
+from oracle import block_states, forward, patched_logits
 from scipy.special import log_softmax, softmax
 
 from lib.claims import causal_control as claim
@@ -207,6 +207,7 @@ def test_spans_are_judged_on_tasks_of_few_answers(trial):
     spans = claim.measure_span({"tiny": trial}, {"tiny": claim.few_pairs(trial)}, BLOCK)["tiny"]
     found = claim.few_dimensions(trial, spans)
     assert float(found["span_transfer"]) == float(spans["span 3"].estimate().at(0))
+    assert float(found["complement_transfer"]) == float(spans["complement"].estimate().at(0))
     many = replace(trial.task, answers=tuple(f"a{i}" for i in range(10)))
     wide = Able(many, trial.decoder, trial.last_states)
     assert "10 answers" in claim.few_dimensions(wide, spans)["span_transfer"].reason
@@ -263,6 +264,26 @@ def test_rotations_the_whole_way_choose_what_full_passes_say(trial, steering, co
     assert control.nulls["covariance matched"].shape == (claim.N_DRAWN, len(steering.pairs))
     expected = np.mean(control.rotation == steering.target)
     assert float(control.flips()) == pytest.approx(expected)
+
+
+def test_the_null_of_another_task_turns_towards_that_tasks_centroids(trials, trial, steering):
+    """Of a stranger all of whose centroids are one vector the outcome of each pair is known."""
+    other = claim.prepare_steering(trials["other"], BLOCK)
+    vector = 3 * torch.randn(32, generator=torch.Generator().manual_seed(4))
+    stranger = replace(other, centroids=vector.expand_as(other.centroids))
+    found = claim.measure_control({"tiny": steering, "other": stranger})["tiny"]
+    expected = []
+    for x in steering.pairs.prompts[:, 0]:
+        turned = unit(vector.double().numpy()) * np.linalg.norm(states_of(trial)[x])
+        expected.append(recompute(trial, x, as_state(turned))[trial.task.answer_ids].argmax())
+    assert found.nulls["another task"].tolist() == [expected]
+    for rest in (found.rotation, *found.nulls["another answer"]):
+        assert rest.tolist() != expected
+
+
+def test_matched_vectors_are_drawn_anew_each_time(control):
+    drawn = control.nulls["covariance matched"]
+    assert len(np.unique(drawn, axis=0)) > claim.N_DRAWN / 2
 
 
 def test_matched_vectors_have_the_centroids_mean_and_covariance(steering):
@@ -332,6 +353,25 @@ def test_edits_without_regard_to_the_target_flip_by_chance_alone(frequency, stri
     others = [np.setdiff1d(range(4), [s, t]) for s, t in zip(source, target, strict=True)]
     aimed = np.array([rng.choice(one) for one in others])
     assert own.beyond_chance(aimed, aimed) == pytest.approx(np.zeros(len(source)))
+
+
+def test_choosing_the_answer_that_a_null_aims_at_is_no_chance_hit_of_that_null_alone():
+    source, target, aimed = (np.arange(12) % 4 + k for k in (0, 1, 2))
+    source, target, aimed = source % 4, target % 4, aimed % 4
+    nulls = dict.fromkeys(claim.NULLS, aimed[None])
+    found = Control(bare(source, target, 4), target, nulls, aimed).null_flips().value
+    assert found[0] == pytest.approx(0)  # another answer: all went where it aimed
+    assert found[1:] == pytest.approx([-1 / 3, -1 / 3])  # each is one of three other answers
+
+
+def test_pairs_of_one_subject_count_once():
+    source, target = np.arange(24) % 4, (np.arange(24) + 1) % 4
+    plain = bare(source, target, 4)
+    unit = np.repeat(np.arange(6), [1, 1, 1, 1, 10, 10])
+    own = replace(plain, pairs=Pairs(plain.pairs.prompts, unit))
+    choice = np.where(unit < 4, target, source)
+    found = Control(own, choice, {}, np.full(24, -1)).flips()
+    assert (float(found), found.n_units) == (pytest.approx(4 / 6), 6)
 
 
 def test_nobody_flipping_has_an_exact_interval_in_place_of_certainty():
@@ -448,7 +488,7 @@ def test_rotation_to_the_donor_ends_at_its_direction(trial, steering):
 
 def test_behind_text_the_same_vectors_steer_the_last_token(trial, steering):
     found = claim.measure_behind({"tiny": steering}, ["t1 t2 s3"] * len(steering.pairs))["tiny"]
-    template, flips = trial.task.prompts["template"], []
+    template, flips, right = trial.task.prompts["template"], [], []
     decoder = trial.decoder
     for pair, x in enumerate(steering.pairs.prompts[:, 0]):
         text = f"t1 t2 s3\n\n{trial.task.prompts['text'][x]}"
@@ -463,7 +503,11 @@ def test_behind_text_the_same_vectors_steer_the_last_token(trial, steering):
             [as_state(unit(to) * np.linalg.norm(state))[None]],
         )[0].numpy()
         flips.append(logits[trial.task.answer_ids].argmax() == steering.target[pair])
+        plain = forward(decoder.model, [tokens])[0][trial.task.answer_ids]
+        right.append(int(plain.argmax()) == steering.source[pair])
     assert found["flipped"] == pytest.approx(np.array(flips, dtype=float))
+    assert found["right unedited"] == pytest.approx(np.array(right, dtype=float))
+    assert flips != right
 
 
 def test_passages_are_as_long_as_asked_and_none_of_the_texts_judged(embedded):
@@ -502,6 +546,41 @@ def test_all_statistics_are_judged_and_twins_only_where_no_right_answer_is_neede
     assert own["rotation_flips", "tiny", True]["verdict"] == "not testable"
     assert "right answers" in own["rotation_flips", "tiny", True]["reason"]
     assert claim_verdict(records, claim.CLAIM, "m", untrained=True).verdict != "supported"
+
+
+def test_each_statistic_bears_the_number_that_it_is_named_after(trial, control):
+    parts = claim.measure_parts({"tiny": trial}, {"tiny": claim.few_pairs(trial)}, [1, 2])["tiny"]
+    spans = dict.fromkeys(claim.SPANS, Untested("not measured"))
+    found = claim.statistics({"t": parts}, {"t": spans}, {"t": control}, {"t": planted()})
+    assert set(found) == {*claim.PARTS, *claim.SPANS, *claim.CONTROL}
+    flips = np.mean(control.rotation == control.steering.target)
+    assert float(found["rotation_flips"]["t"]) == pytest.approx(flips)
+    assert found["null_flips"]["t"].value.shape == (3,)
+    assert float(found["selective_share"]["t"]) == pytest.approx(0.7)
+    assert float(found["selective_beyond_random"]["t"]) == pytest.approx(0.9)
+    norm = parts["norm"]
+    moved = np.mean(1 - norm.after.sum(axis=1) / norm.before.sum())
+    assert float(found["norm_transfer"]["t"]) == pytest.approx(moved)
+
+
+def test_a_twins_numbers_are_those_of_its_own_weights(trial):
+    torch.manual_seed(11)
+    model = tiny_model("llama")
+    for parameter in model.parameters():
+        parameter.data += 0.3 * parameter.std() * torch.randn_like(parameter)
+    twin = load_decoder(model, tokenizer=tiny_tokenizer(WORDS))
+    found = claim.measure_twin(twin, {"tiny": trial, "lost": Untested("why")}, [1], 6)
+    assert found["lost"] == Untested("why")
+    own = replace(trial, decoder=twin)
+    for pair, (x, y) in enumerate(claim.few_pairs(trial, 6).prompts):
+        given = block_states(model, twin.blocks, trial.task.tokens[y])[1, -1]
+        logs = [forward(model, [trial.task.tokens[row]])[0].double() for row in (x, y)]
+        before, donor = (log_softmax(one.numpy()) for one in logs)
+        after = log_softmax(recompute(own, x, given, 1).astype(float))
+        for part, q in (("after", after), ("before", before)):
+            kl = (np.exp(donor) * (donor - q)).sum()
+            measured = np.atleast_2d(getattr(found["tiny"]["whole"], part))[0, pair]
+            assert measured == pytest.approx(kl, rel=1e-3, abs=1e-4)
 
 
 def test_a_twins_number_is_one_and_the_seeds_are_the_units(trial):

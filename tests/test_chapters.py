@@ -111,6 +111,17 @@ def test_no_number_of_a_result_is_typed(chapter):
     assert typed_decimals(text_of(chapter), METHOD | thresholds) == []
 
 
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_blocks_are_chosen_on_the_trained_model_before_any_twin_is_read(chapter):
+    cells = jupytext.read(ROOT / f"{chapter}.md").cells
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    chosen = r"\b(?:transition_block|find_windows|late_blocks|\w+_late_blocks|control_block)\("
+    places = [found.start() for found in re.finditer(chosen, code)]
+    twins = re.search(r"load_decoder\([^)]*untrained=True", code)
+    assert twins is None or all(place < twins.start() for place in places)
+    assert set(re.findall(r"transition_block\((\w+)\)", code)) <= {"decoder"}
+
+
 HEAD = """---
 jupytext: {text_representation: {extension: .md, format_name: myst}}
 kernelspec: {display_name: Python 3, language: python, name: python3}

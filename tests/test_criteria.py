@@ -51,6 +51,32 @@ def test_an_equivalence_is_judged_by_the_ninety_per_cent_interval():
     assert criterion(">=", 0.1).level == 0.95
 
 
+def test_a_record_shows_the_interval_of_its_criterions_level_and_is_judged_by_it():
+    """Threshold 0.1, between the upper ends of the 90 % and of the 95 % interval."""
+    draws = np.linspace(-1, 1, 2001)
+    spread = Estimate(np.r_[0.0, draws * 0.1 / 0.925], "texts", 10_000)
+    assert spread.interval(0.9).high < 0.1 < spread.interval(0.95).high
+    statistics = {name: number(0.01) for name in ("second_attribute_gain", "within_answer_gain")}
+    statistics |= {
+        name: {TEXTS: number(0.01)} for name in ("norm_exchange_transfer", "norm_cost_ratio")
+    }
+    (equal,) = [one for one in criteria("norm-code") if one.statistic == "partial_given_angle"]
+    scaled = spread * (equal.threshold / 0.1)
+    statistics["partial_given_angle"] = {TEXTS: scaled, "capitals": number(0.0, units="a")}
+    (row,) = [
+        one
+        for one in judge("norm-code", "m", statistics)
+        if (one["statistic"], one["place"]) == ("partial_given_angle", TEXTS)
+    ]
+    assert row["verdict"] == "supported"
+    assert row["high"] == pytest.approx(float(scaled.interval(0.9).high))
+    wide = angles(beyond_reader={TEXTS: scaled})
+    (row,) = [
+        one for one in judge("angular-code", "m", wide) if one["statistic"] == "beyond_reader"
+    ]
+    assert row["high"] == pytest.approx(float(scaled.interval(0.95).high))
+
+
 def test_every_criterion_of_the_registration_is_complete():
     assert {one.claim for one in criteria()} == {
         *("phase-transition", "angular-code", "norm-code", "causal-control"),
@@ -112,6 +138,16 @@ def test_a_pooled_support_falls_when_more_than_a_quarter_of_the_tasks_refute_it(
     assert row["reason"] == "3 of 9 tasks refute it"
 
 
+def test_tasks_that_could_not_be_tested_do_not_outvote_those_that_refute():
+    places = {TEXTS: number(0.7), "bad": number(0.1, units="bad")}
+    places |= {f"task {k}": number(1.9, units=f"task {k}") for k in range(2)}
+    places |= {f"lost {k}": Untested("no tokens") for k in range(5)}
+    records = judge("angular-code", "m", angles(late_correlation=places))
+    (row,) = [r for r in records if r["statistic"] == "late_correlation" and r["place"] == POOLED]
+    assert row["estimate"] > 0.8
+    assert (row["verdict"], row["reason"]) == ("undecided", "1 of 3 tasks refute it")
+
+
 def test_a_number_per_block_has_to_hold_at_each_and_shows_its_worst():
     curve = Estimate(
         np.tile([0.02, -0.3, 0.05], (40, 1)) + np.linspace(-0.01, 0.01, 40)[:, None], "t", 10_000
@@ -126,6 +162,25 @@ def test_a_number_per_block_has_to_hold_at_each_and_shows_its_worst():
     assert (row["verdict"], round(row["estimate"], 1), row["level"]) == ("refuted", -0.3, 0.9)
 
 
+@pytest.mark.parametrize(
+    ("relation", "worst"), [(">=", -0.3), (">", -0.3), ("<=", 0.2), ("<", 0.2), ("within", -0.3)]
+)
+def test_the_worst_block_is_the_one_furthest_from_the_criterion(relation, worst):
+    curve = np.array([0.02, -0.3, 0.2])
+    assert curve[criterion(relation, 0.1).worst(curve)] == worst
+
+
+def test_a_models_verdict_and_its_twins_do_not_enter_each_other():
+    twins = {name: value for name, value in angles().items() if "beyond_twins" not in name}
+    low = {TEXTS: number(-0.7), "capitals": number(-0.7, units="a")}
+    records = judge("angular-code", "m", angles(), {**twins, "late_correlation": low})
+    assert claim_verdict(records, "angular-code", "m").verdict == "supported"
+    assert claim_verdict(records, "angular-code", "m", untrained=True).verdict == "refuted"
+    records = judge("angular-code", "m", angles(late_correlation=low), twins)
+    assert claim_verdict(records, "angular-code", "m").verdict == "refuted"
+    assert claim_verdict(records, "angular-code", "m", untrained=True).verdict != "refuted"
+
+
 def test_what_the_twins_meet_as_well_is_marked_as_architecture():
     twins = {name: value for name, value in angles().items() if "beyond_twins" not in name}
     twins["set_in"] = {TEXTS: number(0.0), "capitals": number(0.0)}
@@ -136,6 +191,18 @@ def test_what_the_twins_meet_as_well_is_marked_as_architecture():
     found = claim_verdict(records, "angular-code", "m", untrained=True)
     assert found.parts["sets in at the switch"] == "refuted"
     assert found.verdict != "supported"
+
+
+def test_architecture_is_marked_at_the_place_at_which_the_twins_meet_it():
+    twins = {name: value for name, value in angles().items() if "beyond_twins" not in name}
+    twins["set_in"] = {TEXTS: number(0.7), "capitals": number(0.0), "animals": number(0.0)}
+    records = judge("angular-code", "m", angles(), twins)
+    marked = {
+        row["place"]: row["architecture"]
+        for row in records
+        if row["statistic"] == "set_in" and not row["untrained"]
+    }
+    assert marked == {TEXTS: True, POOLED: False, "capitals": False, "animals": False}
 
 
 def test_twins_support_no_claim_that_compares_with_them():

@@ -123,13 +123,73 @@ def test_transfer_of_heads_equals_a_recompute_by_hooks(trial):
     groups = {"a": [(1, 0), (3, 2)], "b": [(2, 1)]}
     found = claim.exchange_heads(trial, pairs, groups)
     for name, group in groups.items():
-        above = below = 0.0
-        for recipient, donor in pairs.prompts.tolist():
-            edited = patched(trial, group, recipient, donor)
-            clean, target = (log_p(trial, row) for row in (recipient, donor))
-            above += float((target.exp() * (target - edited)).sum())
-            below += float((target.exp() * (target - clean)).sum())
-        assert float(found[name]) == pytest.approx(1 - above / below, abs=1e-5)
+        assert float(found[name]) == pytest.approx(by_hooks(trial, group, pairs), abs=1e-5)
+
+
+def by_hooks(trial, group, pairs):
+    """Return T of heads exchanged together, a plain pass a pair."""
+    above = below = 0.0
+    for recipient, donor in pairs.prompts.tolist():
+        edited = patched(trial, group, recipient, donor)
+        clean, target = (log_p(trial, row) for row in (recipient, donor))
+        above += float((target.exp() * (target - edited)).sum())
+        below += float((target.exp() * (target - clean)).sum())
+    return 1 - above / below
+
+
+def all_of(block):
+    return [(block, head) for head in range(N_HEADS)]
+
+
+def test_parts_are_chosen_on_one_half_and_tested_on_the_other(trial):
+    halves = claim.halve(trial)
+    opened = claim.open_switch(trial, halves)
+    chosen = opened.chosen
+    by_block = {block: by_hooks(trial, all_of(block), halves.choosing) for block in range(3)}
+    assert chosen.block == max(by_block, key=lambda block: by_block[block])
+    assert set(chosen.heads) == {head for block in range(3) for head in all_of(block)}
+    assert list(chosen.heads.values()) == sorted(chosen.heads.values(), reverse=True)
+    for head in [*chosen.best(3), (0, 1), (1, 3)]:
+        alone = by_hooks(trial, [head], halves.choosing)
+        assert chosen.heads[head] == pytest.approx(alone, abs=1e-4)
+    others = [(0, 0), (2, 1), (1, 3)]
+    found = claim.transfer_on_testing_half(opened, others)
+    groups = {"attention": all_of(chosen.block), "best 3": chosen.best(3), "elsewhere": others}
+    for name, group in groups.items():
+        tested = by_hooks(trial, group, halves.testing)
+        assert float(found[name]) == pytest.approx(tested, abs=1e-4)
+        assert abs(tested - by_hooks(trial, group, halves.choosing)) > 1e-3  # halves differ
+    lost = claim.transfer_on_testing_half(opened, Untested("no seen task"))
+    assert lost["elsewhere"] == Untested("no seen task")
+
+
+def test_heads_are_looked_for_where_attention_carries_most(trial, monkeypatch):
+    monkeypatch.setattr(claim, "N_BLOCKS", 1)
+    chosen = claim.choose(trial, claim.halve(trial).choosing)
+    assert {block for block, _ in chosen.heads} == {chosen.block}
+
+
+def test_flips_are_counted_towards_the_donors_answer(trial):
+    pairs = claim.halve(trial).testing
+    found = claim.exchange_sites(trial, pairs, claim.PARTS)["attention"]
+    answers = trial.task.prompts["answer"].iloc[pairs.prompts[:, 1]].tolist()
+    assert [trial.task.answers[one] for one in found.target] == answers
+    for block in (0, 2):
+        for index, (recipient, donor) in enumerate(pairs.prompts[:6].tolist()):
+            edited = patched(trial, all_of(block), recipient, donor)
+            assert found.choice[block, index] == edited[trial.task.answer_ids].argmax()
+
+
+def test_halves_hold_only_groups_that_the_model_masters(trial, monkeypatch):
+    rows = [(s, ANSWERS[(i + k) % 6], f"t{k}") for i, s in enumerate(SUBJECTS) for k in (0, 1)]
+    items = pd.DataFrame(rows, columns=["subject", "answer", "group"])
+    task = build_task("sums", items, ["t2 {group} t3 {subject} t5"], trial.decoder)
+    sums = read_tasks(trial.decoder, {"sums": task})["sums"]
+    assert "accuracy" in claim.halve(sums).reason
+    monkeypatch.setattr(type(sums), "able_groups", property(lambda _self: ["t1"]))
+    halves = claim.halve(sums)
+    rows = np.concatenate([halves.choosing.prompts, halves.testing.prompts]).ravel()
+    assert set(task.prompts["group"].iloc[rows]) == {"t1"}
 
 
 def log_p(trial, row):

@@ -7,6 +7,7 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from oracle import block_states, forward, patched_logits
 from scipy.special import log_softmax, softmax
+from scipy.stats import rankdata
 
 from lib.claims import norm_code
 from lib.engine.models import Decoder, load_decoder
@@ -14,7 +15,8 @@ from lib.evidence.criteria import claim_verdict, judge
 from lib.evidence.tasks import build_task
 from lib.evidence.transfer import Trial, read_tasks
 from lib.science.correlation import correlate
-from lib.science.estimate import Estimate, Untested, mean_over_units
+from lib.science.decoding import decoding_gain
+from lib.science.estimate import Estimate, Untested, generator, mean_over_units, unit_weights
 from lib.science.geometry import angles, jeffreys_divergence, log_norm_differences
 
 LATE = [1, 2]
@@ -51,7 +53,7 @@ def test_an_exchange_of_norms_equals_one_hooked_pass_a_pair(reading: norm_code.R
     found = norm_code.exchange_norms(reading, LATE, [1])
     pairs = norm_code.outer_pairs(norm_code.log_norms(reading.states, LATE).mean(axis=1))
     model, block = reading.decoder.model, reading.decoder.blocks[1]
-    sums = np.zeros(5)
+    sums = np.zeros((45, 4))  # by recipient, the unit
     for x, y in pairs:
         tokens = [reading.tokens[x], reading.tokens[y]]
         own, other = (block_states(model, [block], one)[0, -1] for one in tokens)
@@ -63,9 +65,10 @@ def test_an_exchange_of_norms_equals_one_hooked_pass_a_pair(reading: norm_code.R
         turned = torch.cos(phi) * own + torch.sin(phi) * own.norm() * plane / plane.norm()
         assert (turned - own).norm() == pytest.approx(float((new - own).norm()), rel=1e-4)
         turned = patched_logits(model, block, tokens[:1], [-1], [turned])[0].numpy()
-        sums += [kl(donor, edited), kl(donor, before), kl(before, edited), kl(before, turned), 0]
-    assert found.transfer.value[0] == pytest.approx(1 - sums[0] / sums[1], abs=1e-4)
-    assert found.cost_ratio.value[0] == pytest.approx(sums[2] / sums[3], rel=1e-3)
+        sums[x] += [kl(donor, edited), kl(donor, before), kl(before, edited), kl(before, turned)]
+    drawn = unit_weights("texts", 45) @ sums
+    assert found.transfer.draws[:, 0] == pytest.approx(1 - drawn[:, 0] / drawn[:, 1], abs=1e-3)
+    assert found.cost_ratio.draws[:, 0] == pytest.approx(drawn[:, 2] / drawn[:, 3], rel=1e-3)
     assert (found.transfer.units, found.transfer.n_units) == ("texts", 45)
 
 
@@ -145,6 +148,114 @@ def _with_norms(trial: Trial, norms: torch.Tensor) -> Trial:
     return Planted(trial.task, trial.decoder, trial.last_states)
 
 
+def left_over(states: torch.Tensor, columns: np.ndarray) -> np.ndarray:
+    """Return what least squares on an intercept and columns leaves of log r `[n, n_blocks]`."""
+    logs = np.log(np.linalg.norm(states[LATE].double().numpy(), axis=-1)).T
+    design = np.column_stack([np.ones(len(columns)), columns])
+    return logs - design @ np.linalg.lstsq(design, logs, rcond=None)[0]
+
+
+def certainty(logits: torch.Tensor) -> np.ndarray:
+    p = softmax(logits.double().numpy(), axis=1)
+    return np.column_stack([-(p * np.log(p)).sum(axis=1), np.log(p.max(axis=1))])
+
+
+def in_thirds(values: np.ndarray) -> np.ndarray:
+    return (rankdata(values).astype(int) - 1) * 3 // len(values)
+
+
+def test_attributes_of_texts_are_told_from_what_the_prediction_leaves_of_the_norm(
+    reading: norm_code.Reading,
+):
+    last = np.array([tokens[-1] for tokens in reading.tokens])
+    common = [token for token in sorted(set(last)) if (last == token).sum() >= 3]
+    ends = (last[:, None] == common).astype(float)
+    left = left_over(reading.states, np.column_stack([certainty(reading.logits), ends]))
+    order = np.argsort(np.argsort(last, kind="stable"), kind="stable")
+    longest = np.argsort(np.argsort([len(t) for t in reading.tokens], kind="stable"), kind="stable")
+    found = norm_code.text_attributes(reading, LATE)
+    for name, label in (
+        ("kind of text", reading.kinds),
+        ("position", longest // 15),
+        ("token frequency", order // 15),
+    ):
+        expected = decoding_gain(left, label, np.arange(45), generator("decoding", name))
+        assert float(found[name]) == pytest.approx(expected.gain.mean(), abs=1e-9), name
+        assert (found[name].units, found[name].n_units) == ("texts", 45)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("attribute", ["template", "subject"])
+def test_attributes_of_prompts_are_told_by_subjects_and_in_other_templates_alone(
+    trial: Trial, attribute: str, apart: bool
+):
+    """By the loop: what of log r is regressed out, who shares a fold, what a subject's label is."""
+    prompts = trial.task.prompts
+    table = pd.DataFrame(left_over(trial.states("last"), certainty(trial.logits)))
+    if apart:
+        table = table - table.groupby(prompts["answer"]).transform("mean")
+    template, unit = prompts["template"].to_numpy(), prompts["unit"].to_numpy()
+    label, strata = template, unit
+    if attribute == "subject":
+        table = table - table.groupby(template).transform("mean")
+        mean, strata, label = table.mean(axis=1).to_numpy(), template, np.empty(42, dtype=int)
+        for one in range(3):
+            rows = np.flatnonzero(template == one)
+            label[rows] = in_thirds(
+                np.array([mean[(unit == unit[r]) & (template != one)].mean() for r in rows])
+            )
+    rng = generator("decoding", attribute, "toy", str(apart))
+    expected = decoding_gain(table.to_numpy(), label, unit, rng, strata=strata)
+    found = norm_code.task_attribute(trial, LATE, attribute, within_answer=apart)
+    assert float(found) == pytest.approx(expected.gain.mean(), abs=1e-9)
+
+
+def test_gains_within_an_answer_are_those_of_the_tasks_within_an_answer(
+    reading: norm_code.Reading, trial: Trial
+):
+    planted = _with_norms(trial, 1 + 1.0 * torch.as_tensor(trial.task.answer_index))
+    everywhere, within = norm_code.attribute_gains(reading, {"toy": planted}, LATE)
+    for attribute in ("template", "subject"):
+        for found, apart in ((everywhere, False), (within, True)):
+            one = norm_code.task_attribute(planted, LATE, attribute, within_answer=apart)
+            assert float(found[attribute]) == pytest.approx(float(one))
+    assert float(everywhere["subject"]) > float(within["subject"]) + 0.1
+    assert set(everywhere) - set(within) == {"kind of text", "position", "token frequency"}
+
+
+def test_the_second_attribute_and_the_best_one_within_an_answer_are_what_is_judged():
+    gains = {name: mean_over_units(np.full(9, k), name) for k, name in enumerate("abc")}
+    within = {name: mean_over_units(np.full(9, k / 10), name) for k, name in enumerate("de")}
+    nothing = norm_code.NormExchange(*[Untested("not measured")] * 3)
+    found = norm_code.NormCode(gains, within, {}, nothing, (), ()).statistics()
+    assert float(found["second_attribute_gain"]) == 1
+    assert float(found["within_answer_gain"]) == pytest.approx(0.1)
+
+
+def test_groups_are_compared_apart_and_the_order_of_prompts_does_not_matter(reader: Decoder):
+    rows = [(f"w{1 + i}", f"w{40 + i % 3}", f"w{50 + g}") for g in (0, 1) for i in range(12)]
+    items = pd.DataFrame(rows, columns=["subject", "answer", "group"])
+    task = build_task("sums", items, ["{group} of {subject} comes"], reader)
+    whole = read_tasks(reader, {"sums": task})["sums"]
+    found = norm_code.partial_on_task(whole, [2])
+    states, logits = whole.states("last")[2].double().numpy(), whole.logits
+    values = [
+        correlate(
+            [log_norm_differences(states[rows])],
+            jeffreys_divergence(logits[rows]),
+            "x",
+            given=[[angles(states[rows])]],
+        ).value[0]
+        for rows in task.prompts.groupby("group").indices.values()
+    ]
+    assert len(values) == 2
+    assert found.value[0] == pytest.approx(np.mean(values))
+    order = np.random.default_rng(0).permutation(24)
+    turned = replace(task, prompts=task.prompts.iloc[order].reset_index(drop=True))
+    again = norm_code.partial_on_task(read_tasks(reader, {"sums": turned})["sums"], [2])
+    assert again.draws == pytest.approx(found.draws, abs=1e-4)
+
+
 def test_what_the_prediction_says_is_regressed_out(reading: norm_code.Reading):
     columns = norm_code.nuisances(reading.logits, [tokens[-1] for tokens in reading.tokens])
     p = softmax(reading.logits.double().numpy(), axis=1)
@@ -190,6 +301,20 @@ def test_texts_that_are_all_alike_are_untested(reading: norm_code.Reading):
     assert isinstance(norm_code.partial_on_texts(flat, LATE), Untested)
     gains = norm_code.text_attributes(flat, LATE)
     assert all(isinstance(one, Untested) for one in gains.values())
+
+
+def test_a_twins_number_on_tasks_is_pooled_over_them_and_texts_stand_apart():
+    def twin(more: float) -> norm_code.NormCode:
+        numbers = {"texts": 0.9, "a": 0.1 + more, "b": 0.3 + more}
+        partials = {
+            place: mean_over_units(np.full((9, 2), k), place) for place, k in numbers.items()
+        }
+        nothing = norm_code.NormExchange(*[Untested("not measured")] * 3)
+        return norm_code.NormCode({}, {}, {**partials, "c": Untested("why")}, nothing, (), ())
+
+    found = norm_code.over_twins([twin(0.0), twin(0.1), twin(0.2), twin(0.3)])
+    assert found["partial_given_angle"]["twins"].value == pytest.approx([0.35, 0.35])
+    assert found["partial_given_angle"]["texts"].value == pytest.approx([0.9, 0.9])
 
 
 def test_units_of_twins_are_seeds(reading: norm_code.Reading, trial: Trial):

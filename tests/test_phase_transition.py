@@ -61,6 +61,14 @@ def pairs(trial):
     return choose_pairs(trial, n_donors=3)
 
 
+def as_sums(decoder):
+    """A task of three groups, read by a tiny network."""
+    rows = [(f"s{i}", ANSWERS[(i + k) % 4], f"t{k}") for i in range(12) for k in (0, 1, 2)]
+    items = pd.DataFrame(rows, columns=["subject", "answer", "group"])
+    task = build_task("sums", items, ["t1 t4 {group} t3 {subject} t5"], decoder)
+    return read_tasks(decoder, {"sums": task})["sums"]
+
+
 def choose_all(trials):
     return {name: choose_pairs(one) for name, one in trials.items()}
 
@@ -277,6 +285,25 @@ def test_twins_are_measured_on_pairs_of_the_trained_model(trial, pairs):
         assert found.curve(arm).units == expected.curve(arm).units
 
 
+def test_a_twins_numbers_are_those_of_its_own_weights(trial, pairs):
+    torch.manual_seed(11)
+    other = tiny_model("llama")
+    for parameter in other.parameters():
+        parameter.data += 0.3 * parameter.std() * torch.randn_like(parameter)
+    twin = load_decoder(other, tokenizer=tiny_tokenizer(WORDS))
+    found = claim.measure_twin(twin, {"tiny": trial}, {"tiny": pairs})["tiny"]
+    few = pairs.where(claim.thin(pairs, claim.TWIN_PAIRS))
+    own = replace(trial, decoder=twin)
+    for arm in NAMES:
+        for index, (x, y) in enumerate(few.prompts[:3]):
+            given = block_states(twin.model, twin.blocks, trial.task.tokens[y])[1]
+            edited = recompute(own, x, place(trial, x, arm), 1, given[place(trial, y, arm)])
+            after = kl(clean(own, y), edited)
+            assert found.transfers[arm].after[1, index] == pytest.approx(after, rel=1e-3, abs=1e-5)
+            before = kl(clean(own, y), clean(own, x))
+            assert before != pytest.approx(kl(clean(trial, y), clean(trial, x)), rel=0.1)
+
+
 def test_only_the_prompts_that_pairs_need_are_kept(trial, pairs):
     few = pairs.where(claim.thin(pairs, 5))
     task, (own,) = needed_prompts(trial.task, few)
@@ -391,6 +418,27 @@ def test_donors_of_the_same_answer_have_it(trial, pairs):
         assert prompts["unit"][x] == unit != prompts["unit"][y]
 
 
+def test_groups_are_kept_apart_in_controls_third_answers_and_donors_of_the_same_answer(tiny):
+    """What stands beside a donor shares its group (the offset), as its template."""
+    sums = as_sums(tiny["tiny"].decoder)
+    pairs = exchange_pairs(sums.task, n_donors=1)
+    group, answer = sums.task.prompts["group"].to_numpy(), sums.task.answer_index
+    alike = claim.same_answer_pairs(sums.task, pairs)
+    assert len(alike) == len(pairs)
+    assert (group[alike.prompts[:, 0]] == group[alike.prompts[:, 1]]).all()
+    log_p, _ = claim.third_answers(sums.task, pairs, sums.logits)
+    x, y = pairs.prompts[0]
+    rows = np.flatnonzero((group == group[y]) & (answer != answer[x]) & (answer != answer[y]))
+    mean = torch.stack([clean(sums, row).exp() for row in rows]).mean(0)
+    assert torch.allclose(log_p[0].double().exp(), mean, atol=1e-4)
+    marked = torch.as_tensor(np.unique(group, return_inverse=True)[1])[:, None].float() * 10
+    own = claim.states_at(sums, "prediction arm", [1])[0]
+    states = torch.cat([own, marked.expand(-1, 1)], dim=1)
+    drawn = claim.control_states(sums.task, pairs, states, states, "prediction arm")
+    matched = drawn["covariance_matched"][:, -1]
+    assert torch.allclose(matched, states[torch.as_tensor(pairs.prompts[:, 1]), -1], atol=1e-3)
+
+
 def test_disturbance_ratio_is_one_of_sums_over_subjects(trial):
     rng = np.random.default_rng(2)
     alike_unit, unit = rng.integers(0, 12, 30), np.repeat(np.arange(10), 3)
@@ -403,6 +451,25 @@ def test_disturbance_ratio_is_one_of_sums_over_subjects(trial):
     ]
     assert float(found) == pytest.approx(sums[0] / sums[1])
     assert found.n_units == len(both)
+
+
+def test_disturbance_by_the_same_answer_is_over_that_by_the_donor_from_the_recipient(
+    trial, contents
+):
+    """By the loop: KL(p_x ‖ p_edited) of donors of the same answer over that of the donors."""
+    small, (own, alike) = claim._narrow(trial, choose_pairs(trial))
+    for index, (arm, block) in enumerate(claim.carrying_blocks(4).items()):
+        states = claim.states_at(small, arm, [block])[0]
+        sums = [
+            sum(
+                kl(clean(small, x), recompute(small, x, place(small, x, arm), block, states[y]))
+                for x, y in pairs.prompts
+            )
+            for pairs in (alike, own)
+        ]
+        assert set(alike.unit) == set(own.unit)  # one pair a subject of either kind
+        found = contents["tiny"].same_answer.value[index]
+        assert found == pytest.approx(sums[0] / sums[1], rel=2e-3)
 
 
 def test_one_subject_an_answer_cannot_be_tested_for_the_same_answer(tiny, trial):
@@ -518,6 +585,40 @@ def test_width_gap_is_positive_where_the_geometry_rises_more_slowly():
     assert gap.interval().low > 0
 
 
+def test_groups_are_aligned_apart(tiny):
+    """In month arithmetic: prompts of one template and one offset, and the mean over these."""
+    sums = as_sums(tiny["tiny"].decoder)
+    pairs = exchange_pairs(sums.task, n_donors=3)
+    arms = claim.measure_arms({"": sums}, {"": pairs}, [1])[""]
+    found = claim.alignment(sums, arms.transfers["prediction arm"])
+    logs = [clean(sums, row) for row in range(sums.task.n_prompts)]
+    expected = []
+    for _, rows in sums.task.prompts.groupby("group").indices.items():
+        theta = pdist(sums.states("last")[1][rows].double(), "cosine")  # ranks of the angles
+        j = [
+            kl(logs[a], logs[b]) + kl(logs[b], logs[a])
+            for index, a in enumerate(rows)
+            for b in rows[index + 1 :]
+        ]
+        expected.append(spearmanr(theta, j).statistic)
+    assert len(expected) == 3
+    assert found.value[1] == pytest.approx(np.mean(expected), abs=2e-3)
+    order = np.random.default_rng(0).permutation(sums.task.n_prompts)
+    prompts = sums.task.prompts.iloc[order].reset_index(drop=True)
+    turned = read_tasks(sums.decoder, {"sums": replace(sums.task, prompts=prompts)})["sums"]
+    again = claim.alignment(turned, arms.transfers["prediction arm"])
+    assert again.draws == pytest.approx(found.draws, abs=1e-3)  # subjects are drawn, not rows
+
+
+def test_width_gap_is_measured_from_the_prediction_arm_not_from_the_context_arm():
+    slow = 1 - np.clip((np.arange(L) - 4) / 20, 0, 1)
+    arms = made_arms(slow, 1 - step(23), noise=0.01)
+    ramp = np.clip((np.arange(L - 1) - 8) / 10, 0, 1)
+    noise = 0.001 * np.random.default_rng(1).standard_normal((40, L - 1))
+    rho = mean_over_units(ramp + noise, arms.curve(NAMES[0]).units)
+    assert float(claim.width_gap(rho, arms)) == pytest.approx(8 - 0.8, abs=0.1)
+
+
 # --- gates and verdicts ---------------------------------------------------------------------------
 
 
@@ -529,6 +630,14 @@ def test_a_task_with_groups_needs_one_that_passes_the_gate(trial, monkeypatch):
     assert len(choose_pairs(failing)) == len(choose_pairs(trial))
 
 
+def test_only_groups_that_the_model_masters_are_exchanged(tiny, monkeypatch):
+    sums = as_sums(tiny["tiny"].decoder)
+    monkeypatch.setattr(type(sums), "able_groups", property(lambda _self: ["t1"]))
+    pairs = choose_pairs(sums)
+    assert len(pairs) == 12
+    assert set(sums.task.prompts["group"].iloc[pairs.prompts.ravel()]) == {"t1"}
+
+
 def test_a_task_without_groups_needs_no_right_answer(trial):
     assert trial.gate is not None
     assert len(choose_pairs(trial)) == 12
@@ -536,10 +645,8 @@ def test_a_task_without_groups_needs_no_right_answer(trial):
 
 def test_the_second_operand_is_exchanged_at_its_own_token(tiny):
     decoder = tiny["tiny"].decoder
-    rows = [(f"s{i}", ANSWERS[(i + k) % 4], f"t{k}") for i in range(12) for k in (0, 1, 2)]
-    items = pd.DataFrame(rows, columns=["subject", "answer", "group"])
-    task = build_task("sums", items, ["t1 t4 {group} t3 {subject} t5"], decoder)
-    sums = read_tasks(decoder, {"sums": task})["sums"]
+    sums = as_sums(decoder)
+    task = sums.task
     pairs = exchange_pairs(task, n_donors=3)
     other, own = claim.second_operand(sums, pairs)
     prompts = task.prompts
@@ -555,6 +662,16 @@ def test_the_second_operand_is_exchanged_at_its_own_token(tiny):
         edited = recompute(sums, x, 2, 1, states[y])
         found = arms.transfers["context arm"].after[0, index]
         assert found == pytest.approx(kl(clean(sums, y), edited), rel=1e-3, abs=1e-6)
+
+
+def test_every_recipient_gets_the_next_offset_in_its_own_template_and_month(tiny):
+    sums = as_sums(tiny["tiny"].decoder)
+    pairs = exchange_pairs(sums.task, n_donors=3)
+    _, own = claim.second_operand(sums, pairs)
+    assert set(own.prompts[:, 0]) == set(pairs.prompts[:, 0])
+    group = sums.task.prompts["group"].to_numpy()
+    after = {"t0": "t1", "t1": "t2", "t2": "t0"}
+    assert [after[group[x]] for x in own.prompts[:, 0]] == list(group[own.prompts[:, 1]])
 
 
 def every_statistic(arms, twins):

@@ -83,6 +83,12 @@ def test_a_shown_number_has_its_interval_and_no_verdict():
     assert (second["estimate"], second["reason"]) == (None, "too few")
 
 
+def test_a_record_says_whether_its_task_was_held_out_when_criteria_were_chosen():
+    places = {"capitals": number(2.0, "a"), "antonyms": Untested("too few")}
+    rows = shown("norm-code", "m", "gain", places)
+    assert [row["held_out"] for row in rows] == [False, True]
+
+
 def test_shown_numbers_change_no_verdict():
     rows = invented("why-angles")
     more = shown("why-angles", "m", "gain", {"model": number(2.0, "texts")})

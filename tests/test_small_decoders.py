@@ -78,6 +78,25 @@ def test_kinds_differ_in_nothing_but_norms():
         assert all(torch.equal(one[name], matrices[0][name]) for name in one)
 
 
+def test_all_kinds_read_the_same_prompts_in_the_same_order_at_one_seed(material, monkeypatch):
+    def prompts(kind, seed):
+        read = []
+
+        def watched(*args, **options):
+            model = new_model(*args, **options)
+            model.register_forward_pre_hook(lambda _module, given: read.append(given[0].clone()))
+            return model
+
+        monkeypatch.setattr(small_decoders, "new_model", watched)
+        train(kind, seed, material, moments=(0, 3))
+        return torch.stack(read)
+
+    first, *others = [prompts(kind, 5) for kind in KINDS]
+    assert len(first) == 3 and not torch.equal(first[0], first[1])
+    assert all(torch.equal(first, other) for other in others)
+    assert not torch.equal(first, prompts(KINDS[0], 6))
+
+
 def test_seeds_differ_and_the_callers_random_state_stays():
     torch.manual_seed(3)
     before = torch.random.get_rng_state()

@@ -87,6 +87,16 @@ def test_pairs_share_template_and_differ_in_answer_and_every_subject_gives_as_it
     assert len({tuple(pair) for pair in pairs.prompts.tolist()}) == len(pairs)
 
 
+def test_an_answer_of_most_subjects_is_never_exchanged_for_itself(reader: Decoder):
+    """Where no distance on the circle avoids it, a subject goes without that donor."""
+    common = ["w40"] * 9 + ["w41"] * 3 + ["w42"] * 2
+    found = build_task("toy", items(answer=common), TEMPLATES, reader)
+    pairs = exchange_pairs(found)
+    recipient, donor = found.answer_index[pairs.prompts].T
+    assert (recipient != donor).all()
+    assert 0 < len(pairs) < 3 * 14
+
+
 def test_pairs_of_one_answer_agree_in_it_and_differ_in_subject(task: Task):
     pairs = exchange_pairs(task, n_donors=1, same_answer=True)
     assert len(pairs) == 14

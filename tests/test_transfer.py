@@ -159,6 +159,9 @@ def test_pairs_of_one_unit_are_drawn_together(trial: Trial):
 def test_flips_are_the_share_of_choices_that_became_the_donors_answer(trial: Trial):
     found = measure_transfer(trial, exchange_pairs(trial.task), "last")
     assert found.flip_rate().value == pytest.approx((found.choice == found.target).mean(axis=1))
+    donors = exchange_pairs(trial.task).prompts[:, 1]
+    answers = trial.task.prompts["answer"].iloc[donors].tolist()
+    assert [trial.task.answers[one] for one in found.target] == answers
 
 
 def test_predictions_that_are_all_alike_leave_nothing_to_transfer(trial: Trial):

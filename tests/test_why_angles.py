@@ -1,5 +1,9 @@
 """What small decoders' states tell: against naive recomputation, closed forms, planted codes."""
 
+import ast
+import re
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -216,6 +220,15 @@ def test_no_question_that_is_measured_was_trained_on():
         assert set(questions[column]) == set(circle.all_questions([("so", "so")])[column])
 
 
+def test_the_pilots_seed_is_in_no_result():
+    """Rate and initial weights were chosen on networks of seed 0."""
+    chapter = Path(__file__).resolve().parent.parent / "book" / "why-angles.md"
+    (given,) = re.findall(r"^SEEDS = (.*)$", chapter.read_text(encoding="utf-8"), re.M)
+    seeds = ast.literal_eval(given)
+    assert 0 not in seeds
+    assert len(set(seeds)) == len(seeds) >= 3
+
+
 def test_material_pairs_each_question_with_its_own_truth():
     material = why_angles.training_material()
     for row in (0, 5000, 36863):
@@ -248,6 +261,7 @@ def test_networks_that_have_not_learned_say_why(questions):
     assert reasons[1] == "none, seed 3: its loss was not finite at step 1"
     assert list(why_angles.untested_kinds(learned)) == ["none"]
     assert why_angles.untested_kinds(learned.assign(kl_nats=0.0099)) == {}
+    assert list(why_angles.untested_kinds(learned.assign(kl_nats=0.0101))) == ["none"]
 
 
 def test_a_moments_loss_is_the_mean_of_the_ten_steps_before_it():

@@ -35,7 +35,7 @@ from lib.engine.replay import (
 Measure = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 BATCH_TOKENS = 1024
 UNEMBEDDING_ROWS = 512
-KEPT_BYTES = 2**29
+KEPT_BYTES = 2**30
 """Most memory for prefixes that wait for their turn, where they give the donors' states too."""
 
 _compared: Known[tuple[int, int]] = WeakKeyDictionary()
