@@ -44,6 +44,8 @@ def own_tasks(tasks: str | Path = "", templates: str | Path = "") -> Tables | No
             problem = f"it is in one of {' and '.join(file.name for file in files)}. Add it there."
         elif own["subject"].nunique() < 2:
             problem = "it has one subject, so nothing can be exchanged. Give 10 or more."
+        elif wordings.nunique() < 2:
+            problem = "it has one wording, and vectors are fitted on the others. Give two or three."
         elif (answers > 1).any():
             problem = f"subject {answers.idxmax()[0]!r} has several answers. Keep one."
         if problem:
