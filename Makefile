@@ -6,6 +6,10 @@ TORCH_INDEX_URL ?=
 # Model that the chapters run on: a name of lib/data/models.toml ("embedded" is the default one), a
 # name on a model hub, or a folder.
 export MODEL ?= embedded
+# A reader's own tasks, if any: a CSV of subjects and answers, and one of wordings beside it; see
+# README.md.
+export TASKS ?=
+export TEMPLATES ?=
 # Idle threads spin for a moment only, then sleep: beside other work on the machine, sweeps that
 # would take ten times as long do not.
 export GOMP_SPINCOUNT ?= 10000
@@ -41,7 +45,8 @@ TESTS_READY := $(VENV)/tests.stamp
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
 
-book: model  ## build the book, executing the chapters that changed
+book: model  ## build the book, executing the chapters that changed; TASKS=my-tasks.csv adds tasks of yours
+	@$(if $(TASKS),$(BIN)/python -m lib.evidence.own_tasks)
 	@$(BIN)/jupyter-book build . --warningiserror --keep-going
 	@echo; cat _build/results/scorecard.txt
 	@echo; echo "The book is at $(CURDIR)/_build/html/index.html"

@@ -48,6 +48,7 @@ from lib.science.estimate import (
     Untested,
     generator,
     mean_over_units,
+    of_the_book,
     over_seeds,
     sums_by_unit,
 )
@@ -594,9 +595,9 @@ def _matched(steering: Steering, rng: np.random.Generator) -> Tensor:
 def find_stranger(
     steering: Steering, steerings: Mapping[str, Steering | Untested]
 ) -> Steering | Untested:
-    """Return the next task, in a circle by name, that has no answer in common with this one."""
+    """Return the book's next task, in a circle by name, that has no answer of this one."""
     name, answers = steering.trial.task.name, set(steering.trial.task.answer_ids.tolist())
-    names = sorted(steerings)
+    names = sorted(of_the_book(steerings))
     for other in [one for one in names if one > name] + [one for one in names if one < name]:
         found = steerings[other]
         if isinstance(found, Steering) and not answers & set(found.trial.task.answer_ids.tolist()):

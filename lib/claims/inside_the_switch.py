@@ -27,6 +27,7 @@ from lib.science.estimate import (
     Measured,
     Untested,
     generator,
+    is_own,
     mean_over_units,
     over_seeds,
     ratio_of_sums,
@@ -331,8 +332,8 @@ def statistics(
 
 
 def twin_tasks(names: Collection[str]) -> list[str]:
-    """Return the tasks that twins are measured on: the seen ones and some held out."""
-    held_out = [name for name in names if is_held_out(name)]
+    """Return the book's tasks that twins are measured on: the seen ones and some held out."""
+    held_out = [name for name in names if is_held_out(name) and not is_own(name)]
     held_out.sort(key=lambda name: generator("twin tasks", name).random())
     return [name for name in names if not is_held_out(name)] + held_out[:TWIN_HELD_OUT]
 

@@ -43,6 +43,8 @@ from lib.science.estimate import (
     Untested,
     generator,
     independent_difference,
+    is_own,
+    of_the_book,
     over_seeds,
     pool,
     ratio_of_sums,
@@ -233,9 +235,10 @@ def find_transition(arms: Arms) -> Measured:
 def transition_spread(transitions: Mapping[str, Measured], n_blocks: int) -> Measured:
     """Return the largest distance of a task's ℓ* from the tasks' median, as a share of L.
 
-    Drawn from the tasks' draws together. Untested where fewer than two tasks have an ℓ*, or more
-    than a quarter of those measured have none.
+    Drawn from the draws of the book's tasks together. Untested where fewer than two tasks have an
+    ℓ*, or more than a quarter of those measured have none.
     """
+    transitions = of_the_book(transitions)
     found = {name: one for name, one in transitions.items() if isinstance(one, Estimate)}
     lost = sorted(set(transitions) - set(found))
     if len(found) < 2:
@@ -278,9 +281,13 @@ def beyond_twins(
 
 
 def other_task(name: str, names: Collection[str]) -> str:
-    """Return the task whose states stand in for this one's: chosen by names, not by their order."""
+    """Return the task whose states stand in for this one's: chosen by names, not by their order.
+
+    A reader's own task stands in for none of the book's.
+    """
+    others = [other for other in names if other != name]
     return min(
-        (other for other in names if other != name),
+        [other for other in others if not is_own(other)] or others,
         key=lambda other: generator("other task", name, other).random(),
     )
 

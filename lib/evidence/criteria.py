@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from lib.engine.files import DATA
-from lib.science.estimate import Measured, Untested, pool
+from lib.science.estimate import Measured, Untested, is_own, pool
 
 Relation = Literal[">=", ">", "<=", "<", "within"]
 Verdict = Literal["supported", "refuted", "undecided", "not testable"]
@@ -19,7 +19,9 @@ Record = dict[str, Any]
 
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 TEXTS, POOLED, MODEL = "texts", "all tasks", "model"
-"""Places of records that are judged; a task's name is the place of one that is shown."""
+"""Places of records that are judged; a task's name is the place of one that is shown.
+
+A reader's own tasks are held against the criteria one by one, and count in no pooled verdict."""
 MOST_REFUTING = 0.25
 """A pooled "supported" stands only if at most this share of the tasks refute it."""
 
@@ -174,7 +176,8 @@ def _judge_all(
         for place, one in by_place.items():
             row = _record(criterion, model, untrained, place, one)
             if place == POOLED and row["verdict"] == "supported":
-                tested = [other for other in shown if other["verdict"] != "not testable"]
+                book = [other for other in shown if not is_own(other["place"])]
+                tested = [other for other in book if other["verdict"] != "not testable"]
                 against = [other["place"] for other in tested if other["verdict"] == "refuted"]
                 if len(against) > MOST_REFUTING * len(tested):
                     row["verdict"] = "undecided"

@@ -23,7 +23,7 @@ import yaml
 from lib.engine.catalogue import DEFAULT, find_weights
 from lib.engine.files import BUILD, ROOT, write_atomically
 from lib.evidence.criteria import VERDICTS, Record, is_held_out
-from lib.science.estimate import Measured, Untested
+from lib.science.estimate import Measured, Untested, is_own
 
 if TYPE_CHECKING:  # the build reads records without loading torch
     from lib.engine.models import Decoder
@@ -198,6 +198,8 @@ def run_facts() -> dict[str, str | int]:
         "processors": os.cpu_count() or 1,
         "platform": platform.platform(),
     }
+    if tasks := os.environ.get("TASKS"):
+        facts["own_tasks"] = tasks
     return facts | {f"version_of_{name}": number for name, number in library_versions().items()}
 
 
@@ -226,7 +228,11 @@ def keep_run(decoder: "Decoder") -> None:
 
 
 def keep_records(rows: Sequence[Record]) -> None:
-    """Keep each model's records, its twins' among them, in `results.json` of its folder."""
+    """Keep each model's records, its twins' among them, in `results.json` of its folder.
+
+    Those of a reader's own tasks are left out: runs are compared on the book's.
+    """
+    rows = [row for row in rows if not is_own(row["place"])]
     for model in {row["model"] for row in rows}:
         chosen = [row for row in rows if row["model"] == model]
         write_records(run_folder(model) / "results.json", chosen)

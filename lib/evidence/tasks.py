@@ -22,6 +22,8 @@ N_DONORS = 3
 SUBJECT, GROUP = "{subject}", "{group}"
 ITEM_COLUMNS = ("task", "subject", "answer", "group")
 TEMPLATE_COLUMNS = ("task", "template", "text")
+Tables = tuple[pd.DataFrame, pd.DataFrame]
+"""Items (task, subject, answer, group) and templates (task, text), as they lie in files."""
 SEEN = frozenset({"months-sequence", "capitals"})
 """Tasks that were looked at while the criteria were chosen; all others are held out."""
 
@@ -100,7 +102,7 @@ def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def load_tasks(
-    decoder: Decoder, names: Sequence[str] | None = None, *, folder: Path = DATA
+    decoder: Decoder, names: Sequence[str] | None = None, *, own: Tables | None = None
 ) -> dict[str, Task | Untested]:
     """Return the book's tasks, or those named, tokenized for `decoder`.
 
@@ -109,14 +111,16 @@ def load_tasks(
     Args:
         decoder: whose tokenizer to use.
         names: which tasks, all by default.
-        folder: where `tasks.csv` and `templates.csv` lie; a reader's own, say.
+        own: a reader's own tasks (`lib.evidence.own_tasks`), which follow the book's.
 
     Raises:
         ValueError: an unknown task (the known ones are listed), a column that is missing, a
             template without its placeholder.
     """
-    items = read_csv(folder / "tasks.csv", ITEM_COLUMNS)
-    templates = read_csv(folder / "templates.csv", TEMPLATE_COLUMNS)
+    items = read_csv(DATA / "tasks.csv", ITEM_COLUMNS)
+    templates = read_csv(DATA / "templates.csv", TEMPLATE_COLUMNS)
+    if own is not None:
+        items, templates = pd.concat([items, own[0]]), pd.concat([templates, own[1]])
     known = list(dict.fromkeys(items["task"]))
     for name in names or ():
         if name not in known:
@@ -153,7 +157,7 @@ def build_task(
     if items.empty or not len(templates):
         raise ValueError(f"Task {name!r} needs items and templates; one of them is empty.")
     for text in templates:
-        _check_template(name, text, items)
+        check_template(name, text, items)
     items = items[["subject", "answer", "group"]].drop_duplicates()
     rows = pd.concat(
         [items.assign(template=n, pattern=text) for n, text in enumerate(templates)],
@@ -325,7 +329,8 @@ def load_texts(file: str = "texts.csv") -> pd.DataFrame:
     return read_csv(DATA / file, ("kind", "context", "continuation"))
 
 
-def _check_template(name: str, text: str, items: pd.DataFrame) -> None:
+def check_template(name: str, text: str, items: pd.DataFrame) -> None:
+    """Raise a ValueError for a template that the prompts of some items cannot be made of."""
     where = f"Task {name!r}: the template {text!r}"
     if text.count(f" {SUBJECT}") != 1 or text.count(SUBJECT) != 1:
         raise ValueError(f"{where} needs {SUBJECT} once, after a space. Add it.")

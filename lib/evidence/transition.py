@@ -10,7 +10,7 @@ from lib.evidence.records import claim_file, read_records
 from lib.evidence.tasks import Task, exchange_pairs, load_tasks
 from lib.evidence.transfer import ARMS, Trial, measure_transfer, read_tasks
 from lib.science.curves import crossing
-from lib.science.estimate import Estimate, Untested
+from lib.science.estimate import Estimate, Untested, is_own
 
 CLAIM, STATISTIC = "phase-transition", "transition"
 QUICK_TASKS, QUICK_PAIRS = 3, 16
@@ -20,7 +20,7 @@ def task_transitions(decoder: Decoder) -> dict[str, float]:
     """Return each task's ℓ* in blocks, as the phase-transition chapter recorded it for this model.
 
     Where that chapter has not run on this model, it is measured with 16 pairs on each of the first
-    three tasks. A task whose arms do not cross is left out.
+    three tasks. A task whose arms do not cross is left out, and so are a reader's own.
     """
     rows = read_records(claim_file(CLAIM))
     found = {
@@ -28,6 +28,7 @@ def task_transitions(decoder: Decoder) -> dict[str, float]:
         for row in rows
         if (row["statistic"], row["model"], row["untrained"]) == (STATISTIC, decoder.name, False)
         and row["estimate"] is not None
+        and not is_own(row["place"])
     }
     return found or _measure(decoder)
 

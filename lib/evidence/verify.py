@@ -19,6 +19,7 @@ from lib.evidence.records import (
     run_folder,
     write_records,
 )
+from lib.science.estimate import is_own
 
 RECORDED = ROOT / "tests" / "recorded"
 NUMBERS = ("estimate", "low", "high")
@@ -182,6 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("No results: the book was not built, or its build was cut short. Run `make book`.")
         return 1
     rows = read_records(results_file())
+    if names := sorted({row["place"] for row in rows if is_own(row["place"])}):
+        print(f"Not compared, for a reader's own tasks have no record: {', '.join(names)}.\n")
+    rows = [row for row in rows if not is_own(row["place"])]
     print(scorecard(rows), end="\n\n")
     problems = [] if rows else ["the build left no records"]
     claims = {one.claim for one in criteria()}

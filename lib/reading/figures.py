@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from lib.science.estimate import OWN
+
 _COLOURS = sns.color_palette("colorblind").as_hex()
 TWIN = "#7f7f7f"
 STYLES: Mapping[str, Mapping[str, Any]] = {
@@ -210,6 +212,11 @@ def depth_curves(
     return figure
 
 
+def book_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the book's tasks (column `task`), without those of a reader's own."""
+    return table[~table["task"].astype(str).str.startswith(OWN)]
+
+
 def transition_forest(table: pd.DataFrame, *, n_blocks: int, title: str) -> Figure:
     """Return the transition block of each task with its interval, and the width as a bar.
 
@@ -228,7 +235,7 @@ def transition_forest(table: pd.DataFrame, *, n_blocks: int, title: str) -> Figu
     axes.barh(rows, 2 * half, left=table["block"] - half, height=0.5, color="#cfcfcf", zorder=1)
     errors = [table["block"] - table["low"], table["high"] - table["block"]]
     axes.errorbar(table["block"], rows, xerr=errors, fmt="o", color="#222222", capsize=3, zorder=2)
-    axes.axvline(table["block"].median(), color="#444444", linestyle=":", linewidth=1.2)
+    axes.axvline(book_rows(table)["block"].median(), color="#444444", linestyle=":", linewidth=1.2)
     axes.set_yticks(list(rows), table["task"])
     axes.set_xlim(-0.5, n_blocks - 0.5)
     axes.set_xlabel("block")

@@ -11,6 +11,7 @@ from lib.reading.figures import (
     STYLES,
     TWIN,
     WIDTH,
+    book_rows,
     draw_curve,
     mark_last_block,
     nothing_to_show,
@@ -206,7 +207,7 @@ def knock_outs(table: pd.DataFrame, kinds: Sequence[str]) -> Figure:
             own = table[(table["measure"] == measure) & (table["group"] == kind)]
             colour = TWIN if "other" in kind else STYLES["head"]["color"]
             axes.plot(own["estimate"], [place] * len(own), "o", color=colour, alpha=0.35)
-            axes.plot([own["estimate"].mean()], [place], "D", color=colour, markersize=8)
+            axes.plot([book_rows(own)["estimate"].mean()], [place], "D", color=colour, markersize=8)
         axes.set_xlabel(measure)
     grid[0, 0].set_yticks(range(len(kinds)), kinds)
     grid[0, 0].set_ylim(len(kinds) - 0.5, -0.5)

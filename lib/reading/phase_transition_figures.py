@@ -11,6 +11,7 @@ from lib.reading.figures import (
     STYLES,
     TWIN,
     WIDTH,
+    book_rows,
     draw_curve,
     mark_last_block,
     mark_transition,
@@ -175,7 +176,7 @@ def content(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Figure:
                 label=arm,
                 **dots,
             )
-            axes.plot([own["estimate"].mean()], [y], marker="D", markersize=8, **dots)
+            axes.plot([book_rows(own)["estimate"].mean()], [y], marker="D", markersize=8, **dots)
         if panel in thresholds:
             axes.axvline(thresholds[panel], color="#b00020", linestyle="--", linewidth=1)
         axes.axvline(0, color="#444444", linewidth=0.8)

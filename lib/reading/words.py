@@ -2,7 +2,7 @@
 
 from lib.evidence.criteria import Record
 from lib.evidence.records import SIGNS
-from lib.science.estimate import Measured, Untested
+from lib.science.estimate import Measured, Untested, is_own, share_limits
 
 RECORDS_KEY = "records"
 """Name under which `conclude` glues a chapter's records; the build collects them by it."""
@@ -48,3 +48,11 @@ def verdict_text(row: Record) -> str:
     """Return a record's verdict as shape and word, "● supported, architecture" say."""
     mark = ", architecture" if row["architecture"] and row["verdict"] == "supported" else ""
     return f"{SIGNS[row['verdict']]} {row['verdict']}{mark}"
+
+
+def size_text(name: str, n_subjects: int) -> str:
+    """Return a task's number of subjects, for a reader's own with what so many can tell."""
+    if not is_own(name):
+        return str(n_subjects)
+    half, least = (number_text(limit) for limit in share_limits(n_subjects))
+    return f"{n_subjects}: a share of one half is told to ±{half}, one of all from {least} on"

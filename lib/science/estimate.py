@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -31,6 +31,9 @@ SEEDS = "seeds"
 """What the units of untrained twins, and of networks trained for the purpose, are called."""
 LARGE = 10**6
 """Stands for the size of a sample whose draws are spread already."""
+OWN = "own: "
+"""What the names of a reader's own tasks begin with; no pooled number counts them."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -266,12 +269,34 @@ def sums_by_unit(values: ArrayLike, unit: ArrayLike, n_units: int) -> FloatArray
     return result
 
 
+def share_limits(n_units: int, level: float = 0.95) -> tuple[float, float]:
+    """Return what n units can tell of a share of them, before anything is measured.
+
+    The half-width of the interval around one half, where it is widest, and the interval's lower end
+    where all units agree (Clopper and Pearson).
+    """
+    tail = (1 - level) / 2
+    n = max(n_units, 2)
+    return 0.5 * float(-student_t.ppf(tail, n - 1)) / math.sqrt(n - 1), tail ** (1 / n)
+
+
+def is_own(name: str) -> bool:
+    """Return whether a task, or the place of a record, is a reader's own."""
+    return name.startswith(OWN)
+
+
+def of_the_book(found: Mapping[str, T]) -> dict[str, T]:
+    """Return the entries of the book's tasks, without those of a reader's own."""
+    return {name: one for name, one in found.items() if not is_own(name)}
+
+
 def pool(estimates: Mapping[str, Measured]) -> Measured:
     """Return the mean over tasks, its draws the mean of the tasks' draws; untested ones left out.
 
     Tasks share no units, so their draws are independent; twins' tasks share the seeds, and are
-    paired. Untested if none was measured.
+    paired. A reader's own tasks are left out. Untested if none was measured.
     """
+    estimates = of_the_book(estimates)
     found = {name: one for name, one in estimates.items() if isinstance(one, Estimate)}
     if not found:
         reasons = [f"{name}: {one.reason}" for name, one in estimates.items()]  # type: ignore[union-attr]

@@ -2,9 +2,9 @@
 
 The execution cache knows a chapter by its code cells alone. Here each chapter gets a cache folder
 named after a digest of all else that its results depend on: the modules that its cells import, and
-what these import, the data that they name, the environment, the model, and the transitions that an
-earlier chapter hands on. A failed or warning build is made to look at every page again next time,
-so that no second run passes in silence.
+what these import, the data that they name, the environment, the model, a reader's own tasks, and
+the transitions that an earlier chapter hands on. A failed or warning build is made to look at every
+page again next time, so that no second run passes in silence.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from sphinx.errors import ExtensionError
 from executable_book.results import failed_pages
 from lib.engine.files import DATA, ROOT
 from lib.engine.sources import digest_of_files, imported_files
-from lib.evidence import transition
+from lib.evidence import own_tasks, transition
 from lib.evidence.records import claim_file, pages, read_records, to_json
 
 CACHE = Path("_build", ".jupyter_cache")
@@ -58,6 +58,8 @@ def chapter_digest(page: str) -> str:
     digest = hashlib.sha256(digest_of_files(file for file in files if file.is_file()).encode())
     model = os.environ.get("MODEL") or "embedded"
     digest.update(f"{platform.python_version()} {version('torch')} {model}".encode())
+    if Path(own_tasks.__file__) in modules:
+        digest.update(own_tasks.contents())
     if Path(transition.__file__) in modules:
         digest.update(handed_on().encode())
     return digest.hexdigest()[:16]
