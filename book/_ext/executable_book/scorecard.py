@@ -84,11 +84,15 @@ def all_records(own: Sequence[Record]) -> dict[str, list[Record]]:
 
 def _claim_row(claim: str, words: str, href: str | None, runs: dict[str, list[Record]]) -> str:
     lines = []
-    for model, rows in runs.items():
-        if any((row["claim"], row["model"]) == (claim, model) for row in rows):
-            verdict = claim_verdict(rows, claim, model).verdict
-            named = f"{escape(model)}: " if len(runs) > 1 else ""
-            lines.append(f"<div>{named}{SIGNS[verdict]} {verdict}</div>")
+    models = [
+        model
+        for model, rows in runs.items()
+        if any((row["claim"], row["model"]) == (claim, model) for row in rows)
+    ]
+    for model in models:
+        verdict = claim_verdict(runs[model], claim, model).verdict
+        named = f"{escape(model)}: " if len(models) > 1 else ""
+        lines.append(f"<div>{named}{SIGNS[verdict]} {verdict}</div>")
     shown = "".join(lines) or (NO_RESULT if href else COMING)
     words = escape(words)
     head = f'<a href="{href}">{words}</a>' if href else words
@@ -105,6 +109,7 @@ def _effect_rows(
         if (row["claim"], row["statistic"]) == (criterion.claim, criterion.statistic)
         and judged(row)
     }
+    n_models = len({model for _, _, model in found})
     result = []
     for place in dict.fromkeys(place for place, _, _ in found):
         own = [row for (at, _, _), row in found.items() if at == place]
@@ -112,7 +117,7 @@ def _effect_rows(
         head = f'<a href="{href}">{text}</a>' if href else text
         numbers, verdicts = [], []
         for row in own:
-            trained = "trained" if len(runs) == 1 else row["model"]
+            trained = "trained" if n_models == 1 else row["model"]
             who = "untrained" if row["untrained"] else trained
             numbers.append(f"<div>{escape(who)}: {escape(record_text(row))}</div>")
             verdicts.append(f"<div>{escape(verdict_text(row))}</div>")
