@@ -11,7 +11,7 @@ from sphinx.util.docutils import SphinxDirective
 from executable_book.results import collect
 from lib.evidence.criteria import Criterion, Record, claim_verdict, criteria, judged
 from lib.evidence.records import SIGNS, pages, read_runs
-from lib.reading.words import record_text, verdict_text
+from lib.reading.words import record_text
 
 COMING = "chapter to come"
 NO_RESULT = "no result"
@@ -119,14 +119,26 @@ def _effect_rows(
         for row in own:
             trained = "trained" if n_models == 1 else row["model"]
             who = "untrained" if row["untrained"] else trained
-            numbers.append(f"<div>{escape(who)}: {escape(record_text(row))}</div>")
-            verdicts.append(f"<div>{escape(verdict_text(row))}</div>")
+            shade = ' class="twin"' if row["untrained"] else ""
+            numbers.append(f"<div{shade}>{escape(who)}: {_number(row)}</div>")
+            verdicts.append(f"<div{shade}>{_verdict(row)}</div>")
         result.append(
             f'<tr><th scope="row">{head}</th><td>{_forest(own, criterion, list(runs))}</td>'
             f"<td>{''.join(numbers)}</td><td>{escape(criterion.wanted)}</td>"
             f"<td>{''.join(verdicts)}</td></tr>"
         )
     return result
+
+
+def _number(row: Record) -> str:
+    """Return a record's number with its interval; a dash where it is not testable."""
+    return "–" if row["estimate"] is None else escape(record_text(row))
+
+
+def _verdict(row: Record) -> str:
+    """Return a verdict as shape and word, with the mark of architecture."""
+    mark = " ⚑" if row["architecture"] and row["verdict"] == "supported" else ""
+    return f"{SIGNS[row['verdict']]} {row['verdict']}{mark}"
 
 
 def _forest(rows: Sequence[Record], criterion: Criterion, models: Sequence[str]) -> str:
@@ -184,7 +196,10 @@ def _legend(models: Sequence[str]) -> str:
         for name, colour in keys
     )
     signs = ", ".join(f"{SIGNS[one]} {one}" for one in list(SIGNS)[:4])
-    return f'<p class="scorecard-legend">{entries} {signs}; dashed: what is wanted.</p>'
+    return (
+        f'<p class="scorecard-legend">{entries} {signs}; ⚑ architecture: the untrained twins meet '
+        "it too. Dashed: what is wanted.</p>"
+    )
 
 
 def colour_of(model: str, models: Sequence[str]) -> str:
