@@ -228,7 +228,9 @@ def test_a_task_shows_what_its_size_can_tell_of_a_share():
             float(mean_over_units([1] * n, "s", share=True).interval().low)
         )
     assert size_text("capitals", 65) == "65"
-    assert size_text("own: kin", 40).startswith("40: a share of one half is told to ±0.16")
+    assert size_text("own: kin", 40) == (
+        "40 (a share of them: ±0.16 at one half, 0.91 or more if all agree)"
+    )
 
 
 def test_runs_that_are_compared_leave_own_tasks_out(tmp_path, monkeypatch):

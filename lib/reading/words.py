@@ -55,4 +55,4 @@ def size_text(name: str, n_subjects: int) -> str:
     if not is_own(name):
         return str(n_subjects)
     half, least = (number_text(limit) for limit in share_limits(n_subjects))
-    return f"{n_subjects}: a share of one half is told to ±{half}, one of all from {least} on"
+    return f"{n_subjects} (a share of them: ±{half} at one half, {least} or more if all agree)"
