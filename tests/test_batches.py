@@ -64,4 +64,4 @@ def test_prompts_of_one_length_lie_one_to_a_line() -> None:
 
 def test_rows_of_one_length_fill_batches() -> None:
     prompts = draw([4, 6, 4, 4, 6])
-    assert list(equal_length_rows(prompts, 8)) == [[0, 2], [3], [1], [4]]
+    assert list(equal_length_rows(prompts, 8)) == [[1], [4], [0, 2], [3]]

@@ -16,7 +16,7 @@ from lib.evidence.transfer import Transfer
 from lib.science.estimate import Estimate, mean_over_units, ratio_of_sums, stack
 
 N_RUNS = 200
-FEW_RUNS = 100
+FEW_RUNS, MANY_RUNS = 100, 400
 L = 30
 SUBJECTS = (69, 75, 64, 66, 51, 67, 72, 61, 70, 46, 69, 60, 59, 51, 56, 12)
 CRITERIA = {one.statistic: one for one in criteria(claim.CLAIM)}
@@ -176,12 +176,15 @@ def spread(distances):
 
 
 def test_spread_of_the_places():
-    """At the threshold one task is off by 0.1 L, or one on each side; the others lie close."""
+    """At the threshold one task is off by 0.1 L, or one on each side; the others lie close.
+
+    The statistic is the larger of two distances then, and each of them may be drawn too large.
+    """
     near = np.linspace(-0.01, 0.01, len(SUBJECTS) - 2)
     for off in ([0.1, 0.0], [-0.1, 0.1]):
         supported, refuted = rates("transition_spread", spread([*off, *near]), FEW_RUNS)
         assert supported <= 0.05
-        assert refuted <= 0.05
+        assert refuted <= (0.05 if off[1] == 0 else 0.1)
     assert rates("transition_spread", spread([0.03, -0.03, *near]), 20)[0] == 1
     assert rates("transition_spread", spread([0.2, 0.0, *near]), 20)[1] == 1
 
@@ -212,7 +215,7 @@ def beyond(trained, twin):
 
 
 def test_hand_over_beyond_twins():
-    supported, refuted = rates("hand_over_beyond_twins", beyond(0.95, 0.45), FEW_RUNS)
+    supported, refuted = rates("hand_over_beyond_twins", beyond(0.95, 0.45), MANY_RUNS)
     assert supported <= 0.05
     assert refuted <= 0.05
     assert rates("hand_over_beyond_twins", beyond(0.95, 0.3), 20)[0] >= 0.95
