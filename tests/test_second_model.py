@@ -25,7 +25,7 @@ SMALLER = {  # in the parameter cells
     "N_SEEDS = 5": "N_SEEDS = 3",
     "TWIN_TEXTS = 200": "TWIN_TEXTS = 130",
 }
-GAP = re.compile(r"(?<![\w.])(nan|NaN|None|inf|<NA>)(?![\w.])")
+GAP = re.compile(r"(?<![\w.])(nan|NaN|None(?! of)|inf|<NA>)(?![\w.])")
 
 
 def save_tiny_model(folder: Path) -> None:

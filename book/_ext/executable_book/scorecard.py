@@ -118,7 +118,7 @@ def _effect_rows(
         numbers, verdicts = [], []
         for row in own:
             trained = "trained" if n_models == 1 else row["model"]
-            who = "untrained" if row["untrained"] else trained
+            who = "twins" if row["untrained"] else trained
             shade = ' class="twin"' if row["untrained"] else ""
             numbers.append(f"<div{shade}>{escape(who)}: {_number(row)}</div>")
             verdicts.append(f"<div{shade}>{_verdict(row)}</div>")
