@@ -109,10 +109,10 @@ def main() -> None:
         try:
             part = text_part(name)
         except Exception:
-            part = name  # it says why when it is built
+            part = name  # not passed over: examining it fails in the same way, and says why
         try:
             row = examine(name) if part == name else {"outcome": "see text part", "reason": part}
-        except Exception as error:
+        except Exception as error:  # a foreign error is what the table is there to show
             row = {"outcome": "failed", "reason": _line(error)}
         row = {"architecture": name} | row
         rows.append(row)

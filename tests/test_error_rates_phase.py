@@ -175,18 +175,33 @@ def spread(distances):
     return one_run
 
 
-def test_spread_of_the_places():
-    """At the threshold one task is off by 0.1 L, or one on each side; the others lie close.
+NEAR = np.linspace(-0.01, 0.01, len(SUBJECTS) - 2)
 
-    The statistic is the larger of two distances then, and each of them may be drawn too large.
-    """
-    near = np.linspace(-0.01, 0.01, len(SUBJECTS) - 2)
-    for off in ([0.1, 0.0], [-0.1, 0.1]):
-        supported, refuted = rates("transition_spread", spread([*off, *near]), FEW_RUNS)
-        assert supported <= 0.05
-        assert refuted <= (0.05 if off[1] == 0 else 0.1)
-    assert rates("transition_spread", spread([0.03, -0.03, *near]), 20)[0] == 1
-    assert rates("transition_spread", spread([0.2, 0.0, *near]), 20)[1] == 1
+
+@pytest.mark.parametrize(
+    "off",
+    [
+        [0.1, 0.0],
+        pytest.param(
+            [-0.1, 0.1],
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="the larger of two distances is drawn too large: of 300 books in which one "
+                "task lies at the threshold on each side, 8.7 % are refuted",
+            ),
+        ),
+    ],
+)
+def test_spread_of_the_places_at_the_threshold(off):
+    """One task is off by 0.1 L, or one on each side; the others lie close."""
+    supported, refuted = rates("transition_spread", spread([*off, *NEAR]), FEW_RUNS)
+    assert supported <= 0.05
+    assert refuted <= 0.05
+
+
+def test_spread_of_the_places_is_decided_away_from_the_threshold():
+    assert rates("transition_spread", spread([0.03, -0.03, *NEAR]), 20)[0] == 1
+    assert rates("transition_spread", spread([0.2, 0.0, *NEAR]), 20)[1] == 1
 
 
 # --- twins ----------------------------------------------------------------------------------------

@@ -188,6 +188,21 @@ def test_requests_run_together_equal_each_alone(llama: Decoder, given: bool) -> 
         assert np.allclose(found.measures["log_p"], alone.measures["log_p"], atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"donors": torch.zeros(4, 3, 32)}, "Request 0 has no donors, and request 1 has"),
+        ({"measure": Confidence(3)}, "Request 0 has no measure, and request 1 has"),
+    ],
+)
+def test_requests_that_cannot_run_together_are_named(
+    llama: Decoder, change: dict, words: str
+) -> None:
+    one = Request(PROMPTS[:3], np.array([[0, 1]]), "last")
+    with pytest.raises(ValueError, match=words):
+        sweep_together(llama, [one, replace(one, **change)], {"keep": keep})
+
+
 def test_prompts_of_one_length_share_passes_across_requests(
     llama: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

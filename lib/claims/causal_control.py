@@ -184,8 +184,10 @@ def measure_parts(
 
     def parts_of(name: str, own: Pairs | Untested) -> Edited | Untested:
         trial = trials[name]
-        if isinstance(trial, Untested) or isinstance(own, Untested):
-            return trial if isinstance(trial, Untested) else own  # type: ignore[return-value]
+        if isinstance(trial, Untested):
+            return trial
+        if isinstance(own, Untested):
+            return own
         states = trial.states("last")[list(blocks)]
         mine, given = (states[:, torch.as_tensor(side)] for side in own.prompts.T)
         return {

@@ -199,8 +199,17 @@ def sweep_together(
         description: as `sweep_blocks`.
 
     Raises:
-        ValueError: as `sweep_blocks`.
+        ValueError: as `sweep_blocks`; some requests give donors, or measure, and others do not.
     """
+    for what, given in (
+        ("donors", [one.donors is not None for one in requests]),
+        ("a measure", [one.measure is not None for one in requests]),
+    ):
+        if any(given) and not all(given):
+            raise ValueError(
+                f"Request {given.index(False)} has no {what.removeprefix('a ')}, and request "
+                f"{given.index(True)} has; give {what} to all that run together, or to none."
+            )
     tables = [position_table(one.prompts, one.positions) for one in requests]
     result: dict[int, Sweep] = {}
     for width in sorted({table.shape[1] for table in tables}):
