@@ -17,6 +17,7 @@ in a reference pass, tiled over the rows, so nothing here is tied to one archite
 
 import inspect
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,13 @@ class FrozenCache(DynamicCache):
         layer: Any = self.layers[layer_idx]
         keys = torch.cat([layer.keys, key_states], dim=-2)
         return keys, torch.cat([layer.values, value_states], dim=-2)
+
+    def rows(self, chosen: Tensor) -> "FrozenCache":
+        """Return the keys and values of some prompts `[n]`, repeats allowed."""
+        cache = FrozenCache()
+        cache.layers = [copy(layer) for layer in self.layers]
+        cache.batch_select_indices(chosen)
+        return cache
 
 
 def run_prefix(decoder: Decoder, tokens: Tensor, first: int) -> Prefix:

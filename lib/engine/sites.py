@@ -10,7 +10,6 @@ exchanged by `patch_heads`, in one more pass over the last token for each group 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import product
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -199,34 +198,29 @@ def patch_heads(
     hide = None if hidden is None else _check_hidden(prompts, pairs, sites, where, hidden)
     members = np.unique(pairs[:, 1])[: None if hide is None else 1]  # blind heads need no donors
     found = _read_outputs(decoder, prompts, where, members, wanted, tuple(parts.values()), None)
-    outputs = dict(zip(wanted, found, strict=True))
+    outputs = {block: own.heads[:, 0] for block, own in zip(wanted, found, strict=True)}
+    chosen = [_heads_by_block(group, parts, outputs) for group in groups.values()]
     results: dict[str, np.ndarray] = {}
-    for recipients, table in _columns(prompts, pairs):
-        tokens = torch.tensor([list(prompts[r]) for r in recipients], device=decoder.device)
-        run = _shortest(decoder, tokens)
-        for (number, group), column in product(enumerate(groups.values()), table.T):
-            donors = pairs[column, 1]
-            chosen = {
-                block: slice_of(
-                    parts[block],
-                    outputs[block].heads.shape[-1],
-                    [h for b, h in group if b == block],
-                )
-                for block in sorted({block for block, _ in group})
-            }
-            if hide is None:
-                new = {block: outputs[block].heads[donors, 0] for block in chosen}
-                edit = _put_heads(parts, chosen, new)
-            else:
-                places = [([len(prompts[r]) - 1], hide[r], len(prompts[r])) for r in recipients]
-                edit = _hide_from_heads(decoder, parts, chosen, places)
-            with edit, torch.inference_mode():
-                logits = decoder.unembed(decoder.final_norm(_run_last(decoder, *run))).float()
-                read = measure(logits, torch.as_tensor(column, device=logits.device))
-            for name, values in read.items():
-                if name not in results:
-                    results[name] = np.full((len(groups), len(pairs)), np.nan)
-                results[name][number, column] = values.double().cpu().numpy()
+    for run, recipients, group, pair in _rows_of_groups(decoder, prompts, pairs, len(groups)):
+        edited = {block for number in set(group) for block in chosen[number]}
+        none = {block: torch.zeros(outputs[block].shape[-1], dtype=torch.bool) for block in edited}
+        which = {
+            block: torch.stack([chosen[number].get(block, none[block]) for number in group])
+            for block in sorted(edited)
+        }
+        if hide is None:
+            new = {block: outputs[block][pairs[pair, 1]] for block in which}
+            edit = _put_heads(parts, which, new)
+        else:
+            places = [([len(prompts[r]) - 1], hide[r], len(prompts[r])) for r in recipients]
+            edit = _hide_from_heads(decoder, parts, which, places)
+        with edit, torch.inference_mode():
+            logits = decoder.unembed(decoder.final_norm(_run_last(decoder, *run))).float()
+            read = measure(logits, torch.as_tensor(pair, device=logits.device))
+        for name, values in read.items():
+            if name not in results:
+                results[name] = np.full((len(groups), len(pairs)), np.nan)
+            results[name][group, pair] = values.double().cpu().numpy()
     return results
 
 
@@ -266,15 +260,39 @@ def head_outputs(decoder: Decoder, prompts: Prompts, heads: Sequence[Head]) -> T
     return torch.stack(written)
 
 
-def _columns(
-    prompts: Sequence[Sequence[int]], pairs: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield recipients `[n]` of equal length and their pairs `[n, n_donors]`, some repeated."""
+def _heads_by_block(
+    group: Sequence[Head], parts: Mapping[int, Parts], outputs: Mapping[int, Tensor]
+) -> dict[int, Tensor]:
+    """Return which numbers of the projection's input a group's heads hold `[width]`, by block."""
+    found: dict[int, Tensor] = {}
+    for block in sorted({block for block, _ in group}):
+        width = outputs[block].shape[-1]
+        found[block] = torch.zeros(width, dtype=torch.bool)
+        found[block][slice_of(parts[block], width, [h for b, h in group if b == block])] = True
+    return found
+
+
+def _rows_of_groups(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], pairs: np.ndarray, n_groups: int
+) -> Iterator[tuple[tuple[Tensor, Inputs], np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield what to run, and of each row of it the recipient, the group and the pair `[n_rows]`.
+
+    Rows of recipients of one length share a pass, whatever their groups.
+    """
     unique = np.unique(pairs[:, 0])
-    for rows in equal_length_rows([prompts[r] for r in unique], BATCH_TOKENS):
-        recipients = unique[rows]
-        own = [np.flatnonzero(pairs[:, 0] == r) for r in recipients]
-        yield recipients, np.stack([np.resize(part, max(map(len, own))) for part in own])
+    for members in equal_length_rows([prompts[r] for r in unique], BATCH_TOKENS):
+        own = unique[members]
+        tokens = torch.tensor([list(prompts[r]) for r in own], device=decoder.device)
+        run, inputs = _shortest(decoder, tokens)
+        cells = np.flatnonzero(np.isin(pairs[:, 0], own))
+        group, pair = (axis.ravel() for axis in np.indices((n_groups, len(cells))))
+        most = max(1, BATCH_TOKENS // tokens.shape[1])
+        for part in np.array_split(np.arange(len(group)), -(-len(group) // most)):
+            chosen = cells[pair[part]]
+            place = torch.as_tensor(np.searchsorted(own, pairs[chosen, 0]), device=tokens.device)
+            cache = inputs.get("past_key_values")
+            mine = {} if cache is None else {"past_key_values": cache.rows(place)}
+            yield (run[place], {**inputs, **mine}), pairs[chosen, 0], group[part], chosen
 
 
 def _shortest(decoder: Decoder, tokens: Tensor) -> tuple[Tensor, Inputs]:
@@ -318,12 +336,13 @@ def _run_last(decoder: Decoder, tokens: Tensor, inputs: Inputs) -> Tensor:
 def _put_heads(
     parts: Mapping[int, Parts], chosen: Mapping[int, Tensor], new: Mapping[int, Tensor]
 ) -> Iterator[None]:
-    """Put `new` `[n, d]` in the place of the last token's heads, where `chosen` says, by block."""
+    """Put `new` in the place of the last token's heads, where `chosen` says, both `[n, width]`."""
 
     def put(block: int) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             heads = args[0].reshape(len(new[block]), -1, args[0].shape[-1]).clone()
-            heads[:, -1, chosen[block]] = new[block].to(heads)[:, chosen[block]]
+            which = chosen[block].to(heads.device)
+            heads[:, -1] = torch.where(which, new[block].to(heads), heads[:, -1])
             return (heads.view(args[0].shape), *args[1:])
 
         return hook
