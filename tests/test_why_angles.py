@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lib.claims import why_angles
 from lib.engine.models import Decoder, load_decoder
-from lib.engine.small_decoders import KINDS, Training, new_model
+from lib.engine.small_decoders import KINDS, SMALL, Training, new_model
 from lib.evidence import circle
 from lib.evidence.criteria import criteria, judge
 from lib.science.estimate import Estimate, Untested
@@ -251,8 +251,8 @@ def test_divergence_from_truth_is_kl(network, questions):
 def test_networks_that_have_not_learned_say_why(questions):
     weights = new_model("none", 2, d_vocab=len(circle.VOCABULARY)).state_dict()
     trainings = [
-        Training("none", 2, np.array([2.0, 1.9]), {2: weights}),
-        Training("none", 3, np.array([2.0, np.nan]), {0: weights}),
+        Training("none", 2, SMALL, np.array([2.0, 1.9]), {2: weights}),
+        Training("none", 3, SMALL, np.array([2.0, np.nan]), {0: weights}),
     ]
     learned = why_angles.check_learning(trainings, questions)
     assert learned["kl_nats"].iloc[0] > 0.1 and learned["kl_nats"].iloc[1] == np.inf
@@ -266,7 +266,7 @@ def test_networks_that_have_not_learned_say_why(questions):
 
 def test_a_moments_loss_is_the_mean_of_the_ten_steps_before_it():
     weights = {0: {}, 3: {}, 20: {}}
-    training = Training("none", 4, np.arange(20.0), weights)
+    training = Training("none", 4, SMALL, np.arange(20.0), weights)
     table = pd.DataFrame({"kind": "none", "seed": 4, "step": [20, 3]})
     assert list(why_angles.with_losses(table, [training])["kl_nats"]) == [14.5, 1.0]
 
@@ -274,7 +274,7 @@ def test_a_moments_loss_is_the_mean_of_the_ten_steps_before_it():
 def test_all_networks_are_measured_at_the_moments_asked_for(questions):
     models = [new_model("none", seed, d_vocab=len(circle.VOCABULARY)) for seed in (0, 1, 2)]
     weights = {step: model.state_dict() for step, model in zip((0, 5, 9), models, strict=True)}
-    trainings = [Training("none", seed, np.ones(9), weights) for seed in (4, 5)]
+    trainings = [Training("none", seed, SMALL, np.ones(9), weights) for seed in (4, 5)]
     last = why_angles.measure_all(why_angles.measure_geometry, trainings, questions)
     moments = why_angles.measure_all(
         why_angles.measure_geometry, trainings[:1], questions, every_moment=True

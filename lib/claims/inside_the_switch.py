@@ -14,14 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.engine.extraction import extract_residuals, logit_lens
+from lib.engine.extraction import logit_lens
 from lib.engine.models import Decoder
 from lib.engine.parts import find_parts
 from lib.engine.sites import ATTENTION, MLP, Head, Site, each_head, head_outputs, patch_heads
 from lib.engine.store import recall_sites
 from lib.evidence.criteria import is_held_out
 from lib.evidence.tasks import Pairs, Task, exchange_pairs
-from lib.evidence.transfer import DivergenceFromDonor, Transfer, Trial, divergence
+from lib.evidence.transfer import (
+    DivergenceFromDonor,
+    Transfer,
+    Trial,
+    divergence,
+    needed_prompts,
+    read_tasks,
+)
 from lib.science.estimate import (
     FEWEST_UNITS,
     Measured,
@@ -342,15 +349,18 @@ def measure_twin(
     twin: Decoder, halves: Mapping[str, Halves], tasks: Mapping[str, Task]
 ) -> dict[str, dict[str, Measured]]:
     """Return the statistics of an untrained twin: the same steps, on few pairs of some tasks."""
-    opened = {}
+    few: dict[str, Halves] = {}
+    needed: dict[str, Task | Untested] = {}
     for name, own in halves.items():
-        few = Halves(thin(own.choosing, TWIN_PAIRS), thin(own.testing, TWIN_PAIRS))
-        rows = np.unique([few.choosing.prompts, few.testing.prompts])
-        states = torch.zeros(tasks[name].n_prompts, twin.d_model)
-        tokens = [tasks[name].tokens[row] for row in rows]
-        last = extract_residuals(twin, tokens, blocks=[twin.n_blocks - 1]).states[0]
-        states[torch.as_tensor(rows)] = last
-        opened[name] = open_switch(Trial(tasks[name], twin, states), few, {"attention": ATTENTION})
+        choosing, testing = (thin(half, TWIN_PAIRS) for half in (own.choosing, own.testing))
+        needed[name], both = needed_prompts(tasks[name], choosing, testing)
+        few[name] = Halves(*both)
+    read = read_tasks(twin, needed)
+    opened = {
+        name: open_switch(trial, few[name], {"attention": ATTENTION})
+        for name, trial in read.items()
+        if isinstance(trial, Trial)
+    }
     elsewhere = heads_of_seen_tasks(opened)
     return statistics(
         {name: transfer_on_testing_half(one, elsewhere) for name, one in opened.items()}

@@ -1,4 +1,8 @@
-"""Batches: which prompts run in one pass, one to a line or several side by side on a line."""
+"""Batches: which prompts run in one pass, and what of them is run once.
+
+Prompts of one wording begin alike. On a *line* the prompts are paths through a forest of tokens: a
+beginning that they share lies there once, and each token sees its own path alone.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,8 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LINE_TOKENS = 64
+LINE_TOKENS = 128
+"""Tokens of a line, if no prompt is longer: attention's cost grows with it, what is shared too."""
 FILLER = 0  # a token that no prompt sees
+Line = Sequence[tuple[int, int]]
+"""Prompts of a line, each with the number of tokens that it shares with the one before it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,16 +26,23 @@ class Batch:
         rows: the prompts' indices `[n]`.
         tokens: `[n_lines, length]`.
         lines: the line on which each prompt lies `[n]`.
-        starts: where on its line each prompt begins `[n]`.
-        places: each token's place in its own prompt `[n_lines, length]`, which begins anew with
-            every prompt; None where every line is one prompt.
+        columns: where on it each of a prompt's tokens lies `[n, longest]`; its last one from there.
+        depths: each token's place in its prompt `[n_lines, length]`; None if a line is one prompt.
+        seen: which tokens each one sees `[n_lines, length, length]`; None if all that precede it.
     """
 
     rows: np.ndarray
     tokens: Tensor
     lines: Tensor
-    starts: Tensor
-    places: Tensor | None = None
+    columns: Tensor
+    depths: Tensor | None = None
+    seen: Tensor | None = None
+
+    def members(self, rows: np.ndarray) -> np.ndarray:
+        """Return at which place of the batch each of some prompts is."""
+        order = np.argsort(self.rows)
+        found: np.ndarray = order[np.searchsorted(self.rows[order], rows)]
+        return found
 
 
 def equal_length_rows(prompts: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
@@ -44,57 +58,63 @@ def equal_length_rows(prompts: Sequence[Sequence[int]], batch_tokens: int) -> It
 def stack_prompts(prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> Batch:
     """Return a batch of prompts of one length, one to a line."""
     tokens = torch.tensor([list(prompts[row]) for row in rows])
-    return Batch(np.array(rows), tokens, torch.arange(len(rows)), torch.zeros(len(rows), dtype=int))  # type: ignore[call-overload]
+    columns = torch.arange(tokens.shape[1]).expand(len(rows), -1)
+    return Batch(np.array(rows), tokens, torch.arange(len(rows)), columns)
 
 
-def pack_prompts(
+def plant_prompts(
     prompts: Sequence[Sequence[int]], rows: Sequence[int], batch_tokens: int
 ) -> list[Batch]:
-    """Return batches of prompts of any length, several side by side on a line where they fit.
-
-    A line holds `LINE_TOKENS` tokens, or the longest prompt: what a token's attention spends on the
-    prompts beside its own stays small. Lines are filled by best fit, longest prompts first.
-    """
-    longest = max(len(prompts[row]) for row in rows)
-    room = max(longest, min(LINE_TOKENS, batch_tokens))
-    lines = _best_fit({row: len(prompts[row]) for row in rows}, room)
-    n_batches = -(-len(lines) // max(1, batch_tokens // room))
-    return [
-        _lay_out(prompts, [lines[index] for index in part])
-        for part in np.array_split(np.arange(len(lines)), n_batches)
-    ]
-
-
-def _best_fit(lengths: dict[int, int], room: int) -> list[list[int]]:
-    """Put each prompt, longest first, on the line with the least room that still holds it."""
-    lines: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(room + 1)]
-    for row in sorted(lengths, key=lambda row: -lengths[row]):
-        length = lengths[row]
-        left = next((left for left in range(length, room) if with_room[left]), room)
-        if left == room:
+    """Return batches of prompts of any length, on lines on which beginnings are shared."""
+    room = max(LINE_TOKENS, *(len(prompts[row]) for row in rows))
+    lines: list[list[tuple[int, int]]] = []
+    before: Sequence[int] = ()
+    left = -1
+    for row in sorted(rows, key=lambda row: list(prompts[row])):  # those alike are neighbours
+        shared = count_alike(before, prompts[row])
+        left -= len(prompts[row]) - shared
+        if left < 0:
             lines.append([])
-            with_room[room].append(len(lines) - 1)
-        line = with_room[left].pop()
-        lines[line].append(row)
-        with_room[left - length].append(line)
-    return lines
+            shared, left = 0, room - len(prompts[row])
+        lines[-1].append((row, shared))
+        before = prompts[row]
+    n_batches = -(-len(lines) // max(1, batch_tokens // room))
+    parts = np.array_split(np.arange(len(lines)), n_batches)
+    return [lay_out(prompts, [lines[index] for index in part]) for part in parts]
 
 
-def _lay_out(prompts: Sequence[Sequence[int]], lines: list[list[int]]) -> Batch:
-    """Return the batch of some lines, each the indices of its prompts; the rest is filled up."""
-    length = max(sum(len(prompts[row]) for row in line) for line in lines)
+def count_alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return with how many tokens both begin."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def lay_out(prompts: Sequence[Sequence[int]], lines: Sequence[Line]) -> Batch:
+    """Return the batch of some lines; what no prompt fills sees itself alone."""
+    length = max(sum(len(prompts[row]) - shared for row, shared in line) for line in lines)
+    longest = max(len(prompts[row]) for line in lines for row, _ in line)
     tokens = torch.full((len(lines), length), FILLER)
-    places = torch.zeros(len(lines), length, dtype=torch.long)
-    rows, at, starts = [], [], []
+    depths = torch.zeros(len(lines), length, dtype=torch.long)
+    seen = np.zeros((len(lines), length, length), dtype=bool)
+    seen[:, np.arange(length), np.arange(length)] = True
+    rows, at, columns = [], [], []
     for index, line in enumerate(lines):
-        start = 0
-        for row in line:
-            end = start + len(prompts[row])
-            tokens[index, start:end] = torch.tensor(list(prompts[row]))
-            places[index, start:end] = torch.arange(end - start)
+        path, used = np.arange(0), 0
+        for row, shared in line:
+            new = np.arange(used, used + len(prompts[row]) - shared)
+            used += len(new)
+            path = np.concatenate([path[:shared], new])
+            tokens[index, new] = torch.tensor(prompts[row][shared:], dtype=torch.long)
+            depths[index, new] = torch.arange(shared, len(path))
+            seen[index, new[:, None], path] = np.tri(len(path), dtype=bool)[shared:]
             rows.append(row)
             at.append(index)
-            starts.append(start)
-            start = end
-    return Batch(np.array(rows), tokens, torch.tensor(at), torch.tensor(starts), places)
+            columns.append(np.pad(path, (0, longest - len(path)), mode="edge"))
+    return Batch(
+        np.array(rows),
+        tokens,
+        torch.tensor(at),
+        torch.from_numpy(np.stack(columns)),
+        depths,
+        torch.from_numpy(seen),
+    )

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.engine.batches import Batch, equal_length_rows, pack_prompts, stack_prompts
+from lib.engine.batches import Batch, equal_length_rows, plant_prompts, stack_prompts
 from lib.engine.models import Decoder, evaluated
-from lib.engine.passes import count_shared, packing_is_exact, run_batch
+from lib.engine.passes import forests_are_exact, run_batch
 from lib.engine.progress import track
 
 Prompts = Sequence[Sequence[int] | np.ndarray | Tensor] | np.ndarray | Tensor
@@ -19,7 +19,6 @@ Prompts = Sequence[Sequence[int] | np.ndarray | Tensor] | np.ndarray | Tensor
 
 Positions = Literal["last"] | Sequence[int] | np.ndarray
 BATCH_TOKENS = 1024
-PACKED_BELOW = 512  # tokens in a batch of one length, for joining it to others to pay
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,10 @@ def extract_residuals(
 ) -> Residuals:
     """Return the residual stream after each block at one position of each prompt.
 
-    Prompts of the same length share a batch, so nothing is padded and no position shifts. Where few
-    have the same length, prompts of several lengths run side by side on one line, each seeing
-    itself alone, if a comparison finds that exact for the model. Memory: one batch of at most
-    `batch_tokens` tokens beside the result.
+    A beginning that prompts share is run once: prompts lie side by side as paths through a forest
+    of tokens, each seeing its own path alone, if a comparison finds that exact for the model. Else
+    prompts of the same length share a batch, so nothing is padded and no position shifts. Memory:
+    one batch of at most `batch_tokens` tokens beside the result.
 
     Args:
         decoder: the model.
@@ -123,21 +122,10 @@ def logit_lens(decoder: Decoder, states: Tensor, token_ids: Sequence[int] | None
 
 
 def _batches(decoder: Decoder, prompts: Sequence[Sequence[int]], batch_tokens: int) -> list[Batch]:
-    """Return batches of one length; small ones that share no beginning are joined, if exact."""
-    alike = [stack_prompts(prompts, rows) for rows in equal_length_rows(prompts, batch_tokens)]
-    small = [
-        batch
-        for batch in alike
-        if batch.tokens.numel() < PACKED_BELOW
-        and not count_shared(decoder, batch.tokens.to(decoder.device))
-    ]
-    if len(small) < 2:
-        return alike
-    rows = [int(row) for batch in small for row in batch.rows]
-    packed = pack_prompts(prompts, rows, batch_tokens)
-    if not packing_is_exact(decoder, packed[0]):
-        return alike
-    return [batch for batch in alike if batch not in small] + packed
+    """Return batches on which beginnings are shared, or else batches of one length."""
+    if forests_are_exact(decoder, prompts):
+        return plant_prompts(prompts, range(len(prompts)), batch_tokens)
+    return [stack_prompts(prompts, rows) for rows in equal_length_rows(prompts, batch_tokens)]
 
 
 def check_blocks(decoder: Decoder, blocks: Sequence[int] | None) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from lib.engine.batches import Batch
+from lib.engine.batches import Batch, lay_out
 from lib.engine.models import Decoder, evaluated
 from lib.engine.structure import untuple
 
@@ -23,7 +23,7 @@ REFUSALS = (RuntimeError, TypeError, AttributeError, ValueError, IndexError)
 
 SHARED_LEAST = 0.25  # of a prompt's tokens, for a pass of their own to pay
 _shared: Known[int] = WeakKeyDictionary()
-_packed: Known[int] = WeakKeyDictionary()
+_forests: Known[int] = WeakKeyDictionary()
 _generated: Known[str] = WeakKeyDictionary()
 
 
@@ -45,44 +45,58 @@ def run_batch(
     decoder: Decoder, batch: Batch, blocks: set[int], places: Tensor
 ) -> dict[int, Tensor]:
     """Return `{block: states [k, n, d_model]}` of a batch, at `places` `[k, n_prompts]`."""
-    tokens = batch.tokens.to(decoder.device)
-    columns = batch.starts + places[:, batch.rows]
+    columns = batch.columns.gather(1, places[:, batch.rows].T).T
 
     def pick(states: Tensor) -> Tensor:
         return states[batch.lines, columns]
 
-    if batch.places is None and (n_shared := count_shared(decoder, tokens)):
-        shared = _run_shared(decoder, tokens, n_shared, blocks)
-        return {block: pick(states) for block, states in shared.items()}
-    packed = {} if batch.places is None else {"position_ids": batch.places.to(decoder.device)}
     with _capture(decoder, blocks, pick) as captured, torch.inference_mode():
-        decoder.model.base_model(tokens, use_cache=False, **packed)
+        decoder.model.base_model(use_cache=False, **inputs_of(decoder, batch))
     return captured
 
 
-def packing_is_exact(decoder: Decoder, batch: Batch) -> bool:
-    """Compare, once for a model and again for longer lines, two halves of a line with each alone.
+def inputs_of(decoder: Decoder, batch: Batch) -> dict[str, Tensor]:
+    """Return what a model is called with to run a batch."""
+    inputs = {"input_ids": batch.tokens.to(decoder.device)}
+    if batch.seen is not None and batch.depths is not None:
+        lowest = torch.finfo(decoder.dtype).min
+        mask = torch.zeros(batch.seen.shape, dtype=decoder.dtype).masked_fill(~batch.seen, lowest)
+        inputs["attention_mask"] = mask[:, None].to(decoder.device)
+        inputs["position_ids"] = batch.depths.to(decoder.device)
+    return inputs
 
-    The line is run twice in one pass: some attentions keep prompts apart on a single line alone.
+
+@evaluated
+def forests_are_exact(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> bool:
+    """Compare, once for a model and again for longer prompts, a forest with each prompt alone.
+
+    The longest prompt, one that leaves it halfway and it read backwards, on two lines of one pass:
+    some attentions keep prompts apart on a single line alone. A model on which someone's hooks lie
+    (steering among them) runs prompts as they are, since a hook may count tokens.
     """
-    length = batch.tokens.shape[1]
-    known = known_of(_packed, decoder)
-    if length < 2 or any(exact and longer >= length for longer, exact in known.items()):
+    modules = (decoder.model.base_model, *decoder.blocks)
+    if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
+        return False
+    longest = list(max(prompts, key=lambda prompt: len(list(prompt))))
+    length = len(longest)
+    known = known_of(_forests, decoder)
+    if any(exact and longer >= length for longer, exact in known.items()):
         return True
     if length not in known:
-        tokens, last = batch.tokens[[0, 0]].to(decoder.device), {decoder.n_blocks - 1}
-        halves = tokens[:1].tensor_split(2, dim=1)
-        alone = [run_blocks(decoder, half, last).popitem()[1][0] for half in halves]
-        places = torch.cat([torch.arange(half.shape[1]) for half in halves]).expand(2, -1)
+        half, last = length // 2, {decoder.n_blocks - 1}
+        three = [longest, longest[:half] + longest[half:][::-1], longest[::-1]]
+        batch = lay_out(three, [[(0, 0), (1, half)], [(2, 0), (1, 0)]])
+        columns = batch.columns.to(decoder.device)
+        with _capture(decoder, last) as alone, torch.inference_mode():
+            decoder.model.base_model(torch.tensor(three, device=decoder.device), use_cache=False)
         try:
-            with _capture(decoder, last) as fast, torch.inference_mode():
-                decoder.model.base_model(
-                    tokens, use_cache=False, position_ids=places.to(decoder.device)
-                )
+            with _capture(decoder, last) as together, torch.inference_mode():
+                decoder.model.base_model(use_cache=False, **inputs_of(decoder, batch))
         except REFUSALS:
-            known[length] = False  # no position of its own for each token (ALiBi, state-space)
+            known[length] = False  # no place or mask of each token's own (ALiBi, state-space)
             return False
-        known[length] = agree(torch.cat(alone), fast.popitem()[1])
+        (slow,), (fast,) = alone.values(), together.values()
+        known[length] = agree(slow[batch.rows], fast[batch.lines[:, None], columns])
     return known[length]
 
 

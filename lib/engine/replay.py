@@ -16,17 +16,20 @@ in a reference pass, tiled over the rows, so nothing here is tied to one archite
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from lib.engine.batches import Batch
 from lib.engine.models import Decoder
-from lib.engine.passes import count_shared, run_blocks
+from lib.engine.passes import count_shared, inputs_of, run_blocks
 from lib.engine.structure import untuple
 
 MAX_ROW_TOKENS = 64
@@ -55,13 +58,6 @@ class Prefix:
         """Tokens from `first` to the end."""
         return self.tokens.shape[1] - self.first
 
-    @property
-    def n_bytes(self) -> int:
-        """Memory that its states, keys and values take."""
-        layers: Any = [] if self.cache is None else self.cache.layers
-        held = [self.states, *(part for layer in layers for part in (layer.keys, layer.values))]
-        return sum(tensor.nbytes for tensor in held)
-
 
 class FrozenCache(DynamicCache):
     """Keys and values of a prefix, handed to every row and changed by none."""
@@ -82,13 +78,106 @@ class FrozenCache(DynamicCache):
         return cache
 
 
-def run_prefix(decoder: Decoder, tokens: Tensor, first: int) -> Prefix:
-    """Return the prefix of `tokens` `[n_prompts, length]`, run once up to position `first` ≥ 1.
+@dataclass(frozen=True, eq=False)
+class Forest:
+    """A batch of prompts on lines, run once, and what every token of it left.
+
+    Attributes:
+        batch: the prompts.
+        states: clean residual streams by block, each `[n_lines, length, d_model]`.
+        cache: keys and values of all tokens.
+        block_inputs: the keyword arguments each block received.
+    """
+
+    batch: Batch
+    states: tuple[Tensor, ...]
+    cache: DynamicCache
+    block_inputs: tuple[dict[str, Any], ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that its states, keys and values take."""
+        layers: Any = self.cache.layers
+        held = [*self.states, *(part for layer in layers for part in (layer.keys, layer.values))]
+        return sum(tensor.nbytes for tensor in held)
+
+    def states_at(self, rows: np.ndarray, places: np.ndarray, blocks: Sequence[int]) -> Tensor:
+        """Return prompts' states `[n_blocks, n, k, d_model]` at places `[n, k]`, float32, CPU."""
+        members = self.batch.members(rows)
+        lines = self.batch.lines[members][:, None]
+        columns = self.batch.columns[members].gather(1, torch.as_tensor(places))
+        return torch.stack([self.states[block][lines, columns].float().cpu() for block in blocks])
+
+    def prefix(self, rows: np.ndarray, lengths: np.ndarray, firsts: np.ndarray) -> Prefix:
+        """Return some prompts, each ready for edits from its own position on.
+
+        Tokens line up at the prompts' ends; before the beginning of a shorter one there are tokens
+        that its rows do not see.
+
+        Args:
+            rows: the prompts' indices `[n]`.
+            lengths: of the prompts `[n]`.
+            firsts: the first position that may be edited `[n]`, as far from each one's end.
+        """
+        members = self.batch.members(rows)
+        longest, first = int(lengths.max()), int(firsts.max())
+        places = torch.arange(longest) - torch.as_tensor(longest - lengths)[:, None]
+        lines = self.batch.lines[members][:, None]
+        columns = self.batch.columns[members].gather(1, places.clamp(min=0))
+        cache = FrozenCache()
+        layers: Any = self.cache.layers
+        for layer in layers:
+            taken = copy(layer)
+            taken.keys, taken.values = (
+                part.transpose(1, 2)[lines, columns[:, :first]].transpose(1, 2)
+                for part in (layer.keys, layer.values)
+            )
+            cache.layers.append(taken)
+        states = torch.stack([own[lines, columns[:, first:]] for own in self.states])
+        hidden = (places[:, None] > places[:, first:, None]) | (places[:, None] < 0)
+        mask = torch.zeros(hidden.shape, dtype=states.dtype)
+        mask = mask.masked_fill(hidden, torch.finfo(states.dtype).min)[:, None].to(states.device)
+        told: dict[int, Any] = {}
+
+        def told_of(value: Any) -> Any:
+            if id(value) not in told:
+                told[id(value)] = self._of_tokens(value, lines, columns[:, first:])
+            return told[id(value)]
+
+        inputs = tuple(
+            {**{name: told_of(value) for name, value in given.items()}, "attention_mask": mask}
+            for given in self.block_inputs
+        )
+        tokens = self.batch.tokens[lines, columns].to(states.device)
+        return Prefix(tokens, first, states, cache, inputs)
+
+    def _of_tokens(self, value: Any, lines: Tensor, columns: Tensor) -> Any:
+        """Return what a block was told of some tokens, of what it was told of all."""
+        if isinstance(value, tuple | list):
+            return type(value)(self._of_tokens(part, lines, columns) for part in value)
+        tensor = isinstance(value, Tensor) and value.dim() in (2, 3)
+        if tensor and value.shape[:2] == self.batch.tokens.shape:
+            return value[lines, columns]
+        return value
+
+
+def run_forest(decoder: Decoder, batch: Batch) -> Forest:
+    """Return a batch, run once.
 
     Raises:
-        ReplayUnsupportedError: the model keeps no keys and values for each token (state-space).
+        ReplayUnsupportedError: the model does not keep keys and values of every token.
     """
-    base = decoder.model.base_model
+    cache = DynamicCache(config=decoder.text_config)
+    with _watching_blocks(decoder) as (inputs, outputs), torch.inference_mode():
+        told = inputs_of(decoder, batch)
+        decoder.model.base_model(past_key_values=cache, use_cache=True, **told)
+    _check_cache(cache, batch.tokens.shape[1])
+    return Forest(batch, tuple(outputs), cache, tuple(inputs))
+
+
+@contextmanager
+def _watching_blocks(decoder: Decoder) -> Iterator[tuple[list[dict[str, Any]], list[Tensor]]]:
+    """Keep what each block is called with, but for the states, and what it puts out."""
     inputs: list[dict[str, Any]] = [{} for _ in decoder.blocks]
     outputs: list[Tensor] = [torch.empty(0) for _ in decoder.blocks]
 
@@ -98,10 +187,36 @@ def run_prefix(decoder: Decoder, tokens: Tensor, first: int) -> Prefix:
         ) -> None:
             names = list(inspect.signature(module.forward).parameters)[: len(args)]
             inputs[index] = {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
-            outputs[index] = untuple(output)
+            outputs[index] = untuple(output).to(decoder.device)
 
         return hook
 
+    handles = [
+        block.register_forward_hook(keep(index), with_kwargs=True)
+        for index, block in enumerate(decoder.blocks)
+    ]
+    try:
+        yield inputs, outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_cache(cache: DynamicCache, length: int) -> None:
+    """Raise ReplayUnsupportedError unless every layer holds all tokens' keys and values."""
+    for layer in cache.layers:
+        keys = getattr(layer, "keys", None)
+        if keys is None or keys.shape[-2] != length:
+            raise ReplayUnsupportedError("its cache does not hold every token's keys and values")
+
+
+def run_prefix(decoder: Decoder, tokens: Tensor, first: int) -> Prefix:
+    """Return the prefix of `tokens` `[n_prompts, length]`, run once up to position `first` ≥ 1.
+
+    Raises:
+        ReplayUnsupportedError: the model keeps no keys and values for each token (state-space).
+    """
+    base = decoder.model.base_model
     cache = FrozenCache(config=decoder.text_config)
     with torch.inference_mode():
         growing = DynamicCache(config=decoder.text_config)
@@ -113,17 +228,9 @@ def run_prefix(decoder: Decoder, tokens: Tensor, first: int) -> Prefix:
         if not all(getattr(layer, "keys", None) is not None for layer in growing.layers):
             raise ReplayUnsupportedError("its cache holds no keys and values")
         cache.layers = list(growing.layers)
-        handles = [
-            block.register_forward_hook(keep(index), with_kwargs=True)
-            for index, block in enumerate(decoder.blocks)
-        ]
-        try:
+        with _watching_blocks(decoder) as (inputs, outputs):
             base(tokens[:, first:], past_key_values=cache, use_cache=True)
-        finally:
-            for handle in handles:
-                handle.remove()
-    states = torch.stack([output.to(decoder.device) for output in outputs])
-    return Prefix(tokens, first, states, cache, tuple(inputs))
+    return Prefix(tokens, first, torch.stack(outputs), cache, tuple(inputs))
 
 
 class ReplayUnsupportedError(Exception):

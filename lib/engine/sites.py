@@ -201,11 +201,11 @@ def patch_heads(
     outputs = {block: own.heads[:, 0] for block, own in zip(wanted, found, strict=True)}
     chosen = [_heads_by_block(group, parts, outputs) for group in groups.values()]
     results: dict[str, np.ndarray] = {}
-    for run, recipients, group, pair in _rows_of_groups(decoder, prompts, pairs, len(groups)):
-        edited = {block for number in set(group) for block in chosen[number]}
+    for run, recipients, owner, pair in _rows_of_groups(decoder, prompts, pairs, len(groups)):
+        edited = {block for number in set(owner) for block in chosen[number]}
         none = {block: torch.zeros(outputs[block].shape[-1], dtype=torch.bool) for block in edited}
         which = {
-            block: torch.stack([chosen[number].get(block, none[block]) for number in group])
+            block: torch.stack([chosen[number].get(block, none[block]) for number in owner])
             for block in sorted(edited)
         }
         if hide is None:
@@ -220,7 +220,7 @@ def patch_heads(
         for name, values in read.items():
             if name not in results:
                 results[name] = np.full((len(groups), len(pairs)), np.nan)
-            results[name][group, pair] = values.double().cpu().numpy()
+            results[name][owner, pair] = values.double().cpu().numpy()
     return results
 
 

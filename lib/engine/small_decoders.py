@@ -1,8 +1,8 @@
 """Small decoders trained from scratch, equal but for their norms.
 
-Six blocks of Llama's architecture, 64 wide, with the norm modules replaced. At one seed all kinds
-start from the same weights and read the same prompts in the same order. What was trained before is
-read from disk; what was interrupted goes on from its last moment.
+Llama's architecture with the norm modules replaced, in two sizes. At one seed all kinds start from
+the same weights and read the same prompts in the same order. What was trained before is read from
+disk; what was interrupted goes on from its last moment.
 """
 
 import math
@@ -29,25 +29,40 @@ from lib.engine.files import BUILD
 from lib.engine.keys import key_of
 from lib.engine.progress import track
 
-MOMENTS = (0, 60, 120, 180, 240, 300, 420, 720)
-"""Training steps at which the weights are kept; the last one ends the training."""
-
 KEPT = BUILD / "decoders"
 BATCH = 64
-CONFIGURATION: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 16,
-    "tie_word_embeddings": False,
-}
-# Chosen by the loss of a few networks that are not reported: with both of them every kind learns.
-LEARNING_RATE = 5e-3
-"""Of Adam, at its peak: a linear rise, then half a cosine down to zero."""
-INITIAL_STD = 0.12
-"""Standard deviation of the initial weights, embeddings included."""
+N_HEADS = 4
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a decoder is, and how it is trained.
+
+    Rate and initial scale were chosen by the loss of a few networks that are not reported: with
+    both of them every kind learns.
+
+    Attributes:
+        width: of the residual stream; the MLP's is twice that.
+        n_blocks: how many blocks.
+        learning_rate: of Adam, at its peak: a linear rise, then half a cosine down to zero.
+        initial_std: standard deviation of the initial weights, embeddings included.
+        moments: training steps at which the weights are kept; the last one ends the training.
+    """
+
+    width: int = 64
+    n_blocks: int = 6
+    learning_rate: float = 5e-3
+    initial_std: float = 0.12
+    moments: tuple[int, ...] = (0, 60, 120, 180, 240, 300, 420, 720)
+
+    def __post_init__(self) -> None:
+        ascending = sorted(set(self.moments))
+        if not ascending or list(self.moments) != ascending or ascending[0] < 0:
+            raise ValueError(f"Moments must ascend from 0 or later; got {self.moments}.")
+
+
+SMALL = Size()
+LARGE = Size(128, 8, 2.5e-3, 0.085, (0, 120, 240, 360, 480, 600, 840, 1440))
 
 _drawing = Lock()  # torch's random state is one for all threads
 _WARM_UP = 0.1  # share of the steps
@@ -88,6 +103,7 @@ class Training:
     Attributes:
         kind: of `KINDS`.
         seed: of the initial weights and of the prompts' order.
+        size: of the decoder.
         losses: KL(truth ‖ model) in nats of each step's batch, before the step `[n_steps]`. A
             training that diverged ends with the first loss that is not finite.
         weights: by moment, in steps, the model's tensors.
@@ -95,6 +111,7 @@ class Training:
 
     kind: str
     seed: int
+    size: Size
     losses: NDArray[np.float64]
     weights: Mapping[int, Mapping[str, Tensor]]
 
@@ -114,12 +131,12 @@ class Training:
             kept = ", ".join(map(str, self.weights))
             raise ValueError(f"No weights were kept at step {moment}; there are: {kept}.")
         embedded = self.weights[moment]["model.embed_tokens.weight"]
-        model = new_model(self.kind, self.seed, d_vocab=len(embedded))
+        model = new_model(self.kind, self.seed, self.size, d_vocab=len(embedded))
         model.load_state_dict(self.weights[moment])
         return model.eval()
 
 
-def new_model(kind: str, seed: int, *, d_vocab: int) -> LlamaForCausalLM:
+def new_model(kind: str, seed: int, size: Size = SMALL, *, d_vocab: int) -> LlamaForCausalLM:
     """Return an untrained decoder of a kind; matrices are normal, norms start as the identity.
 
     Raises:
@@ -127,15 +144,25 @@ def new_model(kind: str, seed: int, *, d_vocab: int) -> LlamaForCausalLM:
     """
     if kind not in KINDS:
         raise ValueError(f"Unknown kind of norm {kind!r}; known are: {', '.join(KINDS)}.")
-    named: dict[str, Any] = {"vocab_size": d_vocab, "name_or_path": f"{kind}, seed {seed}"}
-    config = LlamaConfig(**CONFIGURATION, **named)
+    named: dict[str, Any] = {"name_or_path": f"{kind}, seed {seed}"}
+    config = LlamaConfig(
+        vocab_size=d_vocab,
+        hidden_size=size.width,
+        intermediate_size=2 * size.width,
+        num_hidden_layers=size.n_blocks,
+        num_attention_heads=N_HEADS,
+        num_key_value_heads=N_HEADS,
+        max_position_embeddings=16,
+        tie_word_embeddings=False,
+        **named,
+    )
     with _drawing, torch.random.fork_rng(devices=[]):  # Llama draws weights, which are replaced
         model = LlamaForCausalLM(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(0.0, INITIAL_STD, generator=generator)
+                parameter.normal_(0.0, size.initial_std, generator=generator)
     for block in model.model.layers:
         block.input_layernorm = _norm(kind, block.input_layernorm)
         block.post_attention_layernorm = _norm(kind, block.post_attention_layernorm)
@@ -145,7 +172,7 @@ def new_model(kind: str, seed: int, *, d_vocab: int) -> LlamaForCausalLM:
 
 def _norm(kind: str, given: nn.Module) -> nn.Module:
     if kind == "layernorm":
-        return nn.LayerNorm(CONFIGURATION["hidden_size"], eps=1e-6)
+        return nn.LayerNorm(given.weight.shape, eps=1e-6)
     return nn.Identity() if kind == "none" else given
 
 
@@ -154,7 +181,7 @@ def train(
     seed: int,
     material: Material,
     *,
-    moments: Sequence[int] = MOMENTS,
+    size: Size = SMALL,
     folder: Path | None = None,
 ) -> Training:
     """Return a trained decoder, reading from `folder` what was trained before.
@@ -166,18 +193,16 @@ def train(
         kind: of `KINDS`.
         seed: of the initial weights and of the prompts' order.
         material: prompts and truths.
-        moments: steps at which the weights are kept, ascending; the last ends the training.
+        size: of the decoder, and how it is trained.
         folder: where trainings are kept; None keeps nothing.
 
     Raises:
-        ValueError: an unknown kind, moments that do not ascend.
+        ValueError: an unknown kind.
     """
-    if list(moments) != sorted(set(moments)) or not moments or moments[0] < 0:
-        raise ValueError(f"Moments must ascend from 0 or later; got {tuple(moments)}.")
-    model = new_model(kind, seed, d_vocab=material.truths.shape[1])
-    path = None if folder is None else folder / f"{_key(kind, seed, material, moments)}.safetensors"
+    model = new_model(kind, seed, size, d_vocab=material.truths.shape[1])
+    path = None if folder is None else folder / f"{_key(kind, seed, material, size)}.safetensors"
     with _one_thread():
-        return _run(model, kind, seed, material, tuple(moments), path)
+        return _run(model, kind, seed, material, size, path)
 
 
 def train_all(
@@ -185,7 +210,7 @@ def train_all(
     seeds: Sequence[int],
     material: Material,
     *,
-    moments: Sequence[int] = MOMENTS,
+    size: Size = SMALL,
     folder: Path | None = KEPT,
     description: str | None = None,
 ) -> list[Training]:
@@ -195,7 +220,7 @@ def train_all(
         kinds: of `KINDS`.
         seeds: of the initial weights and of the prompts' order.
         material: prompts and truths.
-        moments: as `train`.
+        size: as `train`.
         folder: as `train`.
         description: what a progress display calls this; None shows none.
 
@@ -205,7 +230,7 @@ def train_all(
     wanted = [(kind, seed) for kind in kinds for seed in seeds]
     with ThreadPoolExecutor(max_workers=2) as pool:
         started = {
-            pool.submit(train, *which, material, moments=moments, folder=folder): which
+            pool.submit(train, *which, material, size=size, folder=folder): which
             for which in wanted
         }
         ended = as_completed(started)
@@ -219,10 +244,11 @@ def _run(
     kind: str,
     seed: int,
     material: Material,
-    moments: tuple[int, ...],
+    size: Size,
     path: Path | None,
 ) -> Training:
-    adam = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
+    moments = size.moments
+    adam = torch.optim.Adam(model.parameters(), lr=size.learning_rate, fused=True)
     losses, weights = ([], {}) if path is None else _read(path, model, adam)
     entropies = torch.special.entr(material.truths).sum(-1)
     while not losses or np.isfinite(losses[-1]):
@@ -244,9 +270,9 @@ def _run(
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), _CLIPPED)
         for group in adam.param_groups:
-            group["lr"] = LEARNING_RATE * _schedule(step, moments[-1])
+            group["lr"] = size.learning_rate * _schedule(step, moments[-1])
         adam.step()
-    return Training(kind, seed, np.array(losses, dtype=np.float64), weights)
+    return Training(kind, seed, size, np.array(losses, dtype=np.float64), weights)
 
 
 def _schedule(step: int, n_steps: int) -> float:
@@ -267,10 +293,10 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _key(kind: str, seed: int, material: Material, moments: Sequence[int]) -> str:
+def _key(kind: str, seed: int, material: Material, size: Size) -> str:
     """Return a name of all that a training depends on; the code of this module is part of it."""
     versions = [torch.__version__, transformers.__version__]
-    return key_of(kind, seed, material, list(moments), CONFIGURATION, versions)[:24]
+    return key_of(kind, seed, material, size, versions)[:24]
 
 
 def _write(

@@ -1,6 +1,6 @@
 """Sweeps: an edit at every block for every pair of recipient and donor, exactly and fast."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from lib.engine.batches import Batch, plant_prompts
 from lib.engine.edits import Edit, apply_edit, exchange
 from lib.engine.extraction import (
     Prompts,
@@ -20,14 +21,16 @@ from lib.engine.extraction import (
     logit_lens,
 )
 from lib.engine.models import Decoder, evaluated
-from lib.engine.passes import Known, agree, known_of
+from lib.engine.passes import Known, agree, forests_are_exact, known_of
 from lib.engine.progress import track
 from lib.engine.replay import (
     MAX_ROW_TOKENS,
+    Forest,
     Prefix,
     ReplayUnsupportedError,
     recompute_rows,
     replay_rows,
+    run_forest,
     run_prefix,
     run_whole,
 )
@@ -35,10 +38,12 @@ from lib.engine.replay import (
 Measure = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 BATCH_TOKENS = 1024
 UNEMBEDDING_ROWS = 512
+PREFIX_SHARE = 4
+"""How many times the tokens of its rows a group's prefixes may hold."""
 KEPT_BYTES = 2**30
-"""Most memory for prefixes that wait for their turn, where they give the donors' states too."""
+"""Most memory for forests that wait for their turn, where they give the donors' states too."""
 
-_compared: Known[tuple[int, int]] = WeakKeyDictionary()
+_compared: Known[tuple[bool, int, int]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,7 @@ def sweep_blocks(
     pairs = _check_pairs(pairs, len(prompts), donors)
     if donors is not None:
         donors = _check_donors(donors, (len(wanted), where.shape[1], decoder.d_model))
+    from_end = where - np.array([len(prompt) for prompt in prompts])[:, None]
     shape = (len(edits), len(wanted), len(pairs), len(read_ids))
 
     def row_name(edit: int, block: int, pair: int) -> str:
@@ -141,27 +147,23 @@ def sweep_blocks(
     clean = np.empty((len(pairs), len(read_ids)), dtype=np.float32)
     measures: dict[str, np.ndarray] = {}
     n_rows = len(edits) * len(wanted) * int(np.bincount(pairs[:, 0]).max())
-    groups = list(_recipient_groups(prompts, where, pairs[:, 0], n_rows, batch_tokens))
-    exact = [_replay_is_exact(decoder, prompts, where, group, wanted) for group in groups]
-    kept: list[Prefix] = []
+    run = np.unique(pairs if donors is None else pairs[:, 0])
+    stands = _stands(decoder, prompts, where, pairs[:, 0], run, n_rows, batch_tokens, wanted)
+    kept: list[Forest] = []
     if donors is None:
-        prefixes = (
-            _run(decoder, prompts, where, group.recipients, shared)
-            for group, shared in zip(groups, exact, strict=True)
-        )
-        donors = _own_states(decoder, prompts, where, wanted, pairs, groups, prefixes, kept)
-    for index, group in enumerate(track(groups, description) if description else groups):
-        shared = exact[index]
-        prefix = kept.pop(0) if kept else _run(decoder, prompts, where, group.recipients, shared)
+        donors = _own_states(decoder, prompts, where, wanted, pairs, stands, kept)
+    prefixes = _prefixes(decoder, prompts, where, stands, kept)
+    total = sum(len(stand.groups) for stand in stands)
+    for group, shared, prefix in track(prefixes, description, total) if description else prefixes:
         if len(read_ids):
-            read = logit_lens(decoder, prefix.states[-1][:, -1], read_ids).numpy()
-            clean[group.pair_table] = read[:, None]
+            own = logit_lens(decoder, prefix.states[-1][:, -1], read_ids).numpy()
+            clean[group.pair_table] = own[:, None]
         for rows in _row_chunks(len(edits), wanted, group.pair_table.shape[1], prefix):
-            edited = _edit(prefix, where, group, donors, pairs, edits, wanted, rows)
-            run = replay_rows if shared else recompute_rows
-            last = run(decoder, prefix, [wanted[block] for block in rows.block], edited)
+            edited = _edit(prefix, from_end, group, donors, pairs, edits, wanted, rows)
+            compute = replay_rows if shared else recompute_rows
+            last = compute(decoder, prefix, [wanted[block] for block in rows.block], edited)
             _read(decoder, last, group, rows, read_ids, measure, logits, measures, row_name)
-    path = "prefix replay" if all(exact) else "full recompute"
+    path = "prefix replay" if all(stand.exact for stand in stands) else "full recompute"
     return Sweep(tuple(edits), wanted, pairs, logits, clean, measures, path)
 
 
@@ -292,6 +294,15 @@ class _Group:
 
 
 @dataclass(frozen=True)
+class _Stand:
+    """Groups of recipients on one forest, or by themselves, and whether replay is exact there."""
+
+    batch: Batch | None
+    groups: Sequence[_Group]
+    exact: bool
+
+
+@dataclass(frozen=True)
 class _Rows:
     """Rows of one pass, in the order in which they enter: indices of edit, block, pair column."""
 
@@ -300,25 +311,80 @@ class _Rows:
     column: np.ndarray
 
 
-def _recipient_groups(
+def _stands(
+    decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     where: np.ndarray,
     recipients: np.ndarray,
+    run: np.ndarray,
     n_rows: int,
     batch_tokens: int,
-) -> Iterator[_Group]:
-    """Yield groups of recipients of `n_rows` rows at most, as many as `batch_tokens` allows."""
-    unique = np.unique(recipients)
-    layout = [(len(prompts[r]), *where[r].tolist()) for r in unique]
-    for key in sorted(set(layout), reverse=True):  # the longest first: one comparison does
-        members = unique[[entry == key for entry in layout]]
-        row_length = key[0] - min(key[1:])
+    wanted: tuple[int, ...],
+) -> list[_Stand]:
+    """Return the recipients of all pairs in groups, and how each group may be run exactly.
+
+    On forests of the prompts `run`, which share what they begin with; else each group by itself.
+    """
+    edited = np.unique(recipients)
+    layouts = {_layout(prompts, where, recipient): int(recipient) for recipient in edited}
+    longest_first = sorted(layouts, reverse=True)  # one comparison does for the shorter ones
+
+    def exact(layout: tuple[int, int], planted: bool) -> bool:
+        one = layouts[layout]
+        return _replay_is_exact(decoder, prompts, where, one, layout, wanted, planted=planted)
+
+    def groups(members: np.ndarray, *, ragged: bool) -> list[_Group]:
+        return _groups(prompts, where, recipients, members, n_rows, batch_tokens, ragged=ragged)
+
+    if forests_are_exact(decoder, [prompts[row] for row in run]) and all(
+        exact(layout, planted=True) for layout in longest_first
+    ):
+        return [
+            _Stand(batch, groups(np.intersect1d(edited, batch.rows), ragged=True), True)
+            for batch in plant_prompts(prompts, run.tolist(), batch_tokens)
+        ]
+    known = {layout: exact(layout, planted=False) for layout in longest_first}
+    return [
+        _Stand(None, [group], known[_layout(prompts, where, group.recipients[0])])
+        for group in groups(edited, ragged=False)
+    ]
+
+
+def _layout(prompts: Sequence[Sequence[int]], where: np.ndarray, recipient: int) -> tuple[int, int]:
+    """Return the length of a prompt, and of a row of it: from the first edited token to the end."""
+    length = len(prompts[recipient])
+    return length, length - int(where[recipient].min())
+
+
+def _groups(
+    prompts: Sequence[Sequence[int]],
+    where: np.ndarray,
+    recipients: np.ndarray,
+    members: np.ndarray,
+    n_rows: int,
+    batch_tokens: int,
+    *,
+    ragged: bool,
+) -> list[_Group]:
+    """Return groups of `members` of `n_rows` rows at most, as many as `batch_tokens` allows.
+
+    Their rows are alike; where groups are not `ragged`, the tokens before them too.
+    """
+    lengths = np.array([len(prompts[member]) for member in members])
+    from_end = (lengths[:, None] - where[members]).tolist()
+    alike = [tuple(row) if ragged else (n, *row) for n, row in zip(lengths, from_end, strict=True)]
+    found = []
+    for key in sorted(set(alike), reverse=True):
+        own = np.flatnonzero([one == key for one in alike])
+        own = own[np.argsort(-lengths[own], kind="stable")]
+        row_length = max(from_end[own[0]])
         most = max(row_length, min(n_rows * row_length, MAX_ROW_TOKENS))
-        size = max(1, batch_tokens // most)
-        for chosen in np.array_split(members, -(-len(members) // size)):
-            columns = [np.flatnonzero(recipients == r) for r in chosen]
-            n_columns = max(len(column) for column in columns)
-            yield _Group(chosen, np.stack([np.resize(column, n_columns) for column in columns]))
+        most = max(most, int(lengths[own[0]]) // PREFIX_SHARE)
+        for chosen in np.array_split(members[own], -(-len(own) // max(1, batch_tokens // most))):
+            columns = [np.flatnonzero(recipients == member) for member in chosen]
+            n_columns = max(map(len, columns))
+            found.append(_Group(chosen, np.stack([np.resize(c, n_columns) for c in columns])))
+    return found
 
 
 def _row_chunks(
@@ -334,7 +400,7 @@ def _row_chunks(
 
 def _edit(
     prefix: Prefix,
-    where: np.ndarray,
+    from_end: np.ndarray,
     group: _Group,
     donors: Tensor,
     pairs: np.ndarray,
@@ -344,7 +410,7 @@ def _edit(
 ) -> Tensor:
     """Return the edited rows `[n_recipients, n_rows, row_length, d_model]`."""
     n_recipients = len(group.recipients)
-    offsets = torch.as_tensor(where[group.recipients] - prefix.first, device=prefix.states.device)
+    offsets = torch.as_tensor(from_end[group.recipients], device=prefix.states.device)
     members = torch.arange(n_recipients, device=prefix.states.device)
     clean = prefix.states[[wanted[block] for block in rows.block]].transpose(0, 1)
     edited = clean.clone()
@@ -424,13 +490,34 @@ def _check_numbers(
         )
 
 
+def _prefixes(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    where: np.ndarray,
+    stands: Sequence[_Stand],
+    kept: list[Forest],
+) -> Iterator[tuple[_Group, bool, Prefix]]:
+    """Yield each group, whether replay is exact, and what its rows start from."""
+    for stand in stands:
+        forest = kept.pop(0) if kept else None
+        if forest is None and stand.batch is not None and stand.groups:
+            forest = run_forest(decoder, stand.batch)
+        for group in stand.groups:
+            prefix = _run(decoder, prompts, where, group.recipients, stand.exact, forest)
+            yield group, stand.exact, prefix
+
+
 def _run(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     where: np.ndarray,
     recipients: np.ndarray,
     shared: bool,
+    forest: Forest | None,
 ) -> Prefix:
+    if forest is not None:
+        firsts = where[recipients].min(axis=1)
+        return forest.prefix(recipients, np.array([len(prompts[r]) for r in recipients]), firsts)
     tokens = torch.tensor([list(prompts[r]) for r in recipients], device=decoder.device)
     return (run_prefix if shared else run_whole)(decoder, tokens, int(where[recipients].min()))
 
@@ -439,42 +526,50 @@ def _replay_is_exact(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     where: np.ndarray,
-    group: _Group,
+    recipient: int,
+    layout: tuple[int, int],
     wanted: tuple[int, ...],
+    *,
+    planted: bool,
 ) -> bool:
     """Say whether replay may be used, comparing once for a model and again for longer prompts."""
-    length = len(prompts[int(group.recipients[0])])
-    row_length = length - int(where[group.recipients].min())
     known = known_of(_compared, decoder)
     if any(
-        exact and tokens >= length and row_tokens >= row_length
-        for (tokens, row_tokens), exact in known.items()
+        exact and way == planted and tokens >= layout[0] and row_tokens >= layout[1]
+        for (way, tokens, row_tokens), exact in known.items()
     ):
         return True
-    if (length, row_length) not in known:
-        known[length, row_length] = _compare(decoder, prompts, where, group, wanted)
-    return known[length, row_length]
+    if (planted, *layout) not in known:
+        found = _compare(decoder, prompts, where, recipient, wanted, planted=planted)
+        known[planted, *layout] = found
+    return known[planted, *layout]
 
 
 def _compare(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     where: np.ndarray,
-    group: _Group,
+    recipient: int,
     wanted: tuple[int, ...],
+    *,
+    planted: bool,
 ) -> bool:
     """Compare replay with full recompute on one recipient, an early and a late block.
 
     It is given its own state with the coordinates in reverse: as long, in another direction.
     """
-    one = _Group(group.recipients[:1], np.zeros((1, 1), dtype=np.int64))
+    one = _Group(np.array([recipient]), np.zeros((1, 1), dtype=np.int64))
     block = np.argsort(wanted, kind="stable")[np.unique([0, len(wanted) // 2])]
     rows = _Rows(np.zeros_like(block), block, np.zeros_like(block))
     try:
-        prefix = _run(decoder, prompts, where, one.recipients, shared=True)
-        donor = _states_at(prefix, where, one.recipients, wanted).flip(-1)
+        forest = None
+        if planted:
+            forest = run_forest(decoder, plant_prompts(prompts, [recipient], BATCH_TOKENS)[0])
+        prefix = _run(decoder, prompts, where, one.recipients, True, forest)
+        from_end = where - np.array([len(prompt) for prompt in prompts])[:, None]
+        donor = prefix.states[list(wanted)][:, :, from_end[recipient]].float().cpu().flip(-1)
         pairs, edits = np.zeros((1, 2), dtype=int), {"exchange": exchange}
-        edited = _edit(prefix, where, one, donor, pairs, edits, wanted, rows)
+        edited = _edit(prefix, from_end, one, donor, pairs, edits, wanted, rows)
         fast = replay_rows(decoder, prefix, [wanted[b] for b in rows.block], edited)
     except (
         ReplayUnsupportedError,
@@ -495,41 +590,30 @@ def _own_states(
     where: np.ndarray,
     wanted: tuple[int, ...],
     pairs: np.ndarray,
-    groups: Sequence[_Group],
-    prefixes: Iterable[Prefix],
-    kept: list[Prefix],
+    stands: Sequence[_Stand],
+    kept: list[Forest],
 ) -> Tensor:
     """Return the states of the prompts that serve as donors `[n_blocks, n_prompts, k, d_model]`.
 
-    Donors that are recipients too run once: their states are those of their groups' prefixes, which
-    are put into `kept`, from the first on, as long as they fit in `KEPT_BYTES`. The states of
-    prompts that do not serve as donors may be zero.
+    They are read off the forests, which are put into `kept`, from the first on, as long as they fit
+    in `KEPT_BYTES`. The states of prompts that do not serve as donors may be zero.
     """
     states = torch.zeros(len(wanted), len(prompts), where.shape[1], decoder.d_model)
     donors, room = np.unique(pairs[:, 1]), KEPT_BYTES
-    if np.isin(donors, pairs[:, 0]).any():
-        for group, prefix in zip(groups, prefixes, strict=True):
-            states[:, group.recipients] = _states_at(prefix, where, group.recipients, wanted)
-            room -= prefix.n_bytes
-            if room >= 0:
-                kept.append(prefix)
-    others = np.setdiff1d(donors, pairs[:, 0])
-    if len(others):
-        places = torch.as_tensor(where[others].T)
-        lone = [prompts[index] for index in others]
-        for rows, picked in iterate_states(decoder, lone, places, set(wanted)):
+    for batch in [stand.batch for stand in stands if stand.batch is not None]:
+        forest = run_forest(decoder, batch)
+        given = np.intersect1d(donors, batch.rows)
+        states[:, given] = forest.states_at(given, where[given], wanted)
+        room -= forest.n_bytes
+        if room >= 0:
+            kept.append(forest)
+    if stands[0].batch is None:
+        places = torch.as_tensor(where[donors].T)
+        alone = [prompts[donor] for donor in donors]
+        for rows, picked in iterate_states(decoder, alone, places, set(wanted)):
             for index, block in enumerate(wanted):
-                states[index, others[rows]] = picked[block].transpose(0, 1).float().cpu()
+                states[index, donors[rows]] = picked[block].transpose(0, 1).float().cpu()
     return states
-
-
-def _states_at(
-    prefix: Prefix, where: np.ndarray, members: np.ndarray, wanted: tuple[int, ...]
-) -> Tensor:
-    """Return a group's clean states where it is edited `[n_blocks, n_recipients, k, d_model]`."""
-    offsets = torch.as_tensor(where[members] - prefix.first, device=prefix.states.device)
-    rows = torch.arange(len(members), device=prefix.states.device)[:, None]
-    return prefix.states[list(wanted)][:, rows, offsets].float().cpu()
 
 
 def position_table(prompts: Prompts, positions: np.ndarray | Sequence[int] | str) -> np.ndarray:

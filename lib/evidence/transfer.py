@@ -99,14 +99,18 @@ class Trial:
 def read_tasks(
     decoder: Decoder, tasks: Mapping[str, Task | Untested]
 ) -> dict[str, Trial | Untested]:
-    """Return each task as the model reads it; what was untested stays so."""
+    """Return each task as the model reads it, in passes of all; what was untested stays so."""
+    tokens = [ids for task in tasks.values() if isinstance(task, Task) for ids in task.tokens]
+    last = recall_residuals(decoder, tokens, description="prompts").states[-1] if tokens else None
     result: dict[str, Trial | Untested] = {}
+    first = 0
     for name, task in tasks.items():
         if isinstance(task, Untested):
             result[name] = task
             continue
-        states = recall_residuals(decoder, task.tokens, description=f"{name}: read").states
-        result[name] = Trial(task, decoder, states[-1].clone())
+        assert last is not None
+        result[name] = Trial(task, decoder, last[first : first + task.n_prompts].clone())
+        first += task.n_prompts
     return result
 
 
