@@ -109,6 +109,19 @@ def test_where_sharing_is_not_exact_every_prompt_runs_whole(
         assert torch.allclose(found, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_under_a_users_hook_prompts_run_as_they_are(
+    llama: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = llama.blocks[1].register_forward_hook(lambda *_: None)
+    passes = count_tokens(llama, monkeypatch)
+    extract_residuals(llama, BEGIN_ALIKE)
+    handle.remove()
+    assert passes == [4 * 7]
+    llama.model(torch.tensor([[5, 9]]), output_hidden_states=True)  # leaves hooks of its own
+    extract_residuals(llama, BEGIN_ALIKE)
+    assert passes[-1] == 12
+
+
 def test_prompts_of_few_lengths_run_side_by_side(
     llama: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,11 +71,10 @@ def forests_are_exact(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> boo
     """Compare, once for a model and again for longer prompts, a forest with each prompt alone.
 
     The longest prompt, one that leaves it halfway and it read backwards, on two lines of one pass:
-    some attentions keep prompts apart on a single line alone. A model on which someone's hooks lie
+    some attentions keep prompts apart on a single line alone. A model on which a user's hooks lie
     (steering among them) runs prompts as they are, since a hook may count tokens.
     """
-    modules = (decoder.model.base_model, *decoder.blocks)
-    if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
+    if _has_hooks(decoder):
         return False
     longest = list(max(prompts, key=lambda prompt: len(list(prompt))))
     length = len(longest)
@@ -98,6 +97,19 @@ def forests_are_exact(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> boo
         (slow,), (fast,) = alone.values(), together.values()
         known[length] = agree(slow[batch.rows], fast[batch.lines[:, None], columns])
     return known[length]
+
+
+def _has_hooks(decoder: Decoder) -> bool:
+    """Say whether hooks lie on the model or its blocks, but for those that transformers leaves."""
+    modules = (decoder.model.base_model, *decoder.blocks)
+    found = [
+        hook
+        for module in modules
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ]
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in found
+    )
 
 
 @evaluated
