@@ -87,6 +87,54 @@ def test_context_arm_equals_full_recompute(decoder: Decoder) -> None:
     assert np.abs(logits - expected.numpy()).max() < 1e-4
 
 
+def wordings(rng: np.random.Generator, n: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Return prompts of three wordings, of unequal lengths, and two positions in each."""
+    begins = [rng.integers(1, 64, size=size).tolist() for size in (3, 6, 11)]
+    ends = [rng.integers(1, 64, size=size).tolist() for size in (2, 4, 2)]
+    prompts, positions = [], []
+    for one in rng.integers(3, size=n):
+        subject = rng.integers(1, 64, size=rng.integers(1, 5)).tolist()
+        prompts.append(begins[one] + subject + ends[one])
+        positions.append([len(begins[one]) + len(subject) - 1, len(prompts[-1]) - 1])
+    return prompts, positions
+
+
+@pytest.mark.parametrize("batch_tokens", [150, 1024])
+@pytest.mark.parametrize("column", [0, 1, slice(None)])
+def test_many_ragged_prompts_of_few_wordings_equal_full_recompute(
+    llama: Decoder, batch_tokens: int, column: int | slice
+) -> None:
+    """On several lines and in several batches, donors on other lines than their recipients."""
+    rng = np.random.default_rng(8)
+    prompts, positions = wordings(rng, 60)
+    pairs = np.stack([rng.permutation(60), rng.permutation(60)], axis=1)
+    where = np.array(positions)[:, column]
+    edits = {"exchange": exchange, "add": add}
+    read = list(range(llama.d_vocab))
+    sweep = sweep_blocks(
+        llama, prompts, pairs, edits, positions=where, read_ids=read, batch_tokens=batch_tokens
+    )
+    own = where.reshape(60, -1).tolist()
+    expected = by_full_recompute(llama, own, edits, pairs, prompts)
+    assert sweep.path == "prefix replay"
+    assert np.abs(sweep.logits - expected.numpy()).max() < 1e-4
+
+
+def test_longer_prompts_and_longer_rows_are_compared_anew(
+    llama: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    compare = sweeps._compare
+    monkeypatch.setattr(
+        sweeps, "_compare", lambda *g, **o: asked.append(len(g[1][g[3]])) or compare(*g, **o)
+    )
+    monkeypatch.setattr(sweeps, "_compared", type(sweeps._compared)())
+    for length, position in ((9, 5), (9, 5), (8, 5), (9, 3), (12, 11), (12, 11), (11, 10)):
+        prompts = np.arange(2 * length).reshape(2, length) + 1
+        sweep_blocks(llama, prompts, np.array([[0, 1]]), {"keep": keep}, positions=[position] * 2)
+    assert asked == [9, 9, 12]
+
+
 def test_several_positions_at_once_equal_full_recompute(decoder: Decoder) -> None:
     positions = [[2, 4], [3, 5], [1, 4], [1, 3], [2, 3]]
     expected = by_full_recompute(decoder, positions)
