@@ -1,4 +1,4 @@
-"""Forward passes over batches of prompts, and what may be run once or side by side in them."""
+"""Forward passes over batches of prompts, and whether they may share what they begin with."""
 
 import contextlib
 import inspect
@@ -8,7 +8,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from lib.engine.batches import Batch, lay_out
 from lib.engine.models import Decoder, evaluated
@@ -21,8 +20,6 @@ Known = WeakKeyDictionary[Decoder, dict[str, dict[Key, bool]]]
 REFUSALS = (RuntimeError, TypeError, AttributeError, ValueError, IndexError)
 """How a model says that it cannot be run in a faster way; a slower one is always right."""
 
-SHARED_LEAST = 0.25  # of a prompt's tokens, for a pass of their own to pay
-_shared: Known[int] = WeakKeyDictionary()
 _forests: Known[int] = WeakKeyDictionary()
 _generated: Known[str] = WeakKeyDictionary()
 
@@ -30,11 +27,8 @@ _generated: Known[str] = WeakKeyDictionary()
 def run_blocks(decoder: Decoder, tokens: Tensor, blocks: set[int]) -> dict[int, Tensor]:
     """Run equal-length prompts `[n, length]`; return `{block: states [n, length, d_model]}`.
 
-    Tokens with which all prompts begin are run once, where that is found to be exact. The hooks are
-    removed when the pass ends, after an exception too.
+    The hooks are removed when the pass ends, after an exception too.
     """
-    if n_shared := count_shared(decoder, tokens):
-        return _run_shared(decoder, tokens, n_shared, blocks)
     with _capture(decoder, blocks) as captured, torch.inference_mode():
         # The base model stops before the unembedding, which would cover every position.
         decoder.model.base_model(tokens, use_cache=False)
@@ -157,55 +151,6 @@ def agree(slow: Tensor, fast: Tensor) -> bool:
     """Say whether two ways of computing the same states differ by rounding alone."""
     tolerance = 1e-4 if slow.dtype in (torch.float32, torch.float64) else 5e-2
     return bool((slow - fast).abs().max() <= tolerance * slow.abs().max())
-
-
-def count_shared(decoder: Decoder, tokens: Tensor) -> int:
-    """Return how many tokens of `[n, length]` can be run once for all; 0 where it does not pay.
-
-    Prompts that begin alike share them, all but the last token at most, where the model's keys and
-    values can be handed on exactly.
-    """
-    alike = (tokens == tokens[:1]).all(dim=0)
-    n_shared = min(int(alike.int().cumprod(dim=0).sum()), tokens.shape[1] - 1)
-    pays = len(tokens) > 1 and n_shared >= SHARED_LEAST * tokens.shape[1]
-    return n_shared if pays and _sharing_is_exact(decoder, tokens, n_shared) else 0
-
-
-def _run_shared(
-    decoder: Decoder, tokens: Tensor, n_shared: int, blocks: set[int]
-) -> dict[int, Tensor]:
-    """Return `run_blocks` from one pass over the shared tokens and one over the others."""
-    cache = DynamicCache(config=decoder.text_config)
-    with torch.inference_mode():
-        with _capture(decoder, blocks) as before:
-            decoder.model.base_model(tokens[:1, :n_shared], past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(len(tokens))
-        with _capture(decoder, blocks) as after:
-            decoder.model.base_model(tokens[:, n_shared:], past_key_values=cache, use_cache=True)
-        return {
-            block: torch.cat([before[block].expand(len(tokens), -1, -1), after[block]], dim=1)
-            for block in blocks
-        }
-
-
-def _sharing_is_exact(decoder: Decoder, tokens: Tensor, n_shared: int) -> bool:
-    """Compare, once for a model and again for longer prompts, on the first and the last prompt."""
-    length = tokens.shape[1]
-    known = known_of(_shared, decoder)
-    if any(exact and longer >= length for longer, exact in known.items()):
-        return True
-    if length not in known:
-        two, last = tokens[[0, -1]], {decoder.n_blocks - 1}
-        with _capture(decoder, last) as whole, torch.inference_mode():
-            decoder.model.base_model(two, use_cache=False)
-        try:
-            shared = _run_shared(decoder, two, n_shared, last)
-        except REFUSALS:
-            known[length] = False  # no keys and values to share (a state-space model, say)
-            return False
-        (slow,), (fast,) = whole.values(), shared.values()
-        known[length] = agree(slow, fast)
-    return known[length]
 
 
 @contextlib.contextmanager

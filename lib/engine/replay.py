@@ -29,7 +29,7 @@ from transformers import DynamicCache
 
 from lib.engine.batches import Batch
 from lib.engine.models import Decoder
-from lib.engine.passes import count_shared, inputs_of, run_blocks
+from lib.engine.passes import inputs_of, run_blocks
 from lib.engine.structure import untuple
 
 MAX_ROW_TOKENS = 64
@@ -69,13 +69,6 @@ class FrozenCache(DynamicCache):
         layer: Any = self.layers[layer_idx]
         keys = torch.cat([layer.keys, key_states], dim=-2)
         return keys, torch.cat([layer.values, value_states], dim=-2)
-
-    def rows(self, chosen: Tensor) -> "FrozenCache":
-        """Return the keys and values of some prompts `[n]`, repeats allowed."""
-        cache = FrozenCache()
-        cache.layers = [copy(layer) for layer in self.layers]
-        cache.batch_select_indices(chosen)
-        return cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,11 +213,7 @@ def run_prefix(decoder: Decoder, tokens: Tensor, first: int) -> Prefix:
     cache = FrozenCache(config=decoder.text_config)
     with torch.inference_mode():
         growing = DynamicCache(config=decoder.text_config)
-        n_shared = count_shared(decoder, tokens[:, :first])
-        if n_shared:
-            base(tokens[:1, :n_shared], past_key_values=growing, use_cache=True)
-            growing.batch_repeat_interleave(len(tokens))
-        base(tokens[:, n_shared:first], past_key_values=growing, use_cache=True)
+        base(tokens[:, :first], past_key_values=growing, use_cache=True)
         if not all(getattr(layer, "keys", None) is not None for layer in growing.layers):
             raise ReplayUnsupportedError("its cache holds no keys and values")
         cache.layers = list(growing.layers)

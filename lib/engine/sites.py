@@ -7,7 +7,7 @@ inside a block is as exact and as fast as one after it. Heads of several blocks 
 exchanged by `patch_heads`, in one more pass over the last token for each group of heads.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,9 +16,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
-from lib.engine.batches import equal_length_rows
+from lib.engine.batches import Batch, equal_length_rows, plant_prompts, stack_prompts
 from lib.engine.edits import exchange
 from lib.engine.extraction import Prompts, check_blocks, check_prompts
 from lib.engine.models import Decoder, evaluated
@@ -29,13 +28,12 @@ from lib.engine.parts import (
     as_call,
     find_parts,
     hidden_value,
-    run_tokens,
     slice_of,
     watching,
     whole_mask,
 )
-from lib.engine.passes import Known, agree, count_shared, known_of
-from lib.engine.replay import ReplayUnsupportedError, run_prefix
+from lib.engine.passes import REFUSALS, Known, agree, forests_are_exact, inputs_of, known_of
+from lib.engine.replay import Forest, ReplayUnsupportedError, run_forest
 from lib.engine.structure import untuple
 from lib.engine.sweeps import BATCH_TOKENS, Measure, Sweep, position_table, sweep_blocks
 
@@ -277,43 +275,60 @@ def _rows_of_groups(
 ) -> Iterator[tuple[tuple[Tensor, Inputs], np.ndarray, np.ndarray, np.ndarray]]:
     """Yield what to run, and of each row of it the recipient, the group and the pair `[n_rows]`.
 
-    Rows of recipients of one length share a pass, whatever their groups.
+    Rows of whatever group share a pass, over the last token alone after a forest of the others,
+    where that is exact; else over whole prompts of one length.
     """
     unique = np.unique(pairs[:, 0])
-    for members in equal_length_rows([prompts[r] for r in unique], BATCH_TOKENS):
-        own = unique[members]
-        tokens = torch.tensor([list(prompts[r]) for r in own], device=decoder.device)
-        run, inputs = _shortest(decoder, tokens)
+    lengths = np.array([len(prompt) for prompt in prompts])
+    longest = int(unique[lengths[unique].argmax()])
+    batches: Iterable[tuple[np.ndarray, Forest | None]]
+    if forests_are_exact(decoder, [prompts[r] for r in unique]) and _last_token_is_exact(
+        decoder, prompts[longest]
+    ):
+        planted = plant_prompts(prompts, unique.tolist(), BATCH_TOKENS)
+        batches = ((batch.rows, run_forest(decoder, batch)) for batch in planted)
+    else:
+        alike = equal_length_rows([prompts[r] for r in unique], BATCH_TOKENS)
+        batches = ((unique[rows], None) for rows in alike)
+    for own, forest in batches:
         cells = np.flatnonzero(np.isin(pairs[:, 0], own))
         group, pair = (axis.ravel() for axis in np.indices((n_groups, len(cells))))
-        most = max(1, BATCH_TOKENS // tokens.shape[1])
+        most = max(1, BATCH_TOKENS // int(lengths[own].max()))
         for part in np.array_split(np.arange(len(group)), -(-len(group) // most)):
             chosen = cells[pair[part]]
-            place = torch.as_tensor(np.searchsorted(own, pairs[chosen, 0]), device=tokens.device)
-            cache = inputs.get("past_key_values")
-            mine = {} if cache is None else {"past_key_values": cache.rows(place)}
-            yield (run[place], {**inputs, **mine}), pairs[chosen, 0], group[part], chosen
+            recipients = pairs[chosen, 0]
+            if forest is None:
+                tokens = torch.tensor([list(prompts[r]) for r in recipients], device=decoder.device)
+                run: tuple[Tensor, Inputs] = (tokens, {"use_cache": False})
+            else:
+                run = _last_token(forest, recipients, lengths[recipients])
+            yield run, recipients, group[part], chosen
 
 
-def _shortest(decoder: Decoder, tokens: Tensor) -> tuple[Tensor, Inputs]:
-    """Return what has to be run to reach the last token of prompts `[n, length]` again and again.
+def _last_token(forest: Forest, rows: np.ndarray, lengths: np.ndarray) -> tuple[Tensor, Inputs]:
+    """Return the last tokens of some prompts, and what they are run with after all others."""
+    prefix = forest.prefix(rows, lengths, lengths - 1)
+    places = torch.as_tensor(lengths - 1, device=prefix.tokens.device)[:, None]
+    mask = prefix.block_inputs[0]["attention_mask"]
+    told = {"past_key_values": prefix.cache, "attention_mask": mask, "position_ids": places}
+    return prefix.tokens[:, -1:], {**told, "use_cache": True}
 
-    The last tokens alone, after a cache of the others, where a comparison finds that exact: once
-    for a model, and again for longer prompts. Else whole prompts, which are always right.
-    """
-    whole: tuple[Tensor, Inputs] = (tokens, {"use_cache": False})
-    known, length = known_of(_prefixed, decoder), tokens.shape[1]
-    if not any(exact and longer >= length for longer, exact in known.items()):
+
+def _last_token_is_exact(decoder: Decoder, prompt: Sequence[int]) -> bool:
+    """Compare, once for a model and again for longer prompts, the last token alone with all."""
+    known, length = known_of(_prefixed, decoder), len(prompt)
+    if any(exact and longer >= length for longer, exact in known.items()):
+        return True
+    if length not in known:
+        whole = torch.tensor([list(prompt)], device=decoder.device)
         try:
-            prefix = run_prefix(decoder, tokens[:1], length - 1)
-            slow = _run_last(decoder, tokens[:1], whole[1])
-            known[length] = agree(slow, prefix.states[-1][:, -1])
-        except (ReplayUnsupportedError, RuntimeError, TypeError, ValueError, AttributeError):
+            forest = run_forest(decoder, plant_prompts([prompt], [0], BATCH_TOKENS)[0])
+            run = _last_token(forest, np.array([0]), np.array([length]))
+            fast = _run_last(decoder, *run)
+            known[length] = agree(_run_last(decoder, whole, {"use_cache": False}), fast)
+        except (ReplayUnsupportedError, *REFUSALS):
             known[length] = False
-        if not known[length]:
-            return whole
-    prefix = run_prefix(decoder, tokens, length - 1)
-    return tokens[:, -1:], {"past_key_values": prefix.cache, "use_cache": True}
+    return known[length]
 
 
 def _run_last(decoder: Decoder, tokens: Tensor, inputs: Inputs) -> Tensor:
@@ -425,6 +440,13 @@ def _read_outputs(
     seen: dict[tuple[str, int], Tensor] = {}  # of the batch that runs
     kept: dict[tuple[str, int], Tensor] = {}
     slot = "heads"
+    rows = members
+    batches: Iterable[Batch]
+    if hide is None and forests_are_exact(decoder, [prompts[member] for member in members]):
+        batches = plant_prompts(prompts, members.tolist(), BATCH_TOKENS)
+    else:
+        alike = equal_length_rows([prompts[member] for member in members], BATCH_TOKENS)
+        batches = [stack_prompts(prompts, members[chosen].tolist()) for chosen in alike]
 
     def see_heads(block: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -443,7 +465,7 @@ def _read_outputs(
         seen["entering", block] = call["hidden"]
         seen["other_heads", block] = seen["heads", block]
         if hide is not None:
-            places = [(where[m].tolist(), hide[m], len(prompts[m])) for m in members[rows]]
+            places = [(where[m].tolist(), hide[m], len(prompts[m])) for m in rows]
             own_mlp, slot = seen["mlp", block], "other_heads"
             inputs = _hide(call, block, places)
             decoder.blocks[block].forward(call["hidden"], **inputs)
@@ -454,40 +476,20 @@ def _read_outputs(
             stack.callback(part.projection.register_forward_pre_hook(see_heads(block)).remove)
             stack.callback(part.mlp.register_forward_hook(see_mlp(block)).remove)
         stack.enter_context(watching(decoder, wanted, note))
-        for rows in equal_length_rows([prompts[member] for member in members], BATCH_TOKENS):
-            chosen = members[rows]
-            tokens = torch.tensor([list(prompts[member]) for member in chosen])
-            most = int(where[chosen].min()) if hide is None else 0
-            n_shared = _run_sharing(decoder, tokens.to(decoder.device), most)
-            lines = torch.arange(len(rows))[:, None]
-            columns = torch.as_tensor(where[chosen]) - n_shared
+        for batch in batches:
+            rows = batch.rows
+            with torch.inference_mode():
+                decoder.model.base_model(use_cache=False, **inputs_of(decoder, batch))
+            columns = batch.columns.gather(1, torch.as_tensor(where[rows]))
             for name, states in seen.items():
-                picked = states.reshape(len(rows), tokens.shape[1] - n_shared, -1)
-                picked = picked[lines, columns].cpu()
+                lines = states.reshape(*batch.tokens.shape, -1)
+                picked = lines[batch.lines[:, None], columns].cpu()
                 if name not in kept:
                     kept[name] = picked.new_zeros(len(prompts), *picked.shape[1:])
-                kept[name][torch.as_tensor(chosen)] = picked
+                kept[name][torch.as_tensor(rows)] = picked
             seen.clear()
     names = ("entering", "heads", "mlp", "other_heads")
     return [_Outputs(*(kept[name, block] for name in names)) for block in wanted]
-
-
-def _run_sharing(decoder: Decoder, tokens: Tensor, most: int) -> int:
-    """Run prompts, first what all begin with, once; return how many tokens that is, at most `most`.
-
-    Hooks see the pass over the rest last.
-    """
-    n_shared = min(most, count_shared(decoder, tokens)) if most else 0
-    if not n_shared:
-        run_tokens(decoder, tokens)
-        return 0
-    cache = DynamicCache(config=decoder.text_config)
-    base = decoder.model.base_model
-    with torch.inference_mode():
-        base(tokens[:1, :n_shared], past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(len(tokens))
-        base(tokens[:, n_shared:], past_key_values=cache, use_cache=True)
-    return n_shared
 
 
 def _hide(call: Inputs, block: int, places: Sequence[Places]) -> Inputs:
