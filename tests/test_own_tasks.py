@@ -242,7 +242,7 @@ def test_runs_that_are_compared_leave_own_tasks_out(tmp_path, monkeypatch):
 
 def test_verification_says_in_one_line_that_own_tasks_have_no_record(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(records, "RESULTS", tmp_path)
-    monkeypatch.setattr(verify, "RECORDED", tmp_path / "recorded")
+    monkeypatch.setattr(records, "RECORDED", tmp_path / "recorded")
     monkeypatch.setattr(verify, "pages", lambda: ["book/why-angles"])
     rows = invented("why-angles")
     records.write_records(verify.recorded_file("m"), rows)

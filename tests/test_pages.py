@@ -106,8 +106,31 @@ def test_verdicts_of_models_stand_side_by_side_and_what_was_not_run_is_a_dash():
     assert len(rows) == 1 + 5 + 1 + 2
 
 
+def test_effects_of_models_stand_side_by_side_with_interval_and_twins():
+    first, second = run("a", 31, 24.0), run("b", 11, 4.0)
+    rows = comparison.effect_rows([first, second])
+    wanted = [one for one in criteria("phase-transition") if not one.comparative]
+    assert len({row[0].split(" (")[0] for row in rows}) >= len(wanted)
+    assert all(len(row) == 4 and row[2][0] in "●○◐–" for row in rows)
+    cells = comparison.effect_rows([first, run("c", 31, 24.0) | {"records": []}])
+    assert all(row[3] == "–" for row in cells)
+
+
+def test_what_models_agree_on_and_differ_on_is_said():
+    first, second = run("a", 31, 24.0), run("b", 11, 4.0)
+    part = first["records"][0]["part"]
+    assert comparison.agreement([first, second]).endswith("They differ on nothing.")
+    second["records"] = [
+        row | ({"verdict": "refuted"} if row["part"] == part and row["criterion"] else {})
+        for row in second["records"]
+    ]
+    said = comparison.agreement([first, second])
+    assert f"They differ on {part} (phase-transition): a supported, b refuted." in said
+
+
 def test_without_a_run_there_is_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(records, "RUNS", tmp_path)
+    monkeypatch.setattr(records, "RECORDED", tmp_path)
     directive = object.__new__(comparison.ModelComparison)
     (paragraph,) = directive.run()
     assert "no run yet" in paragraph.astext()

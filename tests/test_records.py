@@ -17,6 +17,7 @@ from lib.science.estimate import Untested
 def _folders(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(records, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(records, "RECORDED", tmp_path / "recorded")
 
 
 def test_records_come_back_as_they_were_written():

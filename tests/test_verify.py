@@ -17,7 +17,7 @@ def changed(rows: list[Record], statistic: str, **changes: object) -> list[Recor
 def check(tmp_path, monkeypatch):
     """Verify some rows against those of `invented`, in a book with the one chapter."""
     monkeypatch.setattr(records, "RESULTS", tmp_path)
-    monkeypatch.setattr(verify, "RECORDED", tmp_path / "recorded")
+    monkeypatch.setattr(records, "RECORDED", tmp_path / "recorded")
     monkeypatch.setattr(verify, "pages", lambda: ["book/intro", f"book/{CLAIM}"])
     records.write_records(verify.recorded_file("m"), invented(CLAIM))
 
@@ -137,3 +137,36 @@ def test_scorecard_names_each_claim_and_part_with_shape_and_word():
     ]
     assert "  norms free the norm" in "\n".join(lines)
     assert verify.scorecard([]) == "No claim has been judged."
+
+
+def test_a_record_of_another_model_has_to_agree_with_the_criteria_as_they_stand(check, capsys):
+    rows = invented(CLAIM, "other")
+    other = records.recorded_file("other")
+    records.write_records(other, rows)
+    assert check(invented(CLAIM)) == 0
+    statistic = rows[0]["statistic"]
+    for changes, words in (
+        ({"criterion": "≥ 0.123"}, "'≥ 0.123' then"),
+        ({"verdict": "refuted"}, "refuted as recorded, its interval says supported"),
+        ({"low": -9.0, "high": 9.0}, "supported as recorded, its interval says undecided"),
+    ):
+        records.write_records(other, changed(rows, statistic, **changes))
+        assert check(invented(CLAIM)) == 1
+        assert words in capsys.readouterr().out
+    records.write_records(other, [rows[0] | {"statistic": "gone"}, *rows[1:]])
+    assert check(invented(CLAIM)) == 1
+    assert "no criterion names it now" in capsys.readouterr().out
+
+
+def test_what_is_recorded_can_be_shown_beside_what_is_computed(check, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "RUNS", tmp_path / "runs")
+    facts = '{"model": "m", "n_blocks": 4, "revision": "r"}'
+    records.write_atomically(records.run_folder("m") / "run.json", facts)
+    assert check(invented(CLAIM), "--update") == 0
+    (run,) = records.read_runs()
+    assert run["source"] == "computed here" and run["records"] == []
+    (records.run_folder("m") / "run.json").unlink()
+    (run,) = records.read_runs()
+    assert run["source"].startswith("recorded on 20") and run["revision"] == "r"
+    assert run["records"] == invented(CLAIM)
+    assert [file.name for file in records.recorded_files()] == ["m.json"]

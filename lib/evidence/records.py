@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +31,7 @@ if TYPE_CHECKING:  # the build reads records without loading torch
 
 RESULTS = BUILD / "results"
 RUNS = BUILD / "runs"
+RECORDED = ROOT / "tests" / "recorded"
 SHOWN = "shown"
 """The verdict of a record that no criterion judges."""
 SIGNS = {
@@ -238,18 +240,50 @@ def keep_records(rows: Sequence[Record]) -> None:
         write_records(run_folder(model) / "results.json", chosen)
 
 
-def read_runs() -> list[dict[str, Any]]:
-    """Return the runs kept, sorted by model: its facts, and its `records`.
+def recorded_file(model: str) -> Path:
+    """Return the file of a model's reviewed records."""
+    return RECORDED / f"{run_folder(model).name}.json"
 
-    A run whose files cannot be read is left out; the next run of that model mends it.
+
+def recorded_files() -> list[Path]:
+    """Return the files of all models' reviewed records."""
+    return sorted(set(RECORDED.glob("*.json")) - set(RECORDED.glob("*.run.json")))
+
+
+def record_run(model: str, rows: Sequence[Record]) -> None:
+    """Record a model's results as reviewed, with the facts of its run, the date and the commit."""
+    file = recorded_file(model)
+    write_records(file, rows)
+    facts = run_folder(model) / "run.json"
+    if facts.is_file():
+        told = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(told, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+        run = json.loads(facts.read_text(encoding="utf-8"))
+        run |= {"recorded": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit.strip() or "unknown"}
+        write_atomically(file.with_name(f"{file.stem}.run.json"), json.dumps(run, indent=1) + "\n")
+
+
+def read_runs() -> list[dict[str, Any]]:
+    """Return a run of each model, sorted by model: its facts, its `records`, and its `source`.
+
+    Those kept by a build here count before those recorded. A run whose files cannot be read is left
+    out; the next run of that model mends it.
     """
-    runs = []
-    for file in sorted(RUNS.glob("*/run.json")):
+    runs: dict[str, dict[str, Any]] = {}
+    recorded = {
+        file: file.with_name(file.name.replace(".run.json", ".json"))
+        for file in sorted(RECORDED.glob("*.run.json"))
+    }
+    kept = {file: file.with_name("results.json") for file in sorted(RUNS.glob("*/run.json"))}
+    for file, records in {**recorded, **kept}.items():
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             run = json.loads(file.read_text(encoding="utf-8"))
-            runs.append({**run, "model": run["model"], "n_blocks": int(run["n_blocks"])})
-            runs[-1]["records"] = read_records(file.with_name("results.json"))
-    return runs
+            source = "computed here"
+            if file in recorded:
+                source = f"recorded on {run['recorded']}, commit {run['commit']}"
+            run |= {"n_blocks": int(run["n_blocks"]), "source": source}
+            runs[run["model"]] = run | {"records": read_records(records)}
+    return [runs[model] for model in sorted(runs)]
 
 
 def pages(root: Path = ROOT) -> list[str]:

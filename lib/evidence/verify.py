@@ -8,20 +8,19 @@ from typing import Any
 
 import pandas as pd
 
-from lib.engine.files import ROOT
 from lib.evidence.criteria import ClaimVerdict, Record, claim_verdict, criteria, registration
 from lib.evidence.records import (
     SIGNS,
     key_of,
     pages,
     read_records,
+    record_run,
+    recorded_file,
+    recorded_files,
     results_file,
-    run_folder,
-    write_records,
 )
 from lib.science.estimate import is_own
 
-RECORDED = ROOT / "tests" / "recorded"
 NUMBERS = ("estimate", "low", "high")
 
 
@@ -169,9 +168,30 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
-def recorded_file(model: str) -> Path:
-    """Return the file of a model's reviewed records."""
-    return RECORDED / f"{run_folder(model).name}.json"
+def outdated(rows: Sequence[Record]) -> list[str]:
+    """Return what of a model's recorded results the present criteria do not allow, a line each.
+
+    Nothing is computed anew: each judged number has to have its criterion, and no verdict may go
+    against its own interval.
+    """
+    problems = []
+    known = {(one.claim, one.statistic): one for one in criteria()}
+    for row in (row for row in rows if row["criterion"]):
+        criterion = known.get((row["claim"], row["statistic"]))
+        name = f"{row['model']}: {name_of(row)}"
+        if criterion is None:
+            problems.append(f"{name}: recorded, but no criterion names it now")
+        elif criterion.wanted != row["criterion"]:
+            problems.append(
+                f"{name}: {criterion.wanted!r} is wanted now, {row['criterion']!r} then"
+            )
+        elif row["low"] is not None:
+            found = criterion.verdict(row["low"], row["high"])
+            if {found, row["verdict"]} == {"supported", "refuted"} or (
+                row["verdict"] == "supported" != found
+            ):
+                problems.append(f"{name}: {row['verdict']} as recorded, its interval says {found}")
+    return problems
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -193,15 +213,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recorded = []
     for model in sorted({row["model"] for row in rows}):
         own = [row for row in rows if row["model"] == model]
-        file = recorded_file(model)
-        before = read_records(file)
+        before = read_records(recorded_file(model))
         if update:
             print("\n".join(changes(own, before)) or "Nothing changed.")
-            write_records(file, own)
+            record_run(model, own)
             before = own
         recorded += before
     if rows:
         problems += verify(rows, recorded, chapters)
+    for file in recorded_files():
+        problems += outdated(read_records(file))
     for problem in problems:
         print(f"FAILED {problem}")
     print(f"{len(rows)} records, {len(problems)} problems")

@@ -9,12 +9,15 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from executable_book.tables import table
-from lib.evidence.criteria import claim_verdict, criteria
+from lib.evidence.criteria import MODEL, POOLED, TEXTS, Record, claim_verdict, criteria
 from lib.evidence.records import SIGNS, read_runs
 from lib.evidence.transition import CLAIM, STATISTIC
+from lib.reading.words import record_text
 
 ONE = "There is one run so far, that of {model}; with a second one its depths will stand beside it."
 NONE = "There is no run yet."
+_INDENT = "\N{NO-BREAK SPACE}\N{NO-BREAK SPACE}"
+_EXPECTED = (TEXTS, POOLED, MODEL)
 
 
 class ModelComparison(SphinxDirective):
@@ -26,22 +29,24 @@ class ModelComparison(SphinxDirective):
         if not runs:
             return [nodes.paragraph("", NONE)]
         models = [run["model"] for run in runs]
-        head = ["Model", "Revision", "Dtype", "Device", "Blocks", "Versions"]
+        head = ["Model", "Source", "Revision", "Dtype", "Device", "Blocks", "Versions"]
+        told = ("model", "source", "revision", "dtype", "device", "n_blocks")
         facts = [
             [
-                *(str(run[key]) for key in ("model", "revision", "dtype", "device", "n_blocks")),
+                *(str(run[key]) for key in told),
                 ", ".join(f"{name} {number}" for name, number in run["versions"].items()),
             ]
             for run in runs
         ]
         found = [
             _text_table(["Claim, part", *models], verdict_rows(runs)),
+            _text_table(["Effect", "Wanted", *models], effect_rows(runs)),
             _text_table(["Task", *models], depth_rows(runs)),
             _text_table(head, facts),
         ]
         if len(runs) == 1:
             return [nodes.paragraph("", ONE.format(model=models[0])), *found]
-        return found
+        return [nodes.paragraph("", agreement(runs)), *found]
 
 
 def verdict_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -57,8 +62,65 @@ def verdict_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         rows.append([claim, *(_words(one.verdict) if one else "–" for one in found)])
         for part in dict.fromkeys(one.part for one in criteria(claim)):
             cells = [_words(one.parts[part]) if one else "–" for one in found]
-            rows.append([f"\N{NO-BREAK SPACE}\N{NO-BREAK SPACE}{part}", *cells])
+            rows.append([f"{_INDENT}{part}", *cells])
     return rows
+
+
+def agreement(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return in words on which parts of which claims the models agree, and on which they do not."""
+    alike: dict[str, list[str]] = {}
+    apart = []
+    name = ""
+    for label, *verdicts in verdict_rows(runs):
+        if not label.startswith(_INDENT):
+            name = label
+            continue
+        part, known = label.removeprefix(_INDENT), [one for one in verdicts if one != "–"]
+        if len(known) < len(runs):
+            continue
+        if len(set(known)) == 1:
+            alike.setdefault(known[0].split(" ", 1)[1], []).append(f"{part} ({name})")
+            continue
+        said = (
+            f"{run['model']} {one.split(' ', 1)[1]}" for run, one in zip(runs, known, strict=True)
+        )
+        apart.append(f"{part} ({name}): {', '.join(said)}")
+    agreed = "; ".join(f"{verdict}: {', '.join(parts)}" for verdict, parts in alike.items())
+    sentences = [f"On all {len(runs)} models alike {agreed}." if agreed else ""]
+    sentences.append(f"They differ on {'; '.join(apart)}." if apart else "They differ on nothing.")
+    return " ".join(filter(None, sentences))
+
+
+def effect_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return a row for each judged number: what it is, what is wanted, and each model's.
+
+    A number stands with its interval, its verdict's sign, and the twins' number.
+    """
+    rows = []
+    for criterion in criteria():
+        for place in _EXPECTED:
+            cells = []
+            for run in runs:
+                own = {
+                    row["untrained"]: row
+                    for row in run["records"]
+                    if (row["claim"], row["statistic"], row["place"])
+                    == (criterion.claim, criterion.statistic, place)
+                }
+                twin = own.get(True)
+                cell = _cell(own[False]) if False in own else "–"
+                if twin and twin["estimate"] is not None:
+                    cell += f"; twins {twin['estimate']:.3g}"
+                cells.append(cell)
+            if set(cells) != {"–"}:
+                at = "" if place == MODEL else f" ({place})"
+                rows.append([f"{criterion.text}{at}", criterion.wanted, *cells])
+    return rows
+
+
+def _cell(row: Record) -> str:
+    sign = SIGNS[row["verdict"]]
+    return f"{sign} not testable" if row["estimate"] is None else f"{sign} {record_text(row)}"
 
 
 def _words(verdict: str) -> str:
