@@ -17,8 +17,10 @@ from scipy.stats import spearmanr
 
 from lib.engine import store
 from lib.engine.models import Decoder, load_decoder
+from lib.evidence import records
 from lib.evidence.tasks import build_task, exchange_pairs
 from lib.evidence.transfer import Trial, measure_transfer, read_tasks
+from lib.reading import explorer
 from lib.reading.explorer import (
     N_SHOWN,
     N_TOP,
@@ -28,6 +30,8 @@ from lib.reading.explorer import (
     depth_positions,
     explore_tasks,
     explore_trial,
+    keep_explorations,
+    recorded_explorations,
     top_predictions,
 )
 from lib.reading.explorer_page import SIZE, explorer_html
@@ -236,6 +240,35 @@ def test_full_size_stays_below_the_limit() -> None:
     assert len(explorer_html([big] * len(TASKS)).encode()) < 300_000
 
 
+def test_a_model_that_is_recorded_is_shown_as_it_was_found(
+    one: Exploration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RUNS", "RECORDED"):
+        monkeypatch.setattr(records, name, tmp_path / name)
+    monkeypatch.setattr(explorer, "RECORDED", tmp_path / "RECORDED")
+    other = replace(example(n_blocks=7), model="other")
+    keep_explorations([one, other])
+    for model in (one.model, "other"):
+        records.write_atomically(records.run_folder(model) / "run.json", "{}")
+        records.record_run(model, [])
+    (found,) = recorded_explorations(but="other")
+    for name, value in vars(one).items():
+        again = getattr(found, name)
+        if isinstance(value, np.ndarray):
+            np.testing.assert_allclose(again, value, atol=1e-4)
+        elif isinstance(value, pd.DataFrame):
+            pd.testing.assert_frame_equal(
+                again, value.reset_index(drop=True), atol=1e-4, check_dtype=False
+            )
+        else:
+            assert again == value
+    html = explorer_html([found, other])
+    options = re.findall(r'<optgroup label="(.*?)"><option value="(\d)">', html)
+    assert options == [(one.model, "0"), ("other", "1")]
+    assert [len(part["x"]) for part in embedded_data(html)] == [N_BLOCKS, 7]
+    assert "<optgroup" not in explorer_html([one, one])
+
+
 def example(
     n_items: int = 6, n_blocks: int = 5, tokens: np.ndarray | None = None, word: str = "word"
 ) -> Exploration:
@@ -246,6 +279,7 @@ def example(
     )
     tokens = np.zeros((n_blocks, n_items, N_TOP), int) if tokens is None else tokens
     return Exploration(
+        model="toy",
         texts=[f"{word} {k}" for k in range(n_items)],
         name=word,
         positions=np.random.default_rng(0).uniform(-1, 1, (n_blocks, n_items, 2)),
@@ -299,7 +333,7 @@ def test_every_control_has_a_name_and_works_from_the_keyboard(one: Exploration) 
     page = Controls()
     page.feed(html)
     assert page.named == [
-        ("select", "Task"),
+        ("select", "Show"),
         ("input", page.named[1][1]),
         ("select", "Prompt"),
         ("select", "Prompt"),

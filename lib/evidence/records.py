@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # the build reads records without loading torch
 RESULTS = BUILD / "results"
 RUNS = BUILD / "runs"
 RECORDED = ROOT / "tests" / "recorded"
+EXPLORATIONS = "explorer.json"
+"""The file of a run's folder that holds what the depth explorer shows of it."""
 SHOWN = "shown"
 """The verdict of a record that no criterion judges."""
 SIGNS = {
@@ -247,20 +249,28 @@ def recorded_file(model: str) -> Path:
 
 def recorded_files() -> list[Path]:
     """Return the files of all models' reviewed records."""
-    return sorted(set(RECORDED.glob("*.json")) - set(RECORDED.glob("*.run.json")))
+    others = (*RECORDED.glob("*.run.json"), *RECORDED.glob(f"*.{EXPLORATIONS}"))
+    return sorted(set(RECORDED.glob("*.json")) - set(others))
 
 
 def record_run(model: str, rows: Sequence[Record]) -> None:
-    """Record a model's results as reviewed, with the facts of its run, the date and the commit."""
+    """Record a model's results as reviewed, with the facts of its run, the date and the commit.
+
+    What the depth explorer shows of it is recorded, too, where the run has come to it.
+    """
     file = recorded_file(model)
     write_records(file, rows)
     facts = run_folder(model) / "run.json"
     if facts.is_file():
-        told = ["git", "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(told, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+        asked = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False).stdout
         run = json.loads(facts.read_text(encoding="utf-8"))
         run |= {"recorded": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit.strip() or "unknown"}
         write_atomically(file.with_name(f"{file.stem}.run.json"), json.dumps(run, indent=1) + "\n")
+    explored = run_folder(model) / EXPLORATIONS
+    if explored.is_file():
+        told = explored.read_text(encoding="utf-8")
+        write_atomically(file.with_name(f"{file.stem}.{EXPLORATIONS}"), told)
 
 
 def read_runs() -> list[dict[str, Any]]:

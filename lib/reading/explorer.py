@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,8 +15,10 @@ from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
 from lib.engine.extraction import logit_lens
+from lib.engine.files import write_atomically
 from lib.engine.models import Decoder
 from lib.engine.store import recall_residuals
+from lib.evidence.records import EXPLORATIONS, RECORDED, run_folder
 from lib.evidence.tasks import exchange_pairs, load_tasks
 from lib.evidence.transfer import ARMS, Trial, measure_transfer, read_tasks
 from lib.science.correlation import correlate
@@ -35,6 +39,7 @@ class Exploration:
     """One task at every block: prompts of its first template.
 
     Attributes:
+        model: the model.
         name: the task.
         texts: the prompts shown `[n_items]`.
         answers: each prompt's right answer `[n_items]`.
@@ -50,6 +55,7 @@ class Exploration:
         words: how each of these tokens is written.
     """
 
+    model: str
     name: str
     texts: Sequence[str]
     answers: Sequence[str]
@@ -61,6 +67,40 @@ class Exploration:
     top_probabilities: FloatArray
     right_tokens: IntArray
     words: Mapping[int, str]
+
+
+def keep_explorations(explorations: Sequence[Exploration]) -> None:
+    """Keep what was found in the folder of the model's run, from which it can be recorded."""
+    for model in {one.model for one in explorations}:
+        own = [to_plain(one) for one in explorations if one.model == model]
+        text = json.dumps(own, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        write_atomically(run_folder(model) / EXPLORATIONS, text + "\n")
+
+
+def recorded_explorations(but: str) -> list[Exploration]:
+    """Return what is recorded of other models than the one named."""
+    files = sorted(RECORDED.glob(f"*.{EXPLORATIONS}"))
+    every = [one for file in files for one in json.loads(file.read_text(encoding="utf-8"))]
+    return [from_plain(one) for one in every if one["model"] != but]
+
+
+def to_plain(one: Exploration) -> dict[str, Any]:
+    """Return an exploration as JSON knows it, numbers rounded to what the page can show."""
+    plain = vars(one) | {"curves": one.curves.round(4).to_dict("list")}
+    for name in ("positions", "shown", "top_probabilities"):
+        plain[name] = np.round(plain[name], 4).tolist()
+    for name in ("top_tokens", "right_tokens"):
+        plain[name] = plain[name].tolist()
+    return plain
+
+
+def from_plain(plain: Mapping[str, Any]) -> Exploration:
+    """Return what `to_plain` was given, but for the rounding."""
+    told = dict(plain) | {"curves": pd.DataFrame(plain["curves"])}
+    told["words"] = {int(token): word for token, word in plain["words"].items()}
+    for name in ("positions", "shown", "top_probabilities", "top_tokens", "right_tokens"):
+        told[name] = np.array(plain[name])
+    return Exploration(**told)
 
 
 def explore_tasks(
@@ -104,6 +144,7 @@ def explore_trial(trial: Trial, twin: Decoder) -> Exploration:
     top, probabilities = top_predictions(decoder, states[:, chosen])
     right = task.answer_ids[prompts["answer_index"]]
     return Exploration(
+        model=decoder.name,
         name=task.name,
         texts=prompts["text"].tolist(),
         answers=prompts["answer"].tolist(),

@@ -69,17 +69,32 @@ def explorer_html(explorations: Sequence[Exploration], *, start: int | None = No
         start = n_blocks - 1 if place is None else int(np.ceil(place))
     start = min(max(start, 0), n_blocks - 1)
     parts = {
-        "OPTIONS": "".join(
-            f'<option value="{k}">{escape(one.name)}</option>' for k, one in enumerate(explorations)
-        ),
+        "OPTIONS": _options_html(explorations),
         "LAST": str(n_blocks - 1),
         "START": str(start),
-        "BODIES": "".join(_task_html(one, k, start) for k, one in enumerate(explorations)),
+        "BODIES": "".join(
+            _task_html(one, k, min(start, len(one.top_tokens) - 1))
+            for k, one in enumerate(explorations)
+        ),
     }
     for name, curve in (("CONTEXT", "context arm"), ("PREDICTION", "prediction arm")):
         parts[name] = style_of(curve)["color"]
     parts["ANGLE"] = style_of(ANGLE)["color"]
     return _fill_page("explorer.html", data, parts)
+
+
+def _options_html(explorations: Sequence[Exploration]) -> str:
+    """Return the choices, a group a model where there are several."""
+    by_model: dict[str, list[str]] = {}
+    for k, one in enumerate(explorations):
+        option = f'<option value="{k}">{escape(one.name)}</option>'
+        by_model.setdefault(one.model, []).append(option)
+    if len(by_model) == 1:
+        return "".join(*by_model.values())
+    return "".join(
+        f'<optgroup label="{escape(model)}">{"".join(options)}</optgroup>'
+        for model, options in by_model.items()
+    )
 
 
 def _task_html(one: Exploration, number: int, block: int) -> str:
