@@ -13,7 +13,7 @@ from lib.engine.memory import check_memory, free_memory, in_gigabytes
 from lib.engine.models import Decoder
 from lib.engine.passes import run_blocks
 from lib.engine.replay import MAX_ROW_TOKENS
-from lib.engine.sweeps import BATCH_TOKENS, position_table
+from lib.engine.sweeps import BATCH_TOKENS, KEPT_BYTES, position_table
 
 COPIES = 4
 """States of one batch held at once: clean rows, edited rows, their joined form, attention."""
@@ -67,9 +67,10 @@ def plan_sweep(
 ) -> Plan:
     """Return what `sweep_blocks` would cost with these arguments, without running it.
 
-    Operations count a token and block as that block's parameters; attention over the prompt comes
-    on top, and of a mixture of experts fewer take part. The time scales that of one pass of one
-    prompt, so it is rough, and it knows nothing of the unembedding.
+    Operations count a token and block as that block's parameters, and a beginning that prompts
+    share for each of them; attention over the prompt comes on top, and of a mixture of experts
+    fewer take part. The time scales that of one pass of one prompt, so it is rough, and it knows
+    nothing of the unembedding.
 
     Args:
         decoder: the model.
@@ -99,6 +100,8 @@ def plan_sweep(
     working = 4 * decoder.d_model * decoder.n_blocks * n_tokens * COPIES
     working += 4 * decoder.d_model * len(wanted) * len(prompts) * where.shape[1]  # donors
     working += 4 * n_rows * (n_read + 4)
+    n_run = sum(len(prompt) for prompt in prompts)  # forests kept: states, keys and values
+    working += min(KEPT_BYTES, 8 * decoder.d_model * decoder.n_blocks * n_run)
     free = free_memory()
     there = free.get(str(decoder.device), free["cpu"])
     check_memory(f"This sweep on {decoder.name}", working, str(decoder.device), free)
