@@ -18,8 +18,8 @@ from scipy.stats import spearmanr
 from lib.engine import store
 from lib.engine.models import Decoder, load_decoder
 from lib.evidence import records
-from lib.evidence.tasks import build_task, exchange_pairs
-from lib.evidence.transfer import Trial, measure_transfer, read_tasks
+from lib.evidence.tasks import build_task
+from lib.evidence.transfer import Trial, choose_pairs, measure_transfer, read_tasks
 from lib.reading import explorer
 from lib.reading.explorer import (
     N_SHOWN,
@@ -108,7 +108,7 @@ def test_arms_are_the_transfer_of_all_pairs_and_are_not_measured_again(
     trial: Trial, twin: Decoder, one: Exploration, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(store, "STORE", tmp_path)
-    pairs = exchange_pairs(trial.task)
+    pairs = choose_pairs(trial)
     assert set(trial.task.prompts["template"].iloc[pairs.prompts[:, 0]]) == {0, 1}
     for arm, site in (("context arm", "subject"), ("prediction arm", "last")):
         found = measure_transfer(trial, pairs, site).estimate()  # type: ignore[arg-type]

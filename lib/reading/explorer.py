@@ -19,11 +19,11 @@ from lib.engine.files import write_atomically
 from lib.engine.models import Decoder
 from lib.engine.store import recall_residuals
 from lib.evidence.records import EXPLORATIONS, RECORDED, run_folder
-from lib.evidence.tasks import exchange_pairs, load_tasks
-from lib.evidence.transfer import ARMS, Trial, measure_transfer, read_tasks
+from lib.evidence.tasks import load_tasks
+from lib.evidence.transfer import ARMS, Trial, choose_pairs, measure_transfer, read_tasks
 from lib.science.correlation import correlate
 from lib.science.curves import crossing
-from lib.science.estimate import Estimate, Measured
+from lib.science.estimate import Estimate, Measured, Untested
 from lib.science.geometry import angles, jeffreys_divergence
 
 FloatArray = NDArray[np.float64]
@@ -106,9 +106,13 @@ def from_plain(plain: Mapping[str, Any]) -> Exploration:
 def explore_tasks(
     decoder: Decoder, twin: Decoder, names: Sequence[str] = TASKS
 ) -> list[Exploration]:
-    """Return the tasks among `names` that this model's tokenizer allows."""
+    """Return the tasks among `names` whose switch can be measured on this model."""
     trials = read_tasks(decoder, load_tasks(decoder, names))
-    return [explore_trial(trial, twin) for trial in trials.values() if isinstance(trial, Trial)]
+    return [
+        explore_trial(trial, twin)
+        for trial in trials.values()
+        if isinstance(trial, Trial) and not isinstance(choose_pairs(trial), Untested)
+    ]
 
 
 def explore_trial(trial: Trial, twin: Decoder) -> Exploration:
@@ -122,7 +126,8 @@ def explore_trial(trial: Trial, twin: Decoder) -> Exploration:
         ValueError: fewer than three prompts, a state without a direction.
     """
     decoder, task = trial.decoder, trial.task
-    pairs = exchange_pairs(task)
+    pairs = choose_pairs(trial)
+    assert not isinstance(pairs, Untested)  # such tasks are left out before
     arms = {arm: measure_transfer(trial, pairs, site).estimate() for arm, site in ARMS.items()}
     rows = np.flatnonzero(task.prompts["template"] == task.prompts["template"].iloc[0])
     tokens = [task.tokens[row] for row in rows]
