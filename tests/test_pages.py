@@ -128,9 +128,18 @@ def test_what_models_agree_on_and_differ_on_is_said():
     assert f"They differ on {part} (phase-transition): a supported, b refuted." in said
 
 
+def test_the_model_of_this_build_shows_what_its_chapters_glued():
+    first, second = run("a", 31, 24.0), run("b", 11, 4.0)
+    glued = invented("norm-code", "b")
+    found = comparison.with_records([first, second], [*glued, glued[0] | {"place": "own: kin"}])
+    assert found[0]["records"] == first["records"] and found[1]["records"] == glued
+
+
 def test_without_a_run_there_is_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(records, "RUNS", tmp_path)
     monkeypatch.setattr(records, "RECORDED", tmp_path)
+    monkeypatch.setattr(comparison, "collect", lambda _env: [])
+    monkeypatch.setattr(comparison.ModelComparison, "env", None)
     directive = object.__new__(comparison.ModelComparison)
     (paragraph,) = directive.run()
     assert "no run yet" in paragraph.astext()

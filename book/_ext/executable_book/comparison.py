@@ -8,11 +8,13 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+from executable_book.results import collect
 from executable_book.tables import table
 from lib.evidence.criteria import MODEL, POOLED, TEXTS, Record, claim_verdict, criteria
 from lib.evidence.records import SIGNS, read_runs
 from lib.evidence.transition import CLAIM, STATISTIC
 from lib.reading.words import record_text
+from lib.science.estimate import is_own
 
 ONE = "There is one run so far, that of {model}; with a second one its depths will stand beside it."
 NONE = "There is no run yet."
@@ -25,7 +27,7 @@ class ModelComparison(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Return the tables, or a sentence where there is nothing to compare."""
-        runs = read_runs()
+        runs = with_records(read_runs(), collect(self.env))
         if not runs:
             return [nodes.paragraph("", NONE)]
         models = [run["model"] for run in runs]
@@ -47,6 +49,19 @@ class ModelComparison(SphinxDirective):
         if len(runs) == 1:
             return [nodes.paragraph("", ONE.format(model=models[0])), *found]
         return [nodes.paragraph("", agreement(runs)), *found]
+
+
+def with_records(
+    runs: Sequence[Mapping[str, Any]], own: Sequence[Record]
+) -> list[Mapping[str, Any]]:
+    """Return the runs, the one of the present build with the records that its chapters glued."""
+    mine = {
+        run["model"]: [
+            row for row in own if row["model"] == run["model"] and not is_own(row["place"])
+        ]
+        for run in runs
+    }
+    return [{**run, "records": mine[run["model"]] or run["records"]} for run in runs]
 
 
 def verdict_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
