@@ -13,7 +13,7 @@ from executable_book.tables import table
 from lib.evidence.criteria import MODEL, POOLED, TEXTS, Record, claim_verdict, criteria
 from lib.evidence.records import SIGNS, read_runs
 from lib.evidence.transition import CLAIM, STATISTIC
-from lib.reading.words import record_text
+from lib.reading.words import number_text, record_text
 from lib.science.estimate import is_own
 
 ONE = "There is one run so far, that of {model}; with a second one its depths will stand beside it."
@@ -125,7 +125,7 @@ def effect_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
                 twin = own.get(True)
                 cell = _cell(own[False]) if False in own else "–"
                 if twin and twin["estimate"] is not None:
-                    cell += f"; twins {twin['estimate']:.3g}"
+                    cell += f"; twins {number_text(twin['estimate'])}"
                 cells.append(cell)
             if set(cells) != {"–"}:
                 at = "" if place == MODEL else f" ({place})"
