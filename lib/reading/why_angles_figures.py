@@ -188,8 +188,17 @@ def costs_and_shares(table: pd.DataFrame, bars: Mapping[str, float]) -> Figure:
     for name, level in bars.items():
         left.axhline(level, color="#b00020", linestyle="--", linewidth=1)
         above = level == max(bars.values())
-        place = {"va": "bottom" if above else "top", "ha": "right"}
-        left.annotate(name, (n_blocks - 1.6, level), color="#b00020", fontsize="x-small", **place)
+        left.annotate(
+            name,
+            (n_blocks - 1.6, level),
+            (0, 6 if above else -6),
+            textcoords="offset points",
+            va="bottom" if above else "top",
+            ha="right",
+            color="#b00020",
+            fontsize="x-small",
+            bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"},
+        )
     left.set_title("KL of a norm exchange / of a direction exchange", fontsize="small")
     right.set_ylim(-0.03, 1.05)
     right.set_title("share of the variance of log r between confidences", fontsize="small")
