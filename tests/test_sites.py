@@ -14,6 +14,7 @@ from tiny import tiny_config
 from torch import Tensor, nn
 from transformers import BambaForCausalLM
 
+from lib.engine import sites
 from lib.engine.models import Decoder, load_decoder
 from lib.engine.parts import Parts, find_parts
 from lib.engine.sites import (
@@ -269,6 +270,45 @@ def test_heads_of_several_blocks_together_equal_full_recompute(parted: Decoder) 
 
 def test_hiding_tokens_from_heads_of_several_blocks_equals_a_mask(parted: Decoder) -> None:
     check_blinded_groups(parted, GROUPS)
+
+
+def count_last_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by the tokens of each pass in which heads are exchanged."""
+    passes: list[int] = []
+    run = sites._run_last
+    monkeypatch.setattr(
+        sites, "_run_last", lambda *given: passes.append(given[1].numel()) or run(*given)
+    )
+    return passes
+
+
+def test_heads_are_exchanged_in_a_pass_over_the_last_tokens_alone(
+    llama: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_groups(llama, GROUPS)  # compares, once
+    passes = count_last_tokens(monkeypatch)
+    check_groups(llama, GROUPS)
+    assert passes == [len(GROUPS) * len(PAIRS)]
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("position_ids", 1), ("attention_mask", 0)])
+def test_last_tokens_that_come_out_wrong_alone_are_run_with_their_prompts(
+    monkeypatch: pytest.MonkeyPatch, name: str, wrong: int
+) -> None:
+    decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
+    alone = sites._last_token
+
+    def damaged(*given: Any) -> tuple[Tensor, dict[str, Any]]:
+        tokens, inputs = alone(*given)
+        changed = inputs[name] + wrong if wrong else torch.full_like(inputs[name], -1e9)
+        return tokens, inputs | {name: changed}
+
+    monkeypatch.setattr(sites, "_last_token", damaged)
+    check_groups(decoder, GROUPS)
+    passes = count_last_tokens(monkeypatch)
+    check_groups(decoder, GROUPS)
+    lengths = [len(PROMPTS[recipient]) for recipient, _ in PAIRS]
+    assert sum(passes) == len(GROUPS) * sum(lengths)
 
 
 def test_attention_and_mlp_add_up_to_the_step_and_heads_to_the_attention(parted: Decoder) -> None:
