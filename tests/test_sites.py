@@ -352,6 +352,22 @@ def test_parts_are_those_that_their_names_say(parted: Decoder) -> None:
         )
 
 
+def test_a_head_that_looks_at_its_own_token_alone_is_a_head(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As some of Qwen2.5's do in the first block: hiding all other tokens changes nothing."""
+    decoder = load_decoder(tiny_model("qwen2"), tokenizer=tiny_tokenizer())
+    attention = decoder.blocks[0].self_attn
+    width = attention.head_dim
+    with torch.no_grad():
+        for part in (attention.q_proj, attention.k_proj):
+            part.weight[:width] *= 0
+            part.bias[:width] = 0
+            part.bias[0] = 300  # in the plane of the fastest rotation
+    (parts,) = find_parts(decoder, [0])
+    assert parts.n_heads == N_HEADS
+
+
 def test_a_block_without_parts_is_refused_with_what_it_holds(hybrid: Decoder) -> None:
     mamba = load_decoder(tiny_model("mamba"), tokenizer=tiny_tokenizer())
     for decoder, words in (

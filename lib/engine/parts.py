@@ -327,7 +327,11 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _heads_changed_by_masks(block: nn.Module, call: Inputs, parts: Parts) -> Tensor:
-    """Return which heads' outputs `[n_heads, n_heads]` change if one alone sees no other token."""
+    """Return which heads' outputs `[n_heads, n_heads]` change if one alone is made to look away.
+
+    It sees its own token alone, and then the first one alone: what looks there anyway changes by
+    the other.
+    """
     seen: list[Tensor] = []
 
     def see(_module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -335,9 +339,10 @@ def _heads_changed_by_masks(block: nn.Module, call: Inputs, parts: Parts) -> Ten
 
     whole = whole_mask(call, 0).expand(-1, parts.n_heads, -1, -1)
     masks = [whole]
-    for head in range(parts.n_heads):
-        masks.append(whole.clone())
-        masks[-1][:, head, -1, :-1] = hidden_value(whole)
+    for hidden in (slice(None, -1), slice(1, None)):
+        for head in range(parts.n_heads):
+            masks.append(whole.clone())
+            masks[-1][:, head, -1, hidden] = hidden_value(whole)
     handle = parts.projection.register_forward_pre_hook(see)
     try:
         with torch.inference_mode():
@@ -346,4 +351,4 @@ def _heads_changed_by_masks(block: nn.Module, call: Inputs, parts: Parts) -> Ten
     finally:
         handle.remove()
     change = (torch.stack(seen[1:]) - seen[0]).abs().amax(-1)
-    return (change > 1e-6 * seen[0].abs().max()).cpu()
+    return (change > 1e-6 * seen[0].abs().max()).view(2, parts.n_heads, -1).any(dim=0).cpu()
