@@ -9,6 +9,7 @@ from conftest import tiny_model, tiny_tokenizer
 
 from lib.claims import inside_the_switch as claim
 from lib.claims.inside_the_switch import Chosen, Halves, Opened
+from lib.engine.files import DATA
 from lib.engine.models import load_decoder
 from lib.engine.parts import find_parts
 from lib.evidence.criteria import judge
@@ -109,6 +110,21 @@ def test_the_planted_head_is_found_and_carries_everything(opened):
     for name in ("attention", "best 1", "best 3", "elsewhere"):
         assert float(tested[name]) == pytest.approx(1, abs=1e-6)
     assert float(tested["random 3"]) == pytest.approx(0, abs=1e-6)
+
+
+def test_what_was_exchanged_is_recorded_with_its_place_and_its_interval(opened):
+    tested = claim.transfer_on_testing_half(opened, Untested("no seen task"))
+    table = claim.as_table(opened, tested).set_index("exchanged")
+    assert set(table.index) == {"attention", "random 3", *(f"best {n}" for n in claim.COUNTS)}
+    assert table.loc["attention", "where"] == str(PLANTED[0])
+    assert table.loc["best 1", "where"] == f"{PLANTED[0]}.{PLANTED[1]}"
+    assert (table["n"] == tested["best 1"].n_units).all()
+    for name, row in table.iterrows():
+        assert row["estimate"] == float(tested[name])
+        assert row["low"] <= row["estimate"] <= row["high"]
+    kept = pd.read_csv(DATA / "recorded-months-heads.csv", keep_default_na=False)
+    assert list(kept.columns) == list(claim.as_table(opened, tested).columns)
+    assert set(kept["exchanged"]) == set(table.index) and kept["model"].nunique() == 1
 
 
 def test_the_map_of_heads_has_one_bright_cell(opened):

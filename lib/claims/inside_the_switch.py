@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -31,6 +32,7 @@ from lib.evidence.transfer import (
 )
 from lib.science.estimate import (
     FEWEST_UNITS,
+    Estimate,
     Measured,
     Untested,
     generator,
@@ -317,6 +319,32 @@ def transfer_on_testing_half(
     groups["attention"] = every_head(trial.decoder, [chosen.block])
     found = exchange_heads(trial, pairs, groups)
     return {"elsewhere": elsewhere, **found} if isinstance(elsewhere, Untested) else found
+
+
+def as_table(opened: Opened, tested: Mapping[str, Measured]) -> pd.DataFrame:
+    """Return what was exchanged on one task, where, and T, as it is recorded of a larger model.
+
+    Columns `model`, `date`, `task`, `offsets` (the groups that the model masters), `exchanged`,
+    `where` (a block, or heads as block.head), `estimate`, `low`, `high`, `n`.
+    """
+    chosen = opened.chosen
+    groups = {f"best {n}": chosen.best(n) for n in COUNTS}
+    groups[f"random {FEW}"] = random_heads(opened, FEW)
+    places = {name: " ".join(f"{b}.{h}" for b, h in heads) for name, heads in groups.items()}
+    rows = []
+    for name, where in {"attention": str(chosen.block), **places}.items():
+        one = tested[name]
+        if isinstance(one, Estimate):
+            interval = one.interval()
+            numbers = (float(one), float(interval.low), float(interval.high), one.n_units)
+            rows.append((name, where, *numbers))
+    table = pd.DataFrame(rows, columns=["exchanged", "where", "estimate", "low", "high", "n"])
+    return table.assign(
+        model=opened.trial.decoder.name,
+        date=pd.Timestamp.today().date().isoformat(),
+        task=opened.trial.task.name,
+        offsets=" ".join(opened.trial.able_groups),
+    )
 
 
 def statistics(
