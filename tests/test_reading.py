@@ -233,6 +233,23 @@ def test_slider_moves_the_map(fresh):
         assert sum(one != other for one, other in zip(before, after, strict=True)) > len(after) / 2
 
 
+def test_the_explorer_shows_a_recorded_model_at_the_same_share_of_its_depth(fresh):
+    page = fresh(EXPLORER)
+    groups = page.locator(".depth-explorer optgroup")
+    if groups.count() < 2:
+        pytest.skip("no other model is recorded")
+    slider = page.locator(".depth-explorer input[type=range]")
+    slider.fill(slider.get_attribute("max"))
+    other = groups.last.locator("option").last.get_attribute("value")
+    page.locator(".depth-explorer .choice").select_option(other)
+    last = slider.get_attribute("max")
+    assert slider.input_value() == last
+    assert page.locator(".depth-explorer output").inner_text().startswith(f"block {last} of")
+    page.goto(page.url.split("#")[0] + f"#explore={other},{last}")
+    page.reload()
+    assert slider.input_value() == last == slider.get_attribute("max")
+
+
 def test_the_address_keeps_the_explorers_view(fresh):
     page = fresh(EXPLORER, "#explore=1,3,2")
     slider = page.locator(".depth-explorer input[type=range]")
