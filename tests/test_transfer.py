@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 from conftest import tiny_model, tiny_tokenizer
 from oracle import block_states, forward, patched_logits
@@ -111,6 +112,13 @@ def test_given_donors_belong_to_their_pairs_and_their_blocks(trial: Trial):
         trial, pairs, "last", donors=donors, blocks=[2, 3], edit=exchange_direction
     )
     assert np.abs(turned.after - own.after).max() > 1e-3
+
+
+def test_certainty_is_scipys_entropy_and_the_largest_log_probability(trial: Trial):
+    p = trial.logits.double().softmax(-1).numpy()
+    expected = np.stack([scipy.stats.entropy(p, axis=1), np.log(p.max(axis=1))], axis=1)
+    assert trial.certainty == pytest.approx(expected, abs=1e-5)
+    assert trial.certainty is trial.certainty  # read once
 
 
 def test_the_divergence_is_scipys_and_of_the_donors_prediction(trial: Trial):

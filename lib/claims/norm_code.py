@@ -132,8 +132,7 @@ def task_attribute(
     template = task.prompts["template"].to_numpy()
     if len(np.unique(template)) < 2:
         return Untested("one template alone")
-    last = [tokens[-1] for tokens in task.tokens]
-    left = residuals(log_norms(trial.states("last"), blocks), nuisances(trial.logits, last)[:, :2])
+    left = residuals(log_norms(trial.states("last"), blocks), trial.certainty)
     if within_answer:
         if len(task.answers) == task.n_units:
             return Untested("every answer has one subject")

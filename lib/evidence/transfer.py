@@ -9,6 +9,7 @@ its untrained twins are measured on the same pairs.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -29,6 +30,7 @@ from lib.science.estimate import (
     ratio_of_sums,
     sums_by_unit,
 )
+from lib.science.geometry import entropy
 
 Site = Literal["subject", "last", "subject's tokens", "between"]
 Arm = Literal["context arm", "prediction arm"]
@@ -57,6 +59,15 @@ class Trial:
     def logits(self) -> Tensor:
         """Next-token logits after each prompt `[n_prompts, d_vocab]`, computed at each call."""
         return logit_lens(self.decoder, self.last_states)
+
+    @cached_property
+    def certainty(self) -> np.ndarray:
+        """Entropy (nats) and top-1 log-probability of each prediction `[n_prompts, 2]`."""
+        found = []
+        for states in self.last_states.split(ROWS_AT_ONCE):
+            log_p = torch.log_softmax(logit_lens(self.decoder, states).double(), -1).numpy()
+            found.append(np.column_stack([entropy(log_p), log_p.max(axis=1)]))
+        return np.concatenate(found)
 
     @property
     def answer_logits(self) -> np.ndarray:
