@@ -389,6 +389,20 @@ def test_a_change_of_what_it_does_not_use_runs_nothing(small_project, file):
     assert freshness.chapter_digest("book/a") == before
 
 
+def test_what_is_recorded_of_other_models_is_read_by_the_explorer_alone(small_project):
+    recorded = small_project / "tests" / "recorded" / "m.explorer.json"
+    recorded.parent.mkdir(parents=True)
+    before = freshness.chapter_digest("book/a")
+    recorded.write_text("[]")
+    assert freshness.chapter_digest("book/a") == before
+    (small_project / "lib" / "reading").mkdir()
+    (small_project / "lib" / "reading" / "explorer.py").write_text("")
+    (small_project / "lib" / "used.py").write_text("import lib.reading.explorer\n")
+    before = freshness.chapter_digest("book/a")
+    recorded.write_text("[1]")
+    assert freshness.chapter_digest("book/a") != before
+
+
 def test_a_reworded_caption_runs_nothing(small_project):
     before = freshness.chapter_digest("book/a")
     chapter = small_project / "book" / "a.md"

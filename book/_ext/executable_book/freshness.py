@@ -25,7 +25,13 @@ from executable_book.results import failed_pages
 from lib.engine.files import DATA, ROOT
 from lib.engine.sources import digest_of_files, imported_files
 from lib.evidence import own_tasks, transition
-from lib.evidence.records import claim_file, pages, read_records, to_json
+from lib.evidence.records import (
+    EXPLORATIONS,
+    claim_file,
+    pages,
+    read_records,
+    to_json,
+)
 
 CACHE = Path("_build", ".jupyter_cache")
 KEPT_CACHES = 24
@@ -55,6 +61,8 @@ def chapter_digest(page: str) -> str:
         raise ValueError(f"{page}: {error}") from None
     files = [*modules, *named_data(code, modules)]
     files += [ROOT / name for name in (*ENVIRONMENT_FILES, *PAGE_FILES.get(page, ()))]
+    if ROOT / "lib" / "reading" / "explorer.py" in modules:
+        files += (ROOT / "tests" / "recorded").glob(f"*.{EXPLORATIONS}")
     digest = hashlib.sha256(digest_of_files(file for file in files if file.is_file()).encode())
     model = os.environ.get("MODEL") or "embedded"
     digest.update(f"{platform.python_version()} {version('torch')} {model}".encode())
