@@ -9,6 +9,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from executable_book.results import collect
+from lib.engine.catalogue import catalogue
 from lib.evidence.criteria import Criterion, Record, claim_verdict, criteria, judged
 from lib.evidence.records import SIGNS, pages, read_runs
 from lib.reading.words import record_text
@@ -91,12 +92,15 @@ def _claim_row(claim: str, words: str, href: str | None, runs: dict[str, list[Re
     ]
     for model in models:
         verdict = claim_verdict(runs[model], claim, model).verdict
-        named = f"{escape(model)}: " if len(models) > 1 else ""
+        named = f"{escape(short_name(model))}: " if len(models) > 1 else ""
         lines.append(f"<div>{named}{SIGNS[verdict]} {verdict}</div>")
     shown = "".join(lines) or (NO_RESULT if href else COMING)
     words = escape(words)
     head = f'<a href="{href}">{words}</a>' if href else words
-    return f'<tr class="claim"><th scope="row" colspan="4">{head}</th><td>{shown}</td></tr>'
+    return (
+        f'<tr class="claim"><th scope="row" colspan="2">{head}</th>'
+        f'<td colspan="3">{shown}</td></tr>'
+    )
 
 
 def _effect_rows(
@@ -117,7 +121,7 @@ def _effect_rows(
         head = f'<a href="{href}">{text}</a>' if href else text
         numbers, verdicts = [], []
         for row in own:
-            trained = "trained" if n_models == 1 else row["model"]
+            trained = "trained" if n_models == 1 else short_name(row["model"])
             who = "twins" if row["untrained"] else trained
             shade = ' class="twin"' if row["untrained"] else ""
             numbers.append(f"<div{shade}>{escape(who)}: {_number(row)}</div>")
@@ -188,7 +192,7 @@ def _scale() -> str:
 
 
 def _legend(models: Sequence[str]) -> str:
-    keys = [(model, colour_of(model, models)) for model in models]
+    keys = [(short_name(model), colour_of(model, models)) for model in models]
     keys.append(("untrained twins", TWIN))
     entries = "".join(
         f'<span class="key"><span aria-hidden="true" style="background:{colour}"></span> '
@@ -200,6 +204,12 @@ def _legend(models: Sequence[str]) -> str:
         f'<p class="scorecard-legend">{entries} {signs}; ⚑ architecture: the untrained twins meet '
         "it too. Dashed: what is wanted.</p>"
     )
+
+
+def short_name(model: str) -> str:
+    """Return the catalogue's name of a model, or the model's own."""
+    names = {weights.label: name for name, weights in catalogue().items()}
+    return names.get(model, model)
 
 
 def colour_of(model: str, models: Sequence[str]) -> str:
