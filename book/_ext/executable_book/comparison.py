@@ -83,27 +83,20 @@ def verdict_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def agreement(runs: Sequence[Mapping[str, Any]]) -> str:
     """Return in words on which parts of which claims the models agree, and on which they do not."""
-    alike: dict[str, list[str]] = {}
-    apart = []
-    name = ""
-    for label, *verdicts in verdict_rows(runs):
+    found: dict[str, list[str]] = {}
+    claim = ""
+    for label, *cells in verdict_rows(runs):
         if not label.startswith(_INDENT):
-            name = label
+            claim = label
             continue
-        part, known = label.removeprefix(_INDENT), [one for one in verdicts if one != "–"]
-        if len(known) < len(runs):
-            continue
-        if len(set(known)) == 1:
-            alike.setdefault(known[0].split(" ", 1)[1], []).append(f"{part} ({name})")
-            continue
-        said = (
-            f"{run['model']} {one.split(' ', 1)[1]}" for run, one in zip(runs, known, strict=True)
-        )
-        apart.append(f"{part} ({name}): {', '.join(said)}")
-    agreed = "; ".join(f"{verdict}: {', '.join(parts)}" for verdict, parts in alike.items())
-    sentences = [f"On all {len(runs)} models alike {agreed}." if agreed else ""]
-    sentences.append(f"They differ on {'; '.join(apart)}." if apart else "They differ on nothing.")
-    return " ".join(filter(None, sentences))
+        verdicts = {cell.split(" ", 1)[-1] for cell in cells}
+        kind = f"On all {len(runs)} models {verdicts.copy().pop()}"
+        if {"supported", "refuted"} <= verdicts:
+            kind = "Supported on one, refuted on another"
+        elif len(verdicts) > 1:
+            kind = "Decided on some alone"
+        found.setdefault(kind, []).append(f"{label.removeprefix(_INDENT)} ({claim})")
+    return " ".join(f"{kind}: {', '.join(parts)}." for kind, parts in found.items())
 
 
 def effect_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
