@@ -236,8 +236,7 @@ def test_slider_moves_the_map(fresh):
 def test_the_explorer_shows_a_recorded_model_at_the_same_share_of_its_depth(fresh):
     page = fresh(EXPLORER)
     groups = page.locator(".depth-explorer optgroup")
-    if groups.count() < 2:
-        pytest.skip("no other model is recorded")
+    assert groups.count() >= 2  # this build's model, and those that are recorded
     slider = page.locator(".depth-explorer input[type=range]")
     slider.fill(slider.get_attribute("max"))
     other = groups.last.locator("option").last.get_attribute("value")

@@ -21,7 +21,7 @@ from lib.engine.extraction import (
     logit_lens,
 )
 from lib.engine.models import Decoder, evaluated
-from lib.engine.passes import Known, agree, forests_are_exact, known_of
+from lib.engine.passes import REFUSALS, Known, agree, forests_are_exact, known_of
 from lib.engine.progress import track
 from lib.engine.replay import (
     MAX_ROW_TOKENS,
@@ -571,14 +571,7 @@ def _compare(
         pairs, edits = np.zeros((1, 2), dtype=int), {"exchange": exchange}
         edited = _edit(prefix, from_end, one, donor, pairs, edits, wanted, rows)
         fast = replay_rows(decoder, prefix, [wanted[b] for b in rows.block], edited)
-    except (
-        ReplayUnsupportedError,
-        RuntimeError,
-        TypeError,
-        AttributeError,
-        ValueError,
-        IndexError,
-    ):
+    except (ReplayUnsupportedError, *REFUSALS):
         return False  # the block refuses rows side by side: the slower path is always right
     slow = recompute_rows(decoder, prefix, [wanted[b] for b in rows.block], edited)
     return agree(slow, fast)

@@ -90,7 +90,7 @@ def agreement(runs: Sequence[Mapping[str, Any]]) -> str:
             claim = label
             continue
         verdicts = {cell.split(" ", 1)[-1] for cell in cells}
-        kind = f"On all {len(runs)} models {verdicts.copy().pop()}"
+        kind = f"On all {len(runs)} models {next(iter(verdicts))}"
         if {"supported", "refuted"} <= verdicts:
             kind = "Supported on one, refuted on another"
         elif len(verdicts) > 1:
