@@ -524,3 +524,17 @@ def test_whether_replay_is_exact_is_found_with_an_edit_that_shows_it(
     monkeypatch.setattr("lib.engine.sweeps.replay_rows", unedited)
     kept = sweep_blocks(decoder, PROMPTS, PAIRS, {"keep": keep}, positions="last", read_ids=READ)
     assert kept.path == "full recompute"
+
+
+def test_a_window_shorter_than_a_line_but_not_than_a_prompt_changes_nothing() -> None:
+    model = tiny_model("mistral")
+    model.config.sliding_window = 24
+    decoder = load_decoder(model, tokenizer=tiny_tokenizer())
+    rng = np.random.default_rng(9)
+    prompts = rng.integers(1, 64, size=(30, 12)).tolist()
+    pairs = np.stack([np.arange(30), np.roll(np.arange(30), 1)], axis=1)
+    read = list(range(decoder.d_vocab))
+    edits = {"exchange": exchange}
+    sweep = sweep_blocks(decoder, prompts, pairs, edits, positions="last", read_ids=read)
+    expected = by_full_recompute(decoder, [[11]] * 30, edits, pairs, prompts)
+    assert np.abs(sweep.logits - expected.numpy()).max() < 1e-4

@@ -160,7 +160,7 @@ def run_forest(decoder: Decoder, batch: Batch) -> Forest:
     Raises:
         ReplayUnsupportedError: the model does not keep keys and values of every token.
     """
-    cache = DynamicCache(config=decoder.text_config)
+    cache = DynamicCache()  # of whole lines, whatever windows the layers have
     with _watching_blocks(decoder) as (inputs, outputs), torch.inference_mode():
         told = inputs_of(decoder, batch)
         decoder.model.base_model(past_key_values=cache, use_cache=True, **told)
