@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from oracle import block_states
 from scipy.spatial.distance import pdist
-from scipy.stats import spearmanr, t
+from scipy.stats import norm, spearmanr, t
 
 from lib.claims import phase_transition as claim
 from lib.claims.phase_transition import Arms
@@ -212,8 +212,22 @@ def test_spread_is_the_largest_distance_from_the_median():
     values = np.array([float(one) for one in found.values()])
     assert float(spread) == pytest.approx(np.abs(values - np.median(values)).max() / L)
     assert spread.n_units == 160
-    draw = np.array([one.draws[7] for one in found.values()])
-    assert spread.draws[7] == pytest.approx(np.abs(draw - np.median(draw)).max() / L)
+
+
+def test_interval_of_the_largest_distance_is_bonferronis_below_and_the_draws_above():
+    """Above the middle what was drawn; below it one task's draws, spread for four tasks."""
+    places = {"a": 20, "b": 22, "c": 23, "d": 27}
+    found = {
+        name: claim.find_transition(sharp(at, noise=0.3, name=name)) for name, at in places.items()
+    }
+    spread = claim.transition_spread(found, L)
+    draws = np.stack([one.draws for one in found.values()])
+    distances = np.abs(draws - np.median(draws, axis=0)) / L
+    assert distances[3, 0] == distances[:, 0].max()
+    one, several = distances[3, 1:], distances[:, 1:].max(axis=0)
+    assert np.quantile(spread.draws[1:], 0.975) == pytest.approx(np.quantile(several, 0.975))
+    below = (distances[3, 0] - np.quantile(one, 0.025)) * norm.ppf(1 - 0.025 / 4) / norm.ppf(0.975)
+    assert np.quantile(spread.draws[1:], 0.025) == pytest.approx(distances[3, 0] - below, abs=1e-4)
 
 
 @pytest.mark.parametrize(("lost", "tested"), [(1, True), (2, False)])

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from scipy.stats import norm
 from torch import Tensor
 
 from lib.engine.edits import Add, Exchange
@@ -235,8 +236,10 @@ def find_transition(arms: Arms) -> Measured:
 def transition_spread(transitions: Mapping[str, Measured], n_blocks: int) -> Measured:
     """Return the largest distance of a task's ℓ* from the tasks' median, as a share of L.
 
-    Drawn from the draws of the book's tasks together. Untested where fewer than two tasks have an
-    ℓ*, or more than a quarter of those measured have none.
+    Drawn from the draws of the book's tasks together. A largest of several lies too high, so its
+    upper half is what was drawn; the lower half is that of the task that is furthest off, spread so
+    that it holds whichever task was picked (Bonferroni). Untested where fewer than two tasks have
+    an ℓ*, or more than a quarter of those measured have none.
     """
     transitions = of_the_book(transitions)
     found = {name: one for name, one in transitions.items() if isinstance(one, Estimate)}
@@ -246,10 +249,15 @@ def transition_spread(transitions: Mapping[str, Measured], n_blocks: int) -> Mea
     if len(lost) > MOST_LOST * len(transitions):
         return Untested(f"no transition in {len(lost)} of {len(transitions)} tasks")
     together = np.stack([one.draws for one in found.values()])
-    spread = np.abs(together - np.median(together, axis=0)).max(axis=0) / n_blocks
+    distances = np.abs(together - np.median(together, axis=0)) / n_blocks
+    furthest = distances[distances[:, 0].argmax()]
+    value, wider = furthest[0], norm.ppf(0.025 / len(found)) / norm.ppf(0.025)
+    below = np.sort(value + (furthest[1:] - value) * wider)
+    above = np.sort(distances[:, 1:].max(axis=0))
+    half = len(below) // 2
     parts = list(found.values())
     return Estimate(
-        spread,
+        np.concatenate([[value], below[:half], above[half:]]),
         " + ".join(sorted(one.units for one in parts)),
         sum(one.n_units for one in parts),
         n_least=min(one.n_least for one in parts),
