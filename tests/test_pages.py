@@ -6,15 +6,18 @@ import re
 import tomllib
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 import yaml
 from bs4 import BeautifulSoup
 from claimed import invented, number
 
-from executable_book import comparison, first_registration, metadata, scorecard
+from executable_book import comparison, first_registration, front_page, metadata, results, scorecard
 from lib.evidence import records
 from lib.evidence.criteria import criteria
 from lib.evidence.records import shown
+from lib.reading.phase_transition_figures import by_model
 from lib.science.estimate import Untested
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,8 +76,8 @@ def test_numbers_beyond_the_axis_are_drawn_at_its_end_and_untested_ones_not_at_a
 
 def test_models_of_other_runs_stand_beside_this_builds(monkeypatch):
     kept = [{"model": "m", "records": []}, {"model": "other", "records": invented("why-angles")}]
-    monkeypatch.setattr(scorecard, "read_runs", lambda: kept)
-    found = scorecard.all_records(invented("why-angles"))
+    monkeypatch.setattr(results, "read_runs", lambda: kept)
+    found = results.all_records(invented("why-angles"))
     assert list(found) == ["m", "other"]
     colours = {scorecard.colour_of(model, list(found)) for model in found}
     assert len(colours) == 2
@@ -132,11 +135,68 @@ def test_what_models_agree_on_and_differ_on_is_said():
         assert f"{words}: {part} (phase-transition)." in said
 
 
-def test_the_model_of_this_build_shows_what_its_chapters_glued():
-    first, second = run("a", 31, 24.0), run("b", 11, 4.0)
+def test_the_model_of_this_build_shows_what_its_chapters_glued(monkeypatch):
+    kept = [run("a", 31, 24.0), run("b", 11, 4.0)]
     glued = invented("norm-code", "b")
-    found = comparison.with_records([first, second], [*glued, glued[0] | {"place": "own: kin"}])
-    assert found[0]["records"] == first["records"] and found[1]["records"] == glued
+    monkeypatch.setattr(results, "read_runs", lambda: kept)
+    found = results.all_records(glued)
+    assert found == {"b": glued, "a": kept[0]["records"]}
+
+
+# The first page
+
+
+def test_an_answer_quotes_numbers_by_name_and_names_what_was_not_met():
+    rows = [row for row in invented("norm-code") if not row["untrained"]]
+    words = "It tells {within_answer_gain@model} and moves {norm_exchange_transfer@texts}."
+    said = front_page.answer("norm-code", words, rows)
+    assert said.startswith("It tells 0.30 and moves −0.25. ● Supported (")
+    assert re.search(r"\((\d+) of \1 criteria met\)\.$", said)
+    for row in rows:
+        if (row["statistic"], row["place"]) == ("norm_exchange_transfer", "texts"):
+            row |= {"verdict": "refuted", "estimate": 0.35}
+    said = front_page.answer("norm-code", words, rows)
+    assert "and moves 0.35. ○ Refuted by: transfer of a norm exchange" in said
+    assert ", 0.35, wanted ≤ 0.05 (" in said
+    assert front_page.answer("norm-code", words, []) == "no result."
+    with pytest.raises(ValueError, match="norm-code has no statistic 'gain'"):
+        front_page.answer("norm-code", "{gain}", rows)
+
+
+def test_the_first_picture_has_each_models_curves_and_the_papers_task(monkeypatch):
+    own = {f"block {block}": number(0.9, "subjects") for block in range(3)}
+    rows = shown("phase-transition", "a", "context arm", own)
+    rows += shown("phase-transition", "a", "prediction arm", own, untrained=True)
+    monkeypatch.setattr(front_page, "read_runs", lambda: [{"model": "a", "n_blocks": 31}])
+    months = pd.DataFrame(
+        {
+            "model": "b",
+            "curve": "context arm",
+            "block": range(5),
+            "estimate": 1.0,
+            "low": 0,
+            "high": 1,
+        }
+    )
+    table = front_page.curves({"a": invented("norm-code", "a") + rows, "c": []}, months)
+    assert len(table) == 6 + 5
+    first, last = table.iloc[0], table.iloc[-1]
+    assert (first["panel"], first["n_blocks"], first["block"]) == ("a", 31, 0)
+    assert (last["panel"], last["n_blocks"], last["block"]) == ("the paper's months, b", 5, 4)
+    figure = by_model(table)
+    drawn, paper = figure.axes
+    assert drawn.get_xlim() == (-0.5, 30.5) and paper.get_xlim() == (-0.5, 4.5)
+    assert {line.get_label() for line in drawn.lines} == {
+        "context arm",
+        "prediction arm, untrained",
+    }
+    plt.close(figure)
+
+
+def test_recorded_months_are_of_the_base_month_alone():
+    months = front_page.months()
+    assert set(months["panel"]) == {front_page.MONTHS}
+    assert set(months["curve"]) == set(front_page.ARMS)
 
 
 def test_without_a_run_there_is_a_sentence(monkeypatch, tmp_path):
@@ -204,7 +264,8 @@ def test_the_first_page_names_each_model_of_the_catalogue_with_its_command():
     default, *others = models
     assert all(f"`make book MODEL={name}`" in page for name in others)
     assert "| `make book` | SmolLM2-135M" in page and default.startswith("smollm2-135m")
-    assert page.index("{chapter-figure}") < page.index("{scorecard}") < page.index("make book")
+    order = ["{hand-over}", "{answers}", "{scorecard}", "make book"]
+    assert order == sorted(order, key=page.index)
 
 
 def test_the_phase_transition_leads_to_the_explorer():

@@ -249,6 +249,16 @@ def test_one_task_has_no_spread():
     assert spread.reason == "a transition in 1 of 1 tasks; 2 are needed"
 
 
+def test_a_curve_is_recorded_by_block_as_the_mean_over_the_books_tasks():
+    arms = {"a": sharp(20, name="a"), "b": sharp(23, name="b"), "own: c": sharp(3, name="c")}
+    arms["d"] = Untested("accuracy 0.1")
+    found = claim.curve_by_block(arms, "context arm")
+    assert list(found) == [f"block {block}" for block in range(L - 1)]  # the last counts nowhere
+    both = [arms[name].curve("context arm").value for name in "ab"]
+    assert [float(one) for one in found.values()] == pytest.approx(np.mean(both, axis=0))
+    assert claim.curve_by_block({"d": arms["d"]}, "context arm") == {}
+
+
 # --- twins ----------------------------------------------------------------------------------------
 
 

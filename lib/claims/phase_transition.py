@@ -233,6 +233,16 @@ def find_transition(arms: Arms) -> Measured:
     return crossed * step + start
 
 
+def curve_by_block(arms: Mapping[str, Arms | Untested], arm: Arm) -> dict[str, Measured]:
+    """Return an arm's T pooled over tasks, by the names of the blocks that were measured."""
+    own = {name: one for name, one in of_the_book(arms).items() if isinstance(one, Arms)}
+    if not own:
+        return {}
+    pooled = pool({name: one.curve(arm) for name, one in own.items()})
+    blocks = next(iter(own.values())).blocks
+    return {f"block {block}": pooled.at(n) for n, block in enumerate(blocks)}
+
+
 def transition_spread(transitions: Mapping[str, Measured], n_blocks: int) -> Measured:
     """Return the largest distance of a task's ℓ* from the tasks' median, as a share of L.
 

@@ -102,6 +102,40 @@ def _twin_bands(axes: Axes, twins: pd.DataFrame) -> None:
         axes.plot(ends.index, ends["mean"], label=f"{arm}, untrained", **style)
 
 
+def by_model(table: pd.DataFrame, columns: int = 2) -> Figure:
+    """Return both arms over each model's own depth, a panel a model, the twins' on the same axes.
+
+    Args:
+        table: columns `panel`, `n_blocks`, `arm`, `untrained`, `block`, `estimate`, `low`, `high`.
+        columns: panels side by side.
+    """
+    use_theme()
+    panels = list(dict.fromkeys(table["panel"]))
+    rows = -(-len(panels) // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(WIDTH, 1.75 * rows + 0.5), sharey=True, squeeze=False
+    )
+    for axes, name in zip(grid.flat, panels, strict=False):
+        own = table[table["panel"] == name]
+        for untrained in (True, False):
+            for arm in ARMS:
+                curve = own[(own["arm"] == arm) & (own["untrained"] == untrained)]
+                if len(curve):
+                    draw_curve(axes, curve, arm, untrained=untrained)
+        axes.set_title(name, fontsize="small")
+        axes.set_xlim(-0.5, own["n_blocks"].iloc[0] - 0.5)
+        axes.tick_params(labelsize="small")
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    grid[0, 0].set_ylim(-0.1, 1.08)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("transfer T", fontsize="small")
+    for column in range(min(columns, len(panels))):
+        grid.flat[len(panels) - 1 - column].set_xlabel("block", fontsize="small")
+    shared_legend(figure, grid.flat)
+    return figure
+
+
 def task_panels(
     table: pd.DataFrame,
     *,

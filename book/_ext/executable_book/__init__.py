@@ -7,6 +7,7 @@
 - `results`: collects the chapters' records into `_build/results/results.json`.
 - `run_facts`: what the build rested on, in `_build/results/run.json` and on a page.
 - `scorecard`: the answer at a glance on the landing page.
+- `front_page`: what holds in a sentence a claim, and the picture of all models.
 - `first_registration`: the first registration's criteria and verdicts, and why they left.
 - `chapter_figure`: a chapter's figure on another page.
 - `comparison`: the models' runs side by side.
@@ -29,6 +30,7 @@ from executable_book import (
     comparison,
     first_registration,
     freshness,
+    front_page,
     mathjax,
     metadata,
     plotting,
@@ -44,7 +46,8 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Connect the parts to the build. Reading runs in one process, in the order of the book."""
     for part in (
         *(mathjax, plotting, progress, results, freshness),
-        *(run_facts, scorecard, comparison, first_registration, chapter_figure, metadata, theme),
+        *(run_facts, scorecard, front_page, comparison, first_registration, chapter_figure),
+        *(metadata, theme),
     ):
         part.setup(app)
     return {"parallel_read_safe": False, "parallel_write_safe": True}

@@ -8,7 +8,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from executable_book.results import collect
+from executable_book.results import all_records, collect
 from executable_book.tables import table
 from lib.evidence.criteria import MODEL, POOLED, TEXTS, Record, claim_verdict, criteria
 from lib.evidence.records import SIGNS, read_runs
@@ -27,7 +27,8 @@ class ModelComparison(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Return the tables, or a sentence where there is nothing to compare."""
-        runs = with_records(read_runs(), collect(self.env))
+        own = all_records([row for row in collect(self.env) if not is_own(row["place"])])
+        runs = [{**run, "records": own.get(run["model"], [])} for run in read_runs()]
         if not runs:
             return [nodes.paragraph("", NONE)]
         models = [run["model"] for run in runs]
@@ -49,19 +50,6 @@ class ModelComparison(SphinxDirective):
         if len(runs) == 1:
             return [nodes.paragraph("", ONE.format(model=models[0])), *found]
         return [nodes.paragraph("", agreement(runs)), *found]
-
-
-def with_records(
-    runs: Sequence[Mapping[str, Any]], own: Sequence[Record]
-) -> list[Mapping[str, Any]]:
-    """Return the runs, the one of the present build with the records that its chapters glued."""
-    mine = {
-        run["model"]: [
-            row for row in own if row["model"] == run["model"] and not is_own(row["place"])
-        ]
-        for run in runs
-    }
-    return [{**run, "records": mine[run["model"]] or run["records"]} for run in runs]
 
 
 def verdict_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -1,6 +1,7 @@
 """The chapters' records: kept in step with the pages while reading, collected at the end."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from docutils import nodes
@@ -16,6 +17,7 @@ from lib.evidence.records import (
     keep_records,
     key_of,
     pages,
+    read_runs,
     results_file,
     run_file,
     write_records,
@@ -52,6 +54,17 @@ def collect(env: BuildEnvironment) -> list[Record]:
             records_of(env, page), key=lambda row: [str(part) for part in key_of(row)]
         )
     ]
+
+
+def all_records(own: Sequence[Record]) -> dict[str, list[Record]]:
+    """Return this build's records by model, followed by those kept of other models' runs."""
+    found: dict[str, list[Record]] = {}
+    for row in own:
+        found.setdefault(row["model"], []).append(row)
+    for run in read_runs():
+        if run["model"] not in found and run["records"]:
+            found[run["model"]] = run["records"]
+    return found
 
 
 def keep_in_step(env: BuildEnvironment, page: str) -> None:

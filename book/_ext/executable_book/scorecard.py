@@ -8,10 +8,10 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from executable_book.results import collect
+from executable_book.results import all_records, collect
 from lib.engine.catalogue import catalogue
 from lib.evidence.criteria import Criterion, Record, claim_verdict, criteria, judged
-from lib.evidence.records import SIGNS, pages, read_runs
+from lib.evidence.records import SIGNS, pages
 from lib.reading.words import record_text
 
 COMING = "chapter to come"
@@ -70,17 +70,6 @@ class Scorecard(SphinxDirective):
         if page is None:
             return None
         return str(self.env.app.builder.get_relative_uri(self.env.docname, page))
-
-
-def all_records(own: Sequence[Record]) -> dict[str, list[Record]]:
-    """Return this build's records by model, followed by those kept of other models' runs."""
-    found: dict[str, list[Record]] = {}
-    for row in own:
-        found.setdefault(row["model"], []).append(row)
-    for run in read_runs():
-        if run["model"] not in found and run["records"]:
-            found[run["model"]] = run["records"]
-    return found
 
 
 def _claim_row(claim: str, words: str, href: str | None, runs: dict[str, list[Record]]) -> str:

@@ -1,0 +1,178 @@
+"""The first page's picture of all models, and what each claim comes to, in a sentence."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pandas as pd
+from docutils import nodes
+from docutils.parsers.rst import directives
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+from executable_book.chapter_figure import PICTURES
+from executable_book.results import all_records, collect
+from executable_book.scorecard import short_name
+from lib.engine.files import DATA
+from lib.evidence.criteria import Record, claim_verdict, criteria, judged
+from lib.evidence.records import RESULTS, SIGNS, pages, read_runs
+from lib.evidence.transition import CLAIM
+from lib.reading.words import number_text
+
+ARMS = ("context arm", "prediction arm")
+MONTHS = "base month: transfer T"
+"""The panel of the recorded months that the picture shows."""
+
+
+class HandOver(SphinxDirective):
+    """Show transfer against block for each model that was run and for the paper's own task.
+
+    The content is the caption::
+
+        ```{hand-over}
+        :alt: Panels of two curves that cross.
+
+        What it shows.
+        ```
+    """
+
+    has_content = True
+    option_spec: ClassVar = {"alt": directives.unchanged_required}
+
+    def run(self) -> list[nodes.Node]:
+        """Return the figure; nothing where no model was run."""
+        table = curves(all_records(collect(self.env)), months())
+        if table.empty:
+            return []
+        # Late, as they take seconds: a build with nothing changed draws nothing.
+        import matplotlib.pyplot as plt
+
+        from lib.reading.phase_transition_figures import by_model
+
+        picture = Path(self.env.srcdir) / PICTURES / "hand-over.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        figure = by_model(table)
+        figure.savefig(picture)
+        plt.close(figure)
+        uri = f"/{picture.relative_to(self.env.srcdir).as_posix()}"
+        shown = nodes.figure("", nodes.image("", uri=uri, alt=self.options.get("alt", "")))
+        shown += nodes.caption("", "", *self.parse_inline("\n".join(self.content))[0])
+        return [shown]
+
+
+def curves(runs: Mapping[str, Sequence[Record]], recorded: pd.DataFrame) -> pd.DataFrame:
+    """Return each model's T pooled over tasks by block, its twins', and the paper's own task.
+
+    Args:
+        runs: records by model.
+        recorded: as `months`.
+
+    Returns:
+        Columns `panel`, `n_blocks`, `arm`, `untrained`, `block`, `estimate`, `low`, `high`.
+    """
+    depth = {run["model"]: run["n_blocks"] for run in read_runs()}
+    rows = [
+        {
+            "panel": short_name(model),
+            "n_blocks": depth[model],
+            "arm": row["statistic"],
+            "block": int(row["place"].removeprefix("block ")),
+            **{name: row[name] for name in ("untrained", "estimate", "low", "high")},
+        }
+        for model, records in runs.items()
+        for row in records
+        if row["claim"] == CLAIM and row["statistic"] in ARMS and row["estimate"] is not None
+    ]
+    for row in recorded.to_dict("records"):
+        own = {name: row[name] for name in ("block", "estimate", "low", "high")}
+        panel = f"the paper's months, {short_name(row['model'])}"
+        n_blocks = int(recorded["block"].max()) + 1
+        told = {"panel": panel, "n_blocks": n_blocks, "arm": row["curve"], "untrained": False}
+        rows.append(told | own)
+    return pd.DataFrame(rows)
+
+
+def months() -> pd.DataFrame:
+    """Return the paper's own task on the model of this build, else as recorded; empty if neither.
+
+    Columns `model`, `curve`, `block`, `estimate`, `low`, `high`; an exchange of the base month.
+    """
+    for folder in (RESULTS, DATA):
+        if (file := folder / "recorded-months.csv").is_file():
+            found = pd.read_csv(file)
+            return found[found["panel"] == MONTHS]
+    return pd.DataFrame(columns=["model", "curve", "block", "estimate", "low", "high"])
+
+
+class Answers(SphinxDirective):
+    """Say what each claim comes to on the model of the build: a sentence with its numbers.
+
+    Each line names a claim and says what was found, with `{statistic}` for the number over all
+    tasks, `{statistic@place}` for another one. The verdict and what was not met follow::
+
+        ```{answers}
+        phase-transition | It carries {context_early} early and {late_correlation@texts} late.
+        ```
+    """
+
+    has_content = True
+
+    def run(self) -> list[nodes.Node]:
+        """Return the list."""
+        own = collect(self.env)
+        chapters = {Path(page).name: page for page in pages(Path(self.env.srcdir))[1:]}
+        result = nodes.bullet_list(classes=["answers"])
+        for line in filter(str.strip, self.content):
+            claim, _, words = (part.strip() for part in line.partition("|"))
+            rows = [row for row in own if row["claim"] == claim and not row["untrained"]]
+            name = nodes.strong("", claim.replace("-", " ").capitalize())
+            if claim in chapters:
+                builder = self.env.app.builder
+                uri = builder.get_relative_uri(self.env.docname, chapters[claim])
+                name = nodes.reference("", "", name, internal=True, refuri=uri)
+            said = nodes.paragraph("", "", name)
+            said += nodes.Text(f": {answer(claim, words, rows)}")
+            result += nodes.list_item("", said)
+        return [result]
+
+
+def answer(claim: str, words: str, rows: Sequence[Record]) -> str:
+    """Return a claim's sentence with its numbers, its verdict, and what was not met.
+
+    Raises:
+        ValueError: the sentence names a number that the claim has no criterion for.
+    """
+    if not rows:
+        return "no result."
+    known = {one.statistic for one in criteria(claim)}
+    found: dict[tuple[str, str], Any] = {(row["statistic"], row["place"]): row for row in rows}
+
+    def number(match: re.Match[str]) -> str:
+        statistic, _, place = match[1].partition("@")
+        if statistic not in known:
+            raise ValueError(f"{claim} has no statistic {statistic!r} in its criteria.")
+        row = found.get((statistic, place or "all tasks"))
+        return "–" if row is None or row["estimate"] is None else number_text(row["estimate"])
+
+    verdict = claim_verdict(rows, claim, rows[0]["model"]).verdict
+    texts = {one.statistic: one for one in criteria(claim)}
+    failed = [
+        f"{texts[row['statistic']].text}, {number_text(row['estimate'])}, "
+        f"wanted {texts[row['statistic']].wanted}"
+        for row in rows
+        if judged(row) and row["verdict"] == verdict and row["estimate"] is not None
+    ]
+    why = "" if verdict == "supported" or not failed else f" by: {'; '.join(failed)}"
+    n_judged = sum(judged(row) and row["verdict"] != "not testable" for row in rows)
+    n_met = sum(judged(row) and row["verdict"] == "supported" for row in rows)
+    return (
+        f"{re.sub(r'{([^}]+)}', number, words)} {SIGNS[verdict]} {verdict.capitalize()}{why} "
+        f"({n_met} of {n_judged} criteria met)."
+    )
+
+
+def setup(app: Sphinx) -> None:
+    """Connect this part to the build."""
+    app.add_directive("hand-over", HandOver)
+    app.add_directive("answers", Answers)
