@@ -122,7 +122,8 @@ def test_effects_of_models_stand_side_by_side_with_interval_and_twins():
 def test_what_models_agree_on_and_differ_on_is_said():
     first, second = run("a", 31, 24.0), run("b", 11, 4.0)
     part = first["records"][0]["part"]
-    assert comparison.agreement([first, second]).startswith("On all 2 models supported: ")
+    (said,) = comparison.agreement([first, second])
+    assert said.startswith("On all 2 models supported: phase transition: switch, ")
     for verdict, words in (
         ("refuted", "Supported on one, refuted on another"),
         ("undecided", "Decided on some alone"),
@@ -132,7 +133,7 @@ def test_what_models_agree_on_and_differ_on_is_said():
             for row in second["records"]
         ]
         said = comparison.agreement([first, second | {"records": changed}])
-        assert f"{words}: {part} (phase-transition)." in said
+        assert f"{words}: phase transition: {part}." in said
 
 
 def test_the_model_of_this_build_shows_what_its_chapters_glued(monkeypatch):

@@ -18,7 +18,7 @@ from lib.engine.models import load_decoder
 from lib.engine.sweeps import sweep_together
 from lib.evidence.criteria import claim_verdict, judge
 from lib.evidence.tasks import Pairs, build_task, exchange_pairs, load_tasks
-from lib.evidence.transfer import Transfer, choose_pairs, needed_prompts, read_tasks
+from lib.evidence.transfer import ARMS, Transfer, choose_pairs, needed_prompts, read_tasks
 from lib.reading import phase_transition_figures as drawn
 from lib.science.estimate import Estimate, Untested, mean_over_units, over_seeds
 
@@ -252,11 +252,20 @@ def test_one_task_has_no_spread():
 def test_a_curve_is_recorded_by_block_as_the_mean_over_the_books_tasks():
     arms = {"a": sharp(20, name="a"), "b": sharp(23, name="b"), "own: c": sharp(3, name="c")}
     arms["d"] = Untested("accuracy 0.1")
-    found = claim.curve_by_block(arms, "context arm")
-    assert list(found) == [f"block {block}" for block in range(L - 1)]  # the last counts nowhere
-    both = [arms[name].curve("context arm").value for name in "ab"]
-    assert [float(one) for one in found.values()] == pytest.approx(np.mean(both, axis=0))
-    assert claim.curve_by_block({"d": arms["d"]}, "context arm") == {}
+    twins = [{"a": sharp(at, name="a"), "b": Untested("flat")} for at in (5, 6, 7)]
+    rows = claim.curve_records("m", arms, twins)
+    blocks = [f"block {block}" for block in range(L - 1)]  # the last counts nowhere
+    for number, arm in enumerate(ARMS):
+        own, untrained = rows[2 * number * (L - 1) :][: L - 1], rows[(2 * number + 1) * (L - 1) :]
+        assert {row["statistic"] for row in own} == {arm}
+        assert [row["place"] for row in own] == blocks
+        both = [arms[name].curve(arm).value for name in "ab"]
+        assert [row["estimate"] for row in own] == pytest.approx(np.mean(both, axis=0))
+        seeds = [twin["a"].curve(arm).value for twin in twins]
+        found = [row["estimate"] for row in untrained[: L - 1]]
+        assert found == pytest.approx(np.mean(seeds, axis=0))
+        assert untrained[0]["untrained"] and untrained[0]["n"] == 3
+    assert claim.curve_records("m", {"d": arms["d"]}, [{"d": arms["d"]}] * 3) == []
 
 
 # --- twins ----------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ from lib.engine.models import Decoder
 from lib.engine.store import recall_sweeps
 from lib.engine.sweeps import Request
 from lib.engine.vectors import held_out_centroids, random_directions
+from lib.evidence.criteria import Record
+from lib.evidence.records import shown
 from lib.evidence.tasks import Pairs, Task
 from lib.evidence.transfer import (
     ARMS,
@@ -233,8 +235,22 @@ def find_transition(arms: Arms) -> Measured:
     return crossed * step + start
 
 
-def curve_by_block(arms: Mapping[str, Arms | Untested], arm: Arm) -> dict[str, Measured]:
-    """Return an arm's T pooled over tasks, by the names of the blocks that were measured."""
+def curve_records(
+    model: str,
+    arms: Mapping[str, Arms | Untested],
+    twins: Sequence[Mapping[str, Arms | Untested]],
+) -> list[Record]:
+    """Return records of each arm's T pooled over tasks, a block a place, and of its twins'."""
+    records = []
+    for arm in ARMS:
+        records += shown(CLAIM, model, arm, _by_block(arms, arm))
+        seeds = [_by_block(twin, arm) for twin in twins]
+        places = {block: over_seeds([one[block] for one in seeds]) for block in seeds[0]}
+        records += shown(CLAIM, model, arm, places, untrained=True)
+    return records
+
+
+def _by_block(arms: Mapping[str, Arms | Untested], arm: Arm) -> dict[str, Measured]:
     own = {name: one for name, one in of_the_book(arms).items() if isinstance(one, Arms)}
     if not own:
         return {}

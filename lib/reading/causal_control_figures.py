@@ -186,7 +186,7 @@ def spans(table: pd.DataFrame, *, least: float, most: float) -> Figure:
         axes.set_xlabel("directions exchanged, k")
         title = "at most nine answers" if judged else "more answers (shown)"
         axes.set_title(title, fontsize="small")
-        axes.legend(fontsize="x-small", ncols=2, loc="upper left", bbox_to_anchor=(0, -0.18))
+        axes.legend(fontsize="x-small", ncols=2, loc="upper left", bbox_to_anchor=(0, -0.24))
     left.set_ylabel("transfer T")
     left.set_ylim(top=1.05)
     return figure

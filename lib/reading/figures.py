@@ -6,6 +6,7 @@ number; intervals are always drawn. Nothing rests on colour alone.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -248,12 +249,15 @@ def forest(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
     Intervals as recorded, the criterion's threshold dashed, untrained twins grey; a marker is full
     where supported, hollow where refuted, half full where undecided. What could not be tested
-    leaves its line empty.
+    leaves its line empty. Of numbers without a criterion those are drawn that tasks have; curves
+    have figures of their own.
 
     Args:
         rows: records of `lib.evidence.criteria.judge` and `lib.evidence.records.shown`.
     """
     use_theme()
+    places_of = Counter(row["statistic"] for row in rows if not row["place"].startswith("block "))
+    rows = [row for row in rows if row["criterion"] or places_of[row["statistic"]] > 1]
     places = list(dict.fromkeys(row["place"] for row in rows))
     places.sort(key=lambda place: place in ("all tasks", "texts", "model"))
     names = list(dict.fromkeys(row["statistic"] for row in rows))

@@ -104,6 +104,6 @@ def doses(table: pd.DataFrame) -> Figure:
     right.axhline(1, color="#888888", linewidth=0.8)
     right.set(xscale="log", xlabel="factor c of the norm", ylabel="best-fitting temperature")
     for axes in (left, right):
-        axes.set_xticks(table["factor"], [f"{factor:g}" for factor in table["factor"]])
+        axes.set_xticks(table["factor"], [f"{factor:g}" for factor in table["factor"]], rotation=45)
         axes.minorticks_off()
     return figure

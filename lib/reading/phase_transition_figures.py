@@ -173,7 +173,9 @@ def task_panels(
     for axes in grid.flat[len(tasks) :]:
         axes.set_axis_off()
     figure.supylabel("transfer T", fontsize="small")
-    figure.supxlabel("block", fontsize="small")
+    for column in range(min(columns, len(tasks))):
+        grid.flat[len(tasks) - 1 - column].set_xlabel("block", fontsize="x-small")
+        grid.flat[len(tasks) - 1 - column].tick_params(labelbottom=True)
     shared_legend(figure, grid.flat)
     return figure
 

@@ -49,7 +49,8 @@ class ModelComparison(SphinxDirective):
         ]
         if len(runs) == 1:
             return [nodes.paragraph("", ONE.format(model=models[0])), *found]
-        return [nodes.paragraph("", agreement(runs)), *found]
+        said = [nodes.list_item("", nodes.paragraph("", one)) for one in agreement(runs)]
+        return [nodes.bullet_list("", *said), *found]
 
 
 def verdict_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -69,13 +70,13 @@ def verdict_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def agreement(runs: Sequence[Mapping[str, Any]]) -> str:
+def agreement(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return in words on which parts of which claims the models agree, and on which they do not."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, list[str]]] = {}
     claim = ""
     for label, *cells in verdict_rows(runs):
         if not label.startswith(_INDENT):
-            claim = label
+            claim = label.replace("-", " ")
             continue
         verdicts = {cell.split(" ", 1)[-1] for cell in cells}
         kind = f"On all {len(runs)} models {next(iter(verdicts))}"
@@ -83,8 +84,12 @@ def agreement(runs: Sequence[Mapping[str, Any]]) -> str:
             kind = "Supported on one, refuted on another"
         elif len(verdicts) > 1:
             kind = "Decided on some alone"
-        found.setdefault(kind, []).append(f"{label.removeprefix(_INDENT)} ({claim})")
-    return " ".join(f"{kind}: {', '.join(parts)}." for kind, parts in found.items())
+        part = label.removeprefix(_INDENT)
+        found.setdefault(kind, {}).setdefault(claim, []).append(part)
+    return [
+        f"{kind}: " + "; ".join(f"{name}: {', '.join(own)}" for name, own in claims.items()) + "."
+        for kind, claims in sorted(found.items(), reverse=True)
+    ]
 
 
 def effect_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
