@@ -27,7 +27,7 @@ from lib.science.geometry import distances
 # Noise beside a latent place of six dimensions at which ρ with the latent distances is 0.3, 0.35
 # and 0.4 (the thresholds of late_correlation, and of what is subtracted from it), and noise of a
 # reader given which the partial ρ of the last is 0.15. Found by bisection over many samples.
-EARLY, BEFORE, LATE, READER = 1.4413, 1.2861, 1.1559, 1.043
+EARLY, BEFORE, LATE, READER = 1.4243, 1.2705, 1.1416, 1.043
 N_BLOCKS, TRANSITION = 16, 12.0  # early: blocks 4 to 8, before: 9 to 11, after and late: 12 to 14
 LEVEL = [0] * 9 + [1] * 3 + [2] * 4  # which of the three levels of noise a block has
 SEED_SPREAD = 0.02
