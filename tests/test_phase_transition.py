@@ -325,7 +325,7 @@ def test_a_twins_numbers_are_those_of_its_own_weights(trial, pairs):
         parameter.data += 0.3 * parameter.std() * torch.randn_like(parameter)
     twin = load_decoder(other, tokenizer=tiny_tokenizer(WORDS))
     found = claim.measure_twin(twin, {"tiny": trial}, {"tiny": pairs})["tiny"]
-    few = pairs.where(claim.thin(pairs, claim.TWIN_PAIRS))
+    few = pairs.thin(claim.TWIN_PAIRS)
     own = replace(trial, decoder=twin)
     for arm in NAMES:
         for index, (x, y) in enumerate(few.prompts[:3]):
@@ -338,7 +338,7 @@ def test_a_twins_numbers_are_those_of_its_own_weights(trial, pairs):
 
 
 def test_only_the_prompts_that_pairs_need_are_kept(trial, pairs):
-    few = pairs.where(claim.thin(pairs, 5))
+    few = pairs.thin(5)
     task, (own,) = needed_prompts(trial.task, few)
     assert task.n_prompts == len(np.unique(few.prompts))
     for kept, whole in zip(own.prompts.ravel(), few.prompts.ravel(), strict=True):
@@ -788,7 +788,7 @@ def test_arms_that_are_exchanged_refute_the_claim():
 def test_the_default_model_hands_over_from_subject_to_last_token(embedded):
     whole = load_tasks(embedded, ["capitals"])["capitals"]
     pairs = exchange_pairs(whole, n_donors=1)
-    task, (few,) = needed_prompts(whole, pairs.where(claim.thin(pairs, 6)))
+    task, (few,) = needed_prompts(whole, pairs.thin(6))
     real = read_tasks(embedded, {"capitals": task})["capitals"]
     arms = claim.measure_arms({"": real}, {"": few}, [12, 26])[""]
     assert arms.curve("context arm").value == pytest.approx([1, 0], abs=0.2)

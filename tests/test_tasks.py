@@ -105,6 +105,14 @@ def test_pairs_of_one_answer_agree_in_it_and_differ_in_subject(task: Task):
     assert (task.unit[recipient] != task.unit[donor]).all()
 
 
+def test_thinned_pairs_are_spread_from_the_first_to_the_last(task: Task):
+    pairs = exchange_pairs(task)
+    few = pairs.thin(4)
+    rows = [round(k * (len(pairs) - 1) / 3) for k in range(4)]
+    assert (few.prompts == pairs.prompts[rows]).all() and (few.unit == pairs.unit[rows]).all()
+    assert len(pairs.thin(10**6)) == len(pairs)
+
+
 def test_pairs_follow_from_the_tasks_name_alone(reader: Decoder, task: Task):
     again = build_task("toy", items(), TEMPLATES, reader)
     other = build_task("other", items(), TEMPLATES, reader)

@@ -115,13 +115,7 @@ def _with(
 def few_pairs(trial: Trial, most: int | None = None) -> Pairs | Untested:
     """Return one pair a subject, or `most` of them, spread evenly."""
     pairs = choose_pairs(trial)
-    return pairs if isinstance(pairs, Untested) or most is None else thin(pairs, most)
-
-
-def thin(pairs: Pairs, most: int) -> Pairs:
-    """Return `most` of the pairs, spread evenly."""
-    places = np.linspace(0, len(pairs) - 1, min(most, len(pairs))).round()
-    return pairs.where(np.unique(places.astype(int)))
+    return pairs if isinstance(pairs, Untested) or most is None else pairs.thin(most)
 
 
 # --- transfer of parts of a state -----------------------------------------------------------------
@@ -369,8 +363,7 @@ class Steering:
 
     def thin(self, most: int) -> Steering:
         """Return the steering of `most` of the pairs, spread evenly."""
-        places = np.linspace(0, len(self.pairs) - 1, min(most, len(self.pairs))).round()
-        return self.where(np.unique(places.astype(np.int64)))
+        return self.where(self.pairs.spread(most))
 
     def where(self, kept: NDArray[np.int64]) -> Steering:
         """Return the steering of some of the pairs, by index `[n_kept]`."""

@@ -21,11 +21,12 @@ from lib.engine.parts import find_parts
 from lib.engine.sites import ATTENTION, MLP, Head, Site, each_head, head_outputs, patch_heads
 from lib.engine.store import recall_sites
 from lib.evidence.criteria import is_held_out
-from lib.evidence.tasks import Pairs, Task, exchange_pairs
+from lib.evidence.tasks import Pairs, Task
 from lib.evidence.transfer import (
     DivergenceFromDonor,
     Transfer,
     Trial,
+    choose_pairs,
     divergence,
     needed_prompts,
     read_tasks,
@@ -77,12 +78,9 @@ def halve(trial: Trial | Untested) -> Halves | Untested:
     """
     if isinstance(trial, Untested):
         return trial
-    task = trial.task
-    grouped = bool((task.prompts["group"] != "").any())
-    if grouped and trial.gate is not None:
-        return trial.gate
-    groups = trial.able_groups if grouped else None
-    pairs = exchange_pairs(task, n_donors=N_DONORS, groups=groups)
+    task, pairs = trial.task, choose_pairs(trial, n_donors=N_DONORS)
+    if isinstance(pairs, Untested):
+        return pairs
     first = np.zeros(task.n_units, dtype=bool)
     first[generator("halves", task.name).permutation(task.n_units)[: task.n_units // 2]] = True
     recipient, donor = first[task.unit[pairs.prompts]].T

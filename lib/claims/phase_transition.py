@@ -126,11 +126,6 @@ class Arms:
 # --- pairs ----------------------------------------------------------------------------------------
 
 
-def thin(pairs: Pairs, most: int) -> np.ndarray:
-    """Return which pairs are kept where `most` of them have to do, spread evenly `[n_kept]`."""
-    return np.unique(np.linspace(0, len(pairs) - 1, min(most, len(pairs))).round().astype(int))
-
-
 def needed_rows(*pairs: Pairs) -> np.ndarray:
     """Return the prompts of the pairs, each once, ascending."""
     found: np.ndarray = np.unique(np.concatenate([own.prompts for own in pairs]))
@@ -160,8 +155,7 @@ def measure_twin(
     Of each task `TWIN_PAIRS` pairs of the trained model's; only their prompts are read.
     """
     few = {
-        name: needed_prompts(trials[name].task, own.where(thin(own, TWIN_PAIRS)))
-        for name, own in pairs.items()
+        name: needed_prompts(trials[name].task, own.thin(TWIN_PAIRS)) for name, own in pairs.items()
     }
     read = read_tasks(twin, {name: task for name, (task, _) in few.items()})
     able = {name: one for name, one in read.items() if isinstance(one, Trial)}
@@ -171,7 +165,7 @@ def measure_twin(
 
 def as_twins(arms: Arms, pairs: Pairs) -> Arms:
     """Return the trained model's arms on the pairs and blocks that its twins are measured on."""
-    return arms.restrict(thin(pairs, TWIN_PAIRS), twin_blocks(arms.n_blocks))
+    return arms.restrict(pairs.spread(TWIN_PAIRS), twin_blocks(arms.n_blocks))
 
 
 def measure_arms(

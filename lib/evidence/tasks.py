@@ -234,6 +234,14 @@ class Pairs:
         """Return the pairs that are kept, bool or indices `[n_pairs]`."""
         return Pairs(self.prompts[kept], self.unit[kept])
 
+    def spread(self, most: int) -> np.ndarray:
+        """Return which pairs are kept where `most` have to do, spread evenly `[n_kept]`."""
+        return np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).round().astype(int))
+
+    def thin(self, most: int) -> "Pairs":
+        """Return at most so many pairs, spread evenly."""
+        return self.where(self.spread(most))
+
 
 def exchange_pairs(
     task: Task,
