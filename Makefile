@@ -39,7 +39,7 @@ TESTS_READY := $(VENV)/tests.stamp
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help book test test-reading test-colab pdf summary picture floors atlas verify lint audit mutate bench model \
+.PHONY: help book test test-reading test-colab test-atlas pdf summary picture floors atlas verify lint audit mutate bench model \
   architectures notebooks lock clean
 
 help:  ## list the commands
@@ -59,6 +59,9 @@ test-reading: $(TESTS_READY)  ## read the built book in a browser: offline, link
 
 test-colab: $(TESTS_READY) $(COLAB_VENV)/ready.stamp  ## run every notebook as on Colab: bare, alone
 	@$(BIN)/python -m pytest -m colab tests/test_colab.py
+
+test-atlas: $(TESTS_READY) $(TOOLS_READY) model  ## run the atlas on two tiny models
+	@$(BIN)/python -m pytest -m atlas tests/test_atlas.py
 
 pdf: book $(TESTS_READY)  ## print the whole book as one PDF
 	@$(BIN)/python book/_ext/pdf.py

@@ -28,7 +28,7 @@ SMALLER = {  # in the parameter cells
 GAP = re.compile(r"(?<![\w.])(nan|NaN|None(?! of)|inf|<NA>)(?![\w.])")
 
 
-def save_tiny_model(folder: Path) -> None:
+def save_tiny_model(folder: Path, n_blocks: int = 6) -> None:
     """Write a Llama-like model with the embedded model's tokenizer.
 
     The first two blocks have no attention, so that after them prompts that end alike have equal
@@ -39,7 +39,7 @@ def save_tiny_model(folder: Path) -> None:
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=6,
+        num_hidden_layers=n_blocks,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
@@ -55,9 +55,8 @@ def save_tiny_model(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def build_book(folder: Path) -> None:
-    """Build the book in a folder as `make book MODEL=folder` does, on smaller samples."""
-    save_tiny_model(folder / "tiny-llama")
+def copy_book(folder: Path) -> None:
+    """Copy what a book is built from to a folder, with smaller samples and no own networks."""
     for name in (
         *("_config.yml", "_toc.yml", "requirements.txt", "environment.yml"),
         "CITATION.cff",
@@ -73,6 +72,12 @@ def build_book(folder: Path) -> None:
         for large, small in SMALLER.items():
             text = text.replace(large, small)
         file.write_text(text, encoding="utf-8")
+
+
+def build_book(folder: Path) -> None:
+    """Build the book in a folder as `make book MODEL=folder` does, on smaller samples."""
+    save_tiny_model(folder / "tiny-llama")
+    copy_book(folder)
     environment = {name: value for name, value in os.environ.items() if name != "PROGRESS_FILE"}
     environment |= {"MODEL": str(folder / "tiny-llama"), "OMP_NUM_THREADS": "1"}
     command = [str(Path(sys.executable).with_name("jupyter-book")), "build", "."]
