@@ -160,6 +160,9 @@ def test_an_answer_quotes_numbers_by_name_and_names_what_was_not_met():
     assert "and moves 0.35. ○ Refuted by: transfer of a norm exchange" in said
     assert ", 0.35, wanted ≤ 0.05 (" in said
     assert front_page.answer("norm-code", words, []) == "no result."
+    runs = {"m": rows, "other": invented("norm-code", "other", met=False), "third": []}
+    assert front_page.elsewhere("norm-code", rows, runs) == " On others: other ○ refuted."
+    assert front_page.elsewhere("why-angles", rows, runs) == ""
     with pytest.raises(ValueError, match="norm-code has no statistic 'gain'"):
         front_page.answer("norm-code", "{gain}", rows)
 

@@ -121,6 +121,7 @@ class Answers(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Return the list."""
         own = collect(self.env)
+        kept = all_records(own)
         chapters = {Path(page).name: page for page in pages(Path(self.env.srcdir))[1:]}
         result = nodes.bullet_list(classes=["answers"])
         for line in filter(str.strip, self.content):
@@ -132,7 +133,7 @@ class Answers(SphinxDirective):
                 uri = builder.get_relative_uri(self.env.docname, chapters[claim])
                 name = nodes.reference("", "", name, internal=True, refuri=uri)
             said = nodes.paragraph("", "", name)
-            said += nodes.Text(f": {answer(claim, words, rows)}")
+            said += nodes.Text(f": {answer(claim, words, rows)}{elsewhere(claim, rows, kept)}")
             result += nodes.list_item("", said)
         return [result]
 
@@ -170,6 +171,18 @@ def answer(claim: str, words: str, rows: Sequence[Record]) -> str:
         f"{re.sub(r'{([^}]+)}', number, words)} {SIGNS[verdict]} {verdict.capitalize()}{why} "
         f"({n_met} of {n_judged} criteria met)."
     )
+
+
+def elsewhere(claim: str, rows: Sequence[Record], runs: Mapping[str, Sequence[Record]]) -> str:
+    """Return the verdicts on the claim of the models that the sentence does not speak of."""
+    spoken = {row["model"] for row in rows}
+    found = {
+        short_name(model): claim_verdict(own, claim, model).verdict
+        for model, own in runs.items()
+        if model not in spoken and any(row["claim"] == claim and row["criterion"] for row in own)
+    }
+    said = ", ".join(f"{name} {SIGNS[verdict]} {verdict}" for name, verdict in found.items())
+    return f" On others: {said}." if found else ""
 
 
 def setup(app: Sphinx) -> None:
