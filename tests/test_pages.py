@@ -56,10 +56,10 @@ def test_forest_draws_each_number_to_scale_and_twins_grey():
     centres = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', html)]
     low, high = scorecard.AXIS
     values = [row["estimate"] for row in own if row["place"] == "all tasks"]
-    expected = [6 + 148 * (value - low) / (high - low) for value in values]
+    expected = [6 + 118 * (value - low) / (high - low) for value in values]
     assert centres == pytest.approx(expected, abs=0.06)
     (threshold,) = re.findall(r'class="threshold" x1="([\d.]+)"', html)
-    assert float(threshold) == pytest.approx(6 + 148 * (0.8 - low) / (high - low), abs=0.06)
+    assert float(threshold) == pytest.approx(6 + 118 * (0.8 - low) / (high - low), abs=0.06)
     assert html.count(f'stroke="{scorecard.TWIN}"') == 2  # interval and mark
     assert "● supported" in html and "○ refuted" in html and 'href="a.html"' in html
 
@@ -68,7 +68,7 @@ def test_numbers_beyond_the_axis_are_drawn_at_its_end_and_untested_ones_not_at_a
     rows = [r for r in invented("phase-transition") if r["statistic"] == CONTEXT.statistic]
     far = rows[0] | {"estimate": 40.0, "low": -40.0, "high": 41.0}
     html = scorecard._forest([far], CONTEXT, ["m"])
-    assert 'x1="6.0" x2="154.0"' in html and '<circle cx="154.0"' in html
+    assert 'x1="6.0" x2="124.0"' in html and '<circle cx="124.0"' in html
     gone = far | {"estimate": None, "verdict": "not testable", "reason": "no <pair>"}
     html = scorecard._forest([gone], CONTEXT, ["m"])
     assert "<circle" not in html and "no &lt;pair&gt;" in html
@@ -151,14 +151,16 @@ def test_an_answer_quotes_numbers_by_name_and_names_what_was_not_met():
     rows = [row for row in invented("norm-code") if not row["untrained"]]
     words = "It tells {within_answer_gain@model} and moves {norm_exchange_transfer@texts}."
     said = front_page.answer("norm-code", words, rows)
-    assert said.startswith("It tells 0.30 and moves −0.25. ● Supported (")
-    assert re.search(r"\((\d+) of \1 criteria met\)\.$", said)
+    assert said == "It tells 0.30 and moves −0.25. ● Supported, 6 of 6 criteria met."
     for row in rows:
         if (row["statistic"], row["place"]) == ("norm_exchange_transfer", "texts"):
             row |= {"verdict": "refuted", "estimate": 0.35}
     said = front_page.answer("norm-code", words, rows)
-    assert "and moves 0.35. ○ Refuted by: transfer of a norm exchange" in said
-    assert ", 0.35, wanted ≤ 0.05 (" in said
+    assert "and moves 0.35. ○ Refuted, 5 of 6 criteria met: transfer of a norm exchange" in said
+    assert said.endswith(" (0.35, wanted ≤ 0.05).")
+    small = [row for row in invented("why-angles") if not row["untrained"]]
+    said = front_page.answer("why-angles", "The gap is {partial_gap_normed}.", small)
+    assert said.startswith("The gap is 0.80. ")
     assert front_page.answer("norm-code", words, []) == "no result."
     runs = {"m": rows, "other": invented("norm-code", "other", met=False), "third": []}
     assert front_page.elsewhere("norm-code", rows, runs) == " On others: other ○ refuted."

@@ -15,7 +15,7 @@ from executable_book.chapter_figure import PICTURES
 from executable_book.results import all_records, collect
 from executable_book.scorecard import short_name
 from lib.engine.files import DATA
-from lib.evidence.criteria import Record, claim_verdict, criteria, judged
+from lib.evidence.criteria import MODEL, POOLED, Record, claim_verdict, criteria, judged
 from lib.evidence.records import RESULTS, SIGNS, pages, read_runs
 from lib.evidence.transition import CLAIM
 from lib.reading.words import number_text
@@ -109,7 +109,7 @@ class Answers(SphinxDirective):
     """Say what each claim comes to on the model of the build: a sentence with its numbers.
 
     Each line names a claim and says what was found, with `{statistic}` for the number over all
-    tasks, `{statistic@place}` for another one. The verdict and what was not met follow::
+    tasks or the model's, `{statistic@place}` for another one. Verdict and what was not met follow::
 
         ```{answers}
         phase-transition | It carries {context_early} early and {late_correlation@texts} late.
@@ -147,29 +147,31 @@ def answer(claim: str, words: str, rows: Sequence[Record]) -> str:
     if not rows:
         return "no result."
     known = {one.statistic for one in criteria(claim)}
+    rows = [row for row in rows if row["criterion"] and judged(row)]
     found: dict[tuple[str, str], Any] = {(row["statistic"], row["place"]): row for row in rows}
 
     def number(match: re.Match[str]) -> str:
         statistic, _, place = match[1].partition("@")
         if statistic not in known:
             raise ValueError(f"{claim} has no statistic {statistic!r} in its criteria.")
-        row = found.get((statistic, place or "all tasks"))
+        places = [place] if place else [POOLED, MODEL]
+        row = next(filter(None, (found.get((statistic, one)) for one in places)), None)
         return "–" if row is None or row["estimate"] is None else number_text(row["estimate"])
 
     verdict = claim_verdict(rows, claim, rows[0]["model"]).verdict
     texts = {one.statistic: one for one in criteria(claim)}
     failed = [
-        f"{texts[row['statistic']].text}, {number_text(row['estimate'])}, "
-        f"wanted {texts[row['statistic']].wanted}"
+        f"{texts[row['statistic']].text} ({number_text(row['estimate'])}, "
+        f"wanted {texts[row['statistic']].wanted})"
         for row in rows
-        if judged(row) and row["verdict"] == verdict and row["estimate"] is not None
+        if row["verdict"] == verdict and row["estimate"] is not None
     ]
-    why = "" if verdict == "supported" or not failed else f" by: {'; '.join(failed)}"
-    n_judged = sum(judged(row) and row["verdict"] != "not testable" for row in rows)
-    n_met = sum(judged(row) and row["verdict"] == "supported" for row in rows)
+    why = "" if verdict == "supported" or not failed else f": {'; '.join(failed)}"
+    n_judged = sum(row["verdict"] != "not testable" for row in rows)
+    n_met = sum(row["verdict"] == "supported" for row in rows)
     return (
-        f"{re.sub(r'{([^}]+)}', number, words)} {SIGNS[verdict]} {verdict.capitalize()}{why} "
-        f"({n_met} of {n_judged} criteria met)."
+        f"{re.sub(r'{([^}]+)}', number, words)} {SIGNS[verdict]} {verdict.capitalize()}, "
+        f"{n_met} of {n_judged} criteria met{why}."
     )
 
 

@@ -19,7 +19,7 @@ NO_RESULT = "no result"
 MODEL_COLOURS, TWIN = ("#0173b2", "#d55e00", "#029e73", "#cc78bc"), "#7f7f7f"
 AXIS = (-0.25, 1.25)
 """Ends of the forest's axis; a number beyond them is drawn at the end that it passes."""
-_WIDTH, _LINE = 160, 16
+_WIDTH, _LINE = 130, 16
 
 
 class Scorecard(SphinxDirective):
@@ -105,7 +105,11 @@ def _effect_rows(
     n_models = len({model for _, _, model in found})
     result = []
     for place in dict.fromkeys(place for place, _, _ in found):
-        own = [row for (at, _, _), row in found.items() if at == place]
+        own = [
+            row
+            for (at, untrained, _), row in found.items()
+            if at == place and not (untrained and row["estimate"] is None)
+        ]
         text = escape(criterion.text) + ("" if place == "model" else f" ({place})")
         head = f'<a href="{href}">{text}</a>' if href else text
         numbers, verdicts = [], []
