@@ -144,3 +144,55 @@ def test_a_p_value_counts_the_observed_among_the_permutations():
     assert permutation_p_value(0.5, np.array([0.1, 0.5, -0.9]), "greater") == pytest.approx(0.5)
     assert permutation_p_value(0.5, np.array([0.1, 0.5, -0.9]), "two-sided") == pytest.approx(0.75)
     assert permutation_p_value(0.5, np.array([0.1, 0.5, -0.9]), "less") == pytest.approx(1.0)
+
+
+def test_mantels_test_tells_its_null_and_its_sizes():
+    first, second = cloud(3), cloud(4)
+    found, _ = mantel_tests(
+        [first, second], second, n_permutations=40, rng=np.random.default_rng(5), alternative="less"
+    )
+    rng = np.random.default_rng(5)
+    upper = np.triu_indices(12, 1)
+    null = []
+    for _ in range(40):
+        order = rng.permutation(12)
+        null.append(spearmanr(first[upper], second[np.ix_(order, order)][upper]).statistic)
+    assert (found.n_permutations, found.n_items) == (40, 12)
+    low, high = np.quantile(null, [0.025, 0.975])
+    assert (found.null_low, found.null_high) == pytest.approx((low, high))
+    below = np.sum(np.array(null) <= found.correlation + 1e-12)
+    assert found.p_value == pytest.approx((1 + below) / 41)
+
+
+def test_a_p_value_is_two_sided_unless_said_otherwise():
+    assert permutation_p_value(0.5, np.array([0.1, 0.2, -0.9])) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("broken", [np.zeros(9), np.zeros((3, 4)), np.zeros((2, 2))])
+def test_what_is_no_square_of_three_is_refused_with_its_shape(broken):
+    with pytest.raises(ValueError, match="n of at least 3; got"):
+        rank_matrix(broken)
+
+
+def test_three_items_are_ranked_and_two_that_agree_are_not_all():
+    matrix = squareform([1.0, 1.0, 2.0])
+    assert rank_matrix(matrix)[0].tolist() == [0.0, 1.5, 1.5]
+    assert rank_matrix(squareform([1.0, 2.0, 2.0])) is not None
+    assert rank_matrix(squareform([1.0, 1.0, 1.0])) is None
+
+
+def test_a_standardised_matrix_is_square_and_not_constant():
+    with pytest.raises(ValueError, match="must be square"):
+        off_diagonal(np.zeros((3, 4)))
+    with pytest.raises(ValueError, match="constant"):
+        off_diagonal(np.ones((4, 4)))
+    found = off_diagonal(0.01 * cloud(0))
+    off = ~np.eye(12, dtype=bool)
+    assert (found[off].mean(), found[off].std()) == pytest.approx((0, 1))
+
+
+def test_the_correlation_over_items_names_its_units():
+    reason = correlate([cloud(0, n=3)], cloud(1, n=3), "three").reason
+    assert reason == "a correlation at block 0 is undefined in some draws of three"
+    found = correlate([cloud(0)], cloud(1), "twelve")
+    assert (found.units, found.n_units) == ("twelve", 12)

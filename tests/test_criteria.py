@@ -236,3 +236,65 @@ def test_a_model_wide_number_has_the_models_place():
         "why-angles", "small", {one.statistic: number(0.6) for one in criteria("why-angles")}
     )
     assert {row["place"] for row in found} == {MODEL}
+
+
+@pytest.mark.parametrize(
+    ("relation", "below", "at_low", "at_high", "above"),
+    [
+        (">=", "refuted", "undecided", "supported", "supported"),
+        (">", "refuted", "refuted", "undecided", "supported"),
+        ("<=", "supported", "supported", "undecided", "refuted"),
+        ("<", "supported", "undecided", "refuted", "refuted"),
+    ],
+)
+def test_an_interval_that_ends_at_the_threshold_is_judged_by_the_relation(
+    relation, below, at_low, at_high, above
+):
+    one = Criterion("c", "p", "s", relation, 0.5, "model", "T", "it")
+    assert one.verdict(0.1, 0.4) == below
+    assert one.verdict(0.1, 0.5) == at_low
+    assert one.verdict(0.5, 0.9) == at_high
+    assert one.verdict(0.6, 0.9) == above
+    assert one.verdict(0.4, 0.6) == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (-0.09, 0.09, "supported"),
+        (-0.1, 0.0, "undecided"),
+        (0.0, 0.1, "undecided"),
+        (0.1, 0.2, "refuted"),
+        (-0.2, -0.1, "refuted"),
+        (-0.2, 0.2, "undecided"),
+    ],
+)
+def test_an_equivalence_has_its_whole_interval_inside_the_margin(low, high, expected):
+    assert (
+        Criterion("c", "p", "s", "within", 0.1, "model", "T", "it").verdict(low, high) == expected
+    )
+
+
+def test_a_pooled_support_stands_with_a_quarter_of_the_tasks_against_it_and_falls_with_more():
+    (first, *others) = criteria("phase-transition")
+    assert (first.relation, first.places) == (">=", "tasks")
+
+    def pooled(n_against):
+        tasks = {
+            f"task {k}": mean_over_units(
+                (0.5 if k < n_against else 1.0) + 0.001 * np.arange(40), f"subjects of {k}"
+            )
+            for k in range(8)
+        }
+        rest = {one.statistic: mean_over_units(np.arange(9.0), "x") for one in others}
+        rest = {
+            one.statistic: {"a": rest[one.statistic]}
+            if one.places == "tasks"
+            else rest[one.statistic]
+            for one in others
+        }
+        rows = judge("phase-transition", "m", {first.statistic: tasks, **rest})
+        (row,) = [r for r in rows if (r["statistic"], r["place"]) == (first.statistic, "all tasks")]
+        return row["verdict"]
+
+    assert [pooled(n) for n in (0, 2, 3)] == ["supported", "supported", "undecided"]

@@ -64,3 +64,43 @@ def test_the_transition_is_drawn_with_both_arms_and_untested_where_they_do_not_c
     found = transition(context, prediction)
     assert float(found) == pytest.approx(4.5, abs=0.05)
     assert isinstance(transition(prediction, context), Untested)
+
+
+@pytest.mark.parametrize(
+    ("n_blocks", "expected"),
+    [
+        (4, [2]),
+        (6, [4]),
+        (7, [5]),
+        (12, [10]),
+        (13, [10, 11]),
+        (18, [15, 16]),
+        (28, [23, 24, 25, 26]),
+    ],
+)
+def test_the_last_sixth_is_rounded_up_and_leaves_the_last_block_out(n_blocks, expected):
+    assert list(last_sixth(n_blocks)) == expected
+
+
+def test_late_blocks_may_begin_with_the_first_and_may_be_one():
+    assert list(late_blocks(6, 0)) == [0, 1, 2, 3, 4]
+    assert list(late_blocks(6, 0.5)) == [1, 2, 3, 4]
+    assert list(late_blocks(6, 4)) == [4]
+    for outside in (-0.1, 4.1):
+        with pytest.raises(ValueError, match="from 0 to 4"):
+            late_blocks(6, outside)
+
+
+def test_the_width_runs_from_a_tenth_to_nine_tenths_of_the_change_from_first_to_last():
+    assert width([0, 0.1, 0.5, 0.9, 1], rising=True) == pytest.approx(2)
+    assert width([0.3, 0.4, 0.8, 1.2, 1.3], rising=True) == pytest.approx(2)
+    assert width([0, 0.05], rising=True) == pytest.approx(0.8)  # just a change
+    assert np.isnan(width([0, 0.049], rising=True))
+
+
+def test_curves_cross_between_the_first_two_blocks_and_the_last_two_and_not_by_touching():
+    assert crossing([1, 0, 0], [0, 1, 1]) == pytest.approx(0.5)
+    assert crossing([1, 1, 0], [0, 0, 1]) == pytest.approx(1.5)
+    assert crossing([1, 0.5, 0], [0, 0.5, 1]) == pytest.approx(1)
+    assert np.isnan(crossing([0.5, 0.5, 0], [0.5, 0.5, 1]))
+    assert np.isnan(crossing([1, 1, 0.5], [0, 0, 0.5]))

@@ -167,3 +167,55 @@ def test_blocks_are_averaged_within_each_draw():
     found = mean_over_units(values, "thirty").over(range(2, 4))
     assert float(found) == pytest.approx(values[:, 2:4].mean())
     assert isinstance(mean_over_units(values, "thirty").over([]), Untested)
+
+
+def test_what_is_made_of_shares_is_no_share():
+    share = mean_over_units(np.arange(12) % 2, "dozen", share=True)
+    made = (share - share, share - 0.5, share.map(lambda value: value), stack(share, share))
+    assert share.share and not any(one.share is not False for one in made)
+    assert pool({"a": share, "b": mean_over_units(np.arange(9) % 2, "nine", share=True)}).share
+    assert not pool({"a": share, "b": mean_over_units(np.arange(9.0), "nine")}).share
+
+
+def test_reasons_say_what_is_missing():
+    number = mean_over_units(np.r_[np.zeros(9), 1.0], "ten")
+    assert (number / number).reason == "the number to divide by is zero in some draws"
+    assert number.over([]).reason == "no block to take the mean over"
+    n_lost = int((number.draws == 0).sum())
+    both = number.map(lambda value: np.array([1.0, math.nan if value == 0 else 1 / value]))
+    assert both.reason == f"undefined in {n_lost} of {len(number.draws)} draws over ten"
+    assert pool({}).reason == "no task"
+    assert pool({"a": Untested("x"), "b": Untested("x")}).reason == "x"
+    assert pool({"a": Untested("x"), "b": Untested("y")}).reason == "a: x; b: y"
+
+
+def test_a_pooled_number_names_the_units_of_all_its_tasks():
+    tasks = {name: mean_over_units(np.arange(9.0), name) for name in ("b", "a")}
+    assert pool(tasks).units == "a + b"
+
+
+def test_the_difference_of_independent_numbers_is_that_of_their_values_and_spread_draws():
+    first = mean_over_units(np.random.default_rng(1).normal(size=30), "subjects")
+    second = mean_over_units(np.random.default_rng(2).normal(size=5), "seeds")
+    found = independent_difference(first, second)
+    assert float(found) == pytest.approx(float(first) - float(second))
+    assert (found.units, found.n_units) == ("subjects against seeds", 35)
+
+    def spread(n):
+        return math.sqrt(n / (n - 1)) * student_t.ppf(0.975, n - 1) / norm.ppf(0.975)
+
+    one = first.value + (first.draws - first.value) * spread(30)
+    other = second.value + (second.draws - second.value)  # five units are spread when drawn
+    assert np.allclose(found.draws[1:], (one - other)[1:], rtol=1e-4, atol=1e-5)
+    level = found.interval()
+    plain = np.quantile(found.draws, [0.025, 0.975])
+    assert [level.low, level.high] == pytest.approx(plain, rel=1e-3)
+
+
+def test_sums_over_pairs_keep_the_axes_before_them():
+    values = np.random.default_rng(3).normal(size=(2, 3, 5))
+    unit = np.array([0, 1, 0, 1, 1])
+    found = sums_by_unit(values, unit, 2)
+    assert found.shape == (2, 2, 3)
+    assert np.allclose(found[1], values[:, :, unit == 1].sum(axis=-1))
+    assert np.array_equal(sums_by_unit([1, 2], [0, 0], 1), [3.0])

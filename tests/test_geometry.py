@@ -123,3 +123,42 @@ def test_too_few_items_and_broken_values_are_one_line_errors(matrix, states):
     states[2, 1] = np.nan
     with pytest.raises(ValueError, match="item 2 has a NaN"):
         matrix(states)
+
+
+def test_the_jeffreys_divergence_over_a_large_vocabulary_is_the_sum_over_all_of_it():
+    logits = np.random.default_rng(7).normal(size=(4, 10_000)) + np.linspace(0, 5, 10_000)
+    p = softmax(logits, axis=1)
+    expected = [[(rel_entr(x, y) + rel_entr(y, x)).sum() for x in p] for y in p]
+    assert jeffreys_divergence(logits) == pytest.approx(np.array(expected), rel=1e-9, abs=1e-12)
+    single = jeffreys_divergence(logits.astype(np.float32))
+    assert single == pytest.approx(np.array(expected), rel=1e-4, abs=1e-12)
+
+
+def test_many_close_states_and_predictions_keep_their_digits_pair_by_pair():
+    turns = np.array([0.0, 1e-7, 3e-7, 6e-7, 1.0])
+    states = np.column_stack([np.cos(turns), np.sin(turns)])
+    expected = np.abs(turns[:, None] - turns[None, :])
+    assert angles(states) == pytest.approx(expected, rel=1e-8)
+    base, way = np.random.default_rng(8).normal(size=(2, 300))
+    found = jeffreys_divergence(np.stack([base + turn * way for turn in turns]))
+    p = softmax(base)
+    variance = (p * way**2).sum() - (p * way).sum() ** 2  # J of a small step is its square
+    assert found[:4, :4] == pytest.approx(expected[:4, :4] ** 2 * variance, rel=1e-5)
+
+
+def test_a_certain_prediction_has_entropy_zero():
+    assert entropy(np.log([[1.0, 1e-300]])) == pytest.approx([0.0], abs=1e-12)
+
+
+def test_errors_name_what_was_given(states):
+    states[3, 0] = np.inf
+    for function in (angles, distances, log_norm_differences):
+        with pytest.raises(ValueError, match=r"^states: item 3"):
+            function(states)
+    with pytest.raises(ValueError, match=r"^log_p: item 3"):
+        entropy(states)
+    with pytest.raises(ValueError, match=r"^states: item 1 has norm 0"):
+        angles([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
+    for broken in (np.zeros((2, 3)), np.zeros(4)):
+        with pytest.raises(ValueError, match="must be square"):
+            upper_triangle(broken)

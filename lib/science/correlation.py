@@ -125,6 +125,7 @@ def weighted_correlations(matrices: Sequence[FloatArray], weights: FloatArray) -
     ):
         raise ValueError(f"Matrices and weights must be of one number of items, here {n_items}.")
     n_pairs = np.square(weights.sum(axis=1)) - np.square(weights).sum(axis=1)
+    n_pairs = np.where(n_pairs > 0, n_pairs, np.nan)  # a draw of one item alone has no pair
 
     def pair_mean(matrix: FloatArray) -> FloatArray:
         total: FloatArray = np.einsum("di,di->d", weights @ matrix, weights)
