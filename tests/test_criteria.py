@@ -298,3 +298,35 @@ def test_a_pooled_support_stands_with_a_quarter_of_the_tasks_against_it_and_fall
         return row["verdict"]
 
     assert [pooled(n) for n in (0, 2, 3)] == ["supported", "supported", "undecided"]
+
+
+def test_a_record_says_of_whom_it_is_and_what_was_lost():
+    (first, *others) = criteria("phase-transition")
+    number = mean_over_units(np.arange(40.0), "forty")
+    tasks = {"capitals": number, "antonyms": Untested("no pair")}
+    rest = {one.statistic: {"a": number} if one.places == "tasks" else number for one in others}
+    twins = {one.statistic: number for one in others if one.places != "tasks"}
+    twins |= {one.statistic: {"a": number} for one in others if one.places == "tasks"}
+    twins = {name: twins[name] for name in twins if not _compares(name)} | {first.statistic: tasks}
+    rows = judge("phase-transition", "m", {first.statistic: tasks, **rest}, twins)
+    assert {row["claim"] for row in rows} == {"phase-transition"}
+    assert {row["model"] for row in rows} == {"m"}
+    own = {
+        (row["place"], row["untrained"]): row for row in rows if row["statistic"] == first.statistic
+    }
+    seen, lost = own["capitals", False], own["antonyms", False]
+    assert (seen["n"], seen["reason"], seen["held_out"]) == (40, "", False)
+    assert (lost["n"], lost["reason"], lost["held_out"]) == (0, "no pair", True)
+    assert lost["estimate"] is None and not lost["architecture"]
+    assert own["capitals", True]["untrained"]
+    found = claim_verdict(rows, "phase-transition", "m", untrained=True)
+    assert (found.claim, found.model, found.untrained) == ("phase-transition", "m", True)
+    assert (
+        found.parts["learned"] == "not testable"
+    )  # it compares with twins, and holds nothing else
+
+
+def _compares(statistic: str) -> bool:
+    return next(
+        one for one in criteria("phase-transition") if one.statistic == statistic
+    ).comparative

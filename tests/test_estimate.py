@@ -219,3 +219,16 @@ def test_sums_over_pairs_keep_the_axes_before_them():
     assert found.shape == (2, 2, 3)
     assert np.allclose(found[1], values[:, :, unit == 1].sum(axis=-1))
     assert np.array_equal(sums_by_unit([1, 2], [0, 0], 1), [3.0])
+
+
+def test_numbers_are_reckoned_with_draw_by_draw():
+    number = mean_over_units(np.random.default_rng(9).normal(size=20), "twenty")
+    for found, expected in (
+        (number - 2, number.draws - 2),
+        (number + 2, number.draws + 2),
+        (number * 2, number.draws * 2),
+        (number / 2, number.draws / 2),
+        (number * number, number.draws**2),
+    ):
+        assert np.allclose(found.draws, expected)
+    assert number.to_frame()["n"].tolist() == [20]
