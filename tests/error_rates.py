@@ -29,7 +29,9 @@ def rates(report: Path) -> pd.DataFrame:
     ]
     found = pd.DataFrame(rows).groupby(["claim", "statistic", "place"], sort=False)[list(RATES)]
     table = found.agg({"false_support": "max", "false_refutation": "max", "decided": "min"})
-    return table.round(3).reset_index().rename(columns=RATES)
+    named = table.round(3).reset_index().rename(columns=RATES)
+    names = ["claim", "statistic"]
+    return named.assign(**named[names].replace("[-_]", " ", regex=True))
 
 
 if __name__ == "__main__":
