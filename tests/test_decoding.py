@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LinearRegression
 
-from lib.science.decoding import decoding_gain, residuals, thirds
-from lib.science.estimate import Untested
+from lib.science.decoding import Decoded, decoding_gain, residuals, thirds
+from lib.science.estimate import Untested, mean_over_units
 
 
 def planted(signal: float, n: int = 240, n_classes: int = 3, seed: int = 0):
@@ -94,3 +94,28 @@ def test_the_interval_of_a_gain_is_no_narrower_than_shuffled_labels_are_spread()
     found = decoding_gain(rng.normal(size=(120, 2)), label, unit, rng, strata=unit)
     assert found.over_units(unit, "forty").draws.std() >= 0.99 * found.null_spread
     assert found.over_units(unit, "forty").n_units == 40
+
+
+def test_draws_over_units_are_those_of_the_units_means_and_at_least_as_wide_as_the_nulls():
+    gain = np.random.default_rng(5).normal(0.2, 1, size=60)
+    unit = np.repeat(np.arange(20), [1] * 10 + [5] * 10)
+    means = [gain[unit == one].mean() for one in range(20)]
+    plain = mean_over_units(means, "twenty")
+    sure = Decoded(gain, 0.0).over_units(unit, "twenty")
+    assert np.allclose(sure.draws, plain.draws)
+    assert (sure.units, sure.n_units, sure.n_least) == ("twenty", 20, 20)
+    spread = 3 * plain.draws.std()
+    wide = Decoded(gain, spread).over_units(unit, "twenty")
+    assert np.allclose(wide.draws - wide.value, 3 * (plain.draws - plain.value))
+    same = Decoded(np.full(60, 0.25), 0.1).over_units(unit, "twenty")
+    assert np.allclose(same.draws, 0.25)  # nothing to spread
+    assert Decoded(gain[:2], 0.1).over_units([0, 1], "two").reason.startswith("2 two")
+
+
+def test_one_class_and_a_constant_feature_are_named():
+    rng = np.random.default_rng(6)
+    feature, label = planted(1.0, n=60)
+    assert decoding_gain(feature, np.zeros(60), np.arange(60), rng) == Untested("one class alone")
+    two = np.column_stack([feature[:, 0], np.ones(60)])
+    same = decoding_gain(two, label, np.arange(60), rng)
+    assert same == Untested("a feature is the same for all items")

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,8 +12,6 @@ from lib.engine.edits import (
     Rotate,
     Scale,
     Shift,
-    Stretch,
-    TurnBy,
     TurnLikeNormExchange,
     across,
     add,
@@ -77,38 +74,6 @@ def test_scaling_keeps_the_direction_and_multiplies_the_norm(factor: float) -> N
     assert torch.allclose(cosine(result, STATE), torch.ones(4, 3).double(), atol=1e-6)
 
 
-@pytest.mark.parametrize("displacement", [0.3, 1.0, 2**0.5, 2.0])
-def test_matched_rotation_keeps_the_norm_and_moves_as_far_as_it_says(displacement: float) -> None:
-    result = TurnBy(displacement)(STATE, DONOR).double()
-    state = STATE.double()
-    assert torch.allclose(result.norm(dim=-1), state.norm(dim=-1), rtol=1e-6)
-    moved = (result - state).norm(dim=-1) / state.norm(dim=-1)
-    assert torch.allclose(moved, torch.full((4, 3), displacement).double(), rtol=1e-6)
-
-
-def test_matched_rotation_stays_in_the_plane_of_state_and_donor() -> None:
-    result = TurnBy(0.7)(STATE, DONOR)
-    for row in range(4):
-        three = torch.stack([result[row, 0], STATE[row, 0], DONOR[row, 0]]).double()
-        assert torch.linalg.svdvals(three)[2] < 1e-5 * torch.linalg.svdvals(three)[0]
-
-
-@pytest.mark.parametrize("displacement", [0.3, 1.0, 1.9])
-def test_matched_rotation_turns_towards_the_donor(displacement: float) -> None:
-    """By φ = 2·arcsin(displacement / 2), so the angle that is left to the donor is θ − φ."""
-    result = TurnBy(displacement)(STATE.double(), DONOR.double())
-    turn = 2 * np.arcsin(displacement / 2)
-    left = torch.acos(cosine(STATE, DONOR)) - turn
-    assert torch.allclose(cosine(result, DONOR), torch.cos(left), atol=1e-9)
-
-
-def test_matched_rotation_moves_as_far_as_the_scaling_it_is_matched_to() -> None:
-    for factor in (0.25, 0.5, 2.0):
-        scaled = (Scale(factor)(STATE, DONOR) - STATE).norm(dim=-1)
-        turned = (TurnBy(abs(factor - 1))(STATE, DONOR) - STATE).norm(dim=-1)
-        assert torch.allclose(scaled, turned, rtol=1e-5)
-
-
 def test_scaling_before_the_final_norm_changes_no_logit(llama: Decoder) -> None:
     """An RMSNorm divides by the norm; its epsilon is all that is left of a scaling."""
     states = torch.randn(6, llama.d_model, generator=torch.Generator().manual_seed(4)) * 30
@@ -121,17 +86,6 @@ def test_scaling_before_the_final_norm_changes_no_logit(llama: Decoder) -> None:
 def test_factor_that_is_not_positive_is_refused(factor: float) -> None:
     with pytest.raises(ValueError, match="positive and finite"):
         Scale(factor)
-
-
-@pytest.mark.parametrize("displacement", [0.0, -0.5, 2.01, float("nan")])
-def test_displacement_out_of_reach_is_refused(displacement: float) -> None:
-    with pytest.raises(ValueError, match="cannot be reached"):
-        TurnBy(displacement)
-
-
-def test_donor_parallel_to_the_state_spans_no_plane() -> None:
-    with pytest.raises(ValueError, match="parallel"):
-        TurnBy(1.0)(STATE, 2 * STATE)
 
 
 DOSES = (0.0, 5.0, 45.0, 90.0, 180.0)
@@ -184,19 +138,15 @@ def test_all_edits_of_one_dose_move_a_state_equally_far(degrees: float) -> None:
     for edited in (
         Rotate(degrees)(state, donor),
         Shift(degrees)(state, donor),
-        Stretch(degrees)(state, donor),
     ):
         torch.testing.assert_close((edited - state).norm(dim=-1), expected)
 
 
-def test_a_shift_goes_along_its_vector_and_a_stretch_along_the_state() -> None:
+def test_a_shift_goes_along_its_vector() -> None:
     state, vector = drawn(8, 48), drawn(8, 48, seed=1)
     zero = torch.zeros(8, dtype=torch.float64)
     torch.testing.assert_close(
         angle_degrees(Shift(25)(state, vector) - state, vector), zero, atol=1e-3, rtol=0
-    )
-    torch.testing.assert_close(
-        angle_degrees(Stretch(25)(state, vector), state), zero, atol=1e-3, rtol=0
     )
 
 

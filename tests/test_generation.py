@@ -8,7 +8,7 @@ import torch
 from oracle import block_states
 from torch import Tensor
 
-from lib.engine.edits import Rotate, Stretch
+from lib.engine.edits import Rotate, Scale
 from lib.engine.extraction import extract_residuals
 from lib.engine.generation import generate, steer
 from lib.engine.models import Decoder
@@ -122,12 +122,12 @@ def test_the_models_own_generate_is_steered_too(llama: Decoder) -> None:
 
 def test_leaving_the_context_restores_the_logits_bit_for_bit(decoder: Decoder) -> None:
     before = logits(decoder, PROMPTS[0])
-    with steer(decoder, BLOCK, Stretch(60), target_of(decoder), [[2]]):
+    with steer(decoder, BLOCK, Scale(2.0), target_of(decoder), [[2]]):
         assert not torch.equal(logits(decoder, PROMPTS[0]), before)
     assert torch.equal(logits(decoder, PROMPTS[0]), before)
     with (
         pytest.raises(RuntimeError, match="on purpose"),
-        steer(decoder, BLOCK, Stretch(60), target_of(decoder), [[2]]),
+        steer(decoder, BLOCK, Scale(2.0), target_of(decoder), [[2]]),
     ):
         raise RuntimeError("on purpose")
     assert torch.equal(logits(decoder, PROMPTS[0]), before)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lib.engine import keys
-from lib.engine.edits import Exchange, Rotate, Scale, TurnBy, exchange, exchange_norm
+from lib.engine.edits import Exchange, Rotate, Scale, exchange, exchange_norm
 from lib.engine.keys import NoKeyError, key_of
 from lib.engine.readouts import DistributionMeasure
 
@@ -42,7 +42,6 @@ DIFFERENT: list[Any] = [
     exchange_norm,
     Scale(0.5),
     Scale(0.25),
-    TurnBy(0.5),
     Rotate(3.0),
     Rotate(4.0),
     Rotate(torch.tensor(3.0)),

@@ -10,7 +10,7 @@ from conftest import tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from lib.engine import sweeps
-from lib.engine.edits import Edit, TurnBy, add, exchange, exchange_direction, exchange_norm, keep
+from lib.engine.edits import Edit, Rotate, add, exchange, exchange_direction, exchange_norm, keep
 from lib.engine.extraction import extract_residuals
 from lib.engine.models import Decoder, load_decoder
 from lib.engine.replay import Prefix
@@ -486,7 +486,7 @@ def test_an_edit_that_returns_another_dtype_is_named(llama: Decoder) -> None:
     for edit, words in (
         (lambda state, donor: donor.double(), r"dtype torch\.float64 for pair \d+ \(recipient"),
         (lambda state, donor: donor[..., :3], r"returned shape .* an edit keeps the shape"),
-        (TurnBy(0.5), r"^Edit 'bad' after block 0: State \d+ and its target are parallel"),
+        (Rotate(30.0), r"^Edit 'bad' after block 0: State \d+ and its target are parallel"),
     ):
         same = np.array([[i, i] for i in range(5)])
         with pytest.raises(ValueError, match=words):

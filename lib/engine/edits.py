@@ -8,8 +8,8 @@ Doses are angles φ in degrees, and all edits of one dose move a state equally f
 
     ‖h′ − h‖ = 2 ‖h‖ sin(φ/2),
 
-the chord of a turn by φ. What differs is the way: along the sphere towards a target (`Rotate`),
-along a fixed vector (`Shift`), or outwards (`Stretch`). Five lines steer any Hugging Face decoder:
+the chord of a turn by φ. What differs is the way: along the sphere towards a target (`Rotate`)
+or along a fixed vector (`Shift`). Five lines steer any Hugging Face decoder:
 
     >>> decoder = load_decoder()
     >>> prompts = tokenize(decoder, ["The capital of France is", "The capital of Japan is"])
@@ -127,34 +127,6 @@ class Rotate:
 
 
 @dataclass(frozen=True)
-class TurnBy:
-    """The state turned towards the donor as `Rotate` does, by a distance in place of an angle.
-
-    The result is at distance `displacement`·‖h‖ from h. With displacement |c − 1| it is the match
-    of `Scale(c)`: the same distance, spent on direction alone. Vectors that keep their norm are at
-    most 2‖h‖ apart, so larger displacements (c above 3) have no match.
-
-    Raises:
-        ValueError: a displacement outside (0, 2]; when called, as `Rotate`.
-    """
-
-    displacement: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.displacement <= 2:
-            raise ValueError(
-                f"Displacement {self.displacement} cannot be reached: a turn that keeps the norm "
-                "moves a state by more than 0 and at most 2 of its norms."
-            )
-
-    def __call__(self, state: Tensor, donor: Tensor) -> Tensor:
-        """Return `Rotate` by φ = 2·arcsin(displacement / 2)."""
-        return _turn(
-            state, donor, torch.tensor(2 * math.asin(self.displacement / 2), dtype=torch.float64)
-        )
-
-
-@dataclass(frozen=True)
 class TurnLikeNormExchange:
     """The state turned towards the donor by as much as `ExchangeNorm` would move it.
 
@@ -200,30 +172,6 @@ class Shift:
         _check_width(state, donor)
         wide = _wide(state)
         return (wide + chord(wide, self.degrees) * unit(_wide(donor))).to(state.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class Stretch:
-    """The state made longer by as much as a turn by φ would move it; the donor plays no part.
-
-    It goes outwards, since inwards it would pass zero at 60°.
-
-    Attributes:
-        degrees: φ, a number or a tensor `[..., 1]`.
-
-    Raises:
-        ValueError: a dose that is not finite; when called, a state of norm 0.
-    """
-
-    degrees: Dose
-
-    def __post_init__(self) -> None:
-        _check_dose(self.degrees)
-
-    def __call__(self, state: Tensor, donor: Tensor) -> Tensor:  # noqa: ARG002 (edits take donors)
-        """Return h′ = h (1 + 2 sin(φ/2))."""
-        wide = _wide(state)
-        return (wide + chord(wide, self.degrees) * unit(wide)).to(state.dtype)
 
 
 @dataclass(frozen=True, eq=False)

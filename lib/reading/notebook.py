@@ -318,16 +318,6 @@ def verdict_table(rows: Sequence[Record]) -> pd.DataFrame:
     )
 
 
-def show_plan(plan: object | None) -> None:
-    """Display what a chapter's measurements are about to cost, a line; nothing without a plan.
-
-    Args:
-        plan: of `lib.engine.plan`, or None.
-    """
-    if plan is not None:
-        _display({"text/plain": f"About to be measured: {plan}."})
-
-
 def show_table(table: pd.DataFrame, caption: str) -> None:
     """Display a table that scrolls sideways on a narrow screen and reads well aloud.
 
