@@ -127,7 +127,7 @@ def by_model(table: pd.DataFrame, columns: int = 2) -> Figure:
         axes.tick_params(labelsize="small")
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
-    grid[0, 0].set_ylim(-0.1, 1.08)
+    grid[0, 0].set_ylim(min(-0.1, table["low"].min() - 0.03), 1.08)
     for axes in grid[:, 0]:
         axes.set_ylabel("transfer T", fontsize="small")
     for column in range(min(columns, len(panels))):
