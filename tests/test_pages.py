@@ -191,7 +191,11 @@ def test_the_first_picture_has_each_models_curves_and_the_papers_task(monkeypatc
     assert (last["panel"], last["n_blocks"], last["block"]) == ("the paper's months, b", 5, 4)
     figure = by_model(table)
     drawn, paper = figure.axes
-    assert drawn.get_ylim()[0] < -0.1 and drawn.get_xlim() == (-0.5, 30.5) and paper.get_xlim() == (-0.5, 4.5)
+    assert (
+        drawn.get_ylim()[0] < -0.1
+        and drawn.get_xlim() == (-0.5, 30.5)
+        and paper.get_xlim() == (-0.5, 4.5)
+    )
     assert {line.get_label() for line in drawn.lines} == {
         "context arm",
         "prediction arm, untrained",
