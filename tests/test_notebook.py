@@ -18,6 +18,7 @@ from lib.engine.progress import PROGRESS_CHAPTER, PROGRESS_FILE, track
 from lib.evidence import records
 from lib.evidence.records import shown
 from lib.reading import notebook
+from lib.reading.figures import forest
 from lib.reading.notebook import answer_table, conclude, glue, table_html, verdict_table
 from lib.reading.words import estimate_text
 from lib.science.estimate import Estimate, Untested
@@ -382,3 +383,15 @@ def test_progress_is_silent_where_nobody_watches(monkeypatch, capfd):
     monkeypatch.delenv(PROGRESS_FILE, raising=False)
     assert list(track([1, 2], "sweep")) == [1, 2]
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_forest_leaves_out_curves_and_numbers_that_no_task_has(rows):
+    one = number(0.3, "forty")
+    claim, model = rows[0]["claim"], rows[0]["model"]
+    by_block = shown(claim, model, "a curve", {f"block {b}": one for b in range(5)})
+    alone = shown(claim, model, "a mean", {"all tasks": one})
+    by_task = shown(claim, model, "a place", {"capitals": one, "antonyms": one})
+    figure = forest([*rows, *by_block, *alone, *by_task])
+    titles = {axes.get_title(loc="left") for axes in figure.axes}
+    assert "a place" in titles and not titles & {"a curve", "a mean"}
+    plt.close(figure)

@@ -161,6 +161,8 @@ def test_an_answer_quotes_numbers_by_name_and_names_what_was_not_met():
     small = [row for row in invented("why-angles") if not row["untrained"]]
     said = front_page.answer("why-angles", "The gap is {partial_gap_normed}.", small)
     assert said.startswith("The gap is 0.80. ")
+    extra = shown("why-angles", "m", "raw", {"all tasks": number(0.2, "subjects")})
+    assert front_page.answer("why-angles", "", small + extra).endswith("5 of 5 criteria met.")
     assert front_page.answer("norm-code", words, []) == "no result."
     runs = {"m": rows, "other": invented("norm-code", "other", met=False), "third": []}
     assert front_page.elsewhere("norm-code", rows, runs) == " On others: other ○ refuted."

@@ -25,7 +25,7 @@ from lib.engine.models import Decoder
 from lib.engine.readouts import DistributionMeasure
 from lib.engine.store import recall_residuals, recall_sweep
 from lib.evidence.criteria import TEXTS
-from lib.evidence.transfer import ROWS_AT_ONCE, DivergenceFromDonor, Trial, divergence
+from lib.evidence.transfer import DivergenceFromDonor, Trial, certainty, divergence
 from lib.science.correlation import correlate
 from lib.science.decoding import decoding_gain, residuals, thirds
 from lib.science.estimate import (
@@ -38,7 +38,7 @@ from lib.science.estimate import (
     ratio_of_sums,
     sums_by_unit,
 )
-from lib.science.geometry import angles, entropy, jeffreys_divergence, log_norm_differences
+from lib.science.geometry import angles, jeffreys_divergence, log_norm_differences
 
 CLAIM = "norm-code"
 FEWEST_OF_A_TOKEN = 3
@@ -86,14 +86,10 @@ def nuisances(logits: Tensor, last_tokens: Sequence[int]) -> np.ndarray:
     Entropy (nats) and top-1 log-probability of the prediction, and an indicator for each last token
     that ends three items or more.
     """
-    certainty = []
-    for part in logits.split(ROWS_AT_ONCE):  # in float64 all at once would be most of the memory
-        log_p = torch.log_softmax(part.double(), -1).numpy()
-        certainty.append(np.column_stack([entropy(log_p), log_p.max(axis=1)]))
     _, place, count = np.unique(last_tokens, return_inverse=True, return_counts=True)
     common = np.flatnonzero(count >= FEWEST_OF_A_TOKEN)
     indicators = (place[:, None] == common[None, :]).astype(np.float64)
-    return np.column_stack([np.concatenate(certainty), indicators])
+    return np.column_stack([certainty(logits), indicators])
 
 
 def text_attributes(reading: Reading, blocks: Sequence[int]) -> dict[str, Measured]:

@@ -63,11 +63,8 @@ class Trial:
     @cached_property
     def certainty(self) -> np.ndarray:
         """Entropy (nats) and top-1 log-probability of each prediction `[n_prompts, 2]`."""
-        found = []
-        for states in self.last_states.split(ROWS_AT_ONCE):
-            log_p = torch.log_softmax(logit_lens(self.decoder, states).double(), -1).numpy()
-            found.append(np.column_stack([entropy(log_p), log_p.max(axis=1)]))
-        return np.concatenate(found)
+        parts = self.last_states.split(ROWS_AT_ONCE)
+        return np.concatenate([certainty(logit_lens(self.decoder, part)) for part in parts])
 
     @property
     def answer_logits(self) -> np.ndarray:
@@ -105,6 +102,18 @@ class Trial:
         """Return the residual streams at one site `[n_blocks, n_prompts, d_model]`."""
         where: Positions = self.task.subject_positions if site == "subject" else "last"
         return recall_residuals(self.decoder, self.task.tokens, positions=where).states
+
+
+def certainty(logits: Tensor) -> np.ndarray:
+    """Return entropy (nats) and top-1 log-probability `[n, 2]` of logits `[n, d_vocab]`.
+
+    A few rows at a time: in float64 a large vocabulary would take most of the memory.
+    """
+    found = []
+    for part in logits.split(ROWS_AT_ONCE):
+        log_p = torch.log_softmax(part.double(), -1).numpy()
+        found.append(np.column_stack([entropy(log_p), log_p.max(axis=1)]))
+    return np.concatenate(found)
 
 
 def read_tasks(
