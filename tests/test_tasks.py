@@ -195,6 +195,32 @@ def test_an_unknown_task_and_missing_columns_are_refused_with_what_there_is(
         read_csv(tmp_path / "other.csv", ITEM_COLUMNS)
 
 
+def test_a_large_network_has_few_subjects_of_every_answer_and_a_small_one_has_all(
+    embedded: Decoder, monkeypatch: pytest.MonkeyPatch
+):
+    whole = load_tasks(embedded)
+    n_parameters = sum(weight.numel() for weight in embedded.model.parameters())
+    monkeypatch.setattr("lib.evidence.tasks.LARGE", n_parameters + 1)
+    assert {n: t.subjects for n, t in load_tasks(embedded).items() if isinstance(t, Task)} == {
+        n: t.subjects for n, t in whole.items() if isinstance(t, Task)
+    }
+    monkeypatch.setattr("lib.evidence.tasks.LARGE", n_parameters)
+    few = load_tasks(embedded)
+    for name, task in whole.items():
+        if not isinstance(task, Task):
+            continue
+        own = few[name]
+        assert isinstance(own, Task)
+        assert own.n_units <= 24
+        assert set(own.subjects) <= set(task.subjects)
+        assert own.prompts["template"].nunique() == task.prompts["template"].nunique()
+        if task.n_units <= 24:
+            assert own.subjects == task.subjects
+        if len(task.answers) <= 6:  # none is so rare that it falls between two that are taken
+            assert set(own.answers) == set(task.answers)
+    assert few["capitals"].n_units >= 20
+
+
 def test_the_material_is_as_registered():
     tasks = read_csv(DATA / "tasks.csv", ITEM_COLUMNS)
     templates = read_csv(DATA / "templates.csv", TEMPLATE_COLUMNS)

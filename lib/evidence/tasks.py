@@ -18,6 +18,8 @@ from lib.engine.models import Decoder
 from lib.science.estimate import Untested, generator
 
 FEWEST_SUBJECTS = 10
+MOST_SUBJECTS, LARGE = 24, 10**9
+"""Subjects of a task on a network of at least so many parameters, where all would take hours."""
 N_DONORS = 3
 SUBJECT, GROUP = "{subject}", "{group}"
 ITEM_COLUMNS = ("task", "subject", "answer", "group")
@@ -106,7 +108,8 @@ def load_tasks(
 ) -> dict[str, Task | Untested]:
     """Return the book's tasks, or those named, tokenized for `decoder`.
 
-    A task that this tokenizer does not allow is `Untested`, with the reason.
+    A task that this tokenizer does not allow is `Untested`, with the reason. On a network of a
+    billion parameters or more a task has 24 subjects at most, spread evenly over its answers.
 
     Args:
         decoder: whose tokenizer to use.
@@ -125,15 +128,23 @@ def load_tasks(
     for name in names or ():
         if name not in known:
             raise ValueError(f"Unknown task {name!r}; choose among {', '.join(known)}.")
+    large = sum(weight.numel() for weight in decoder.model.parameters()) >= LARGE
     return {
         name: build_task(
             name,
-            items[items["task"] == name],
+            few_subjects(own_items) if large else own_items,
             templates.loc[templates["task"] == name, "text"].tolist(),
             decoder,
         )
         for name in names or known
+        for own_items in (items[items["task"] == name],)
     }
+
+
+def few_subjects(items: pd.DataFrame) -> pd.DataFrame:
+    """Return the items of at most 24 subjects, every so-many-th in the order of their answers."""
+    subjects = items.sort_values("answer", kind="stable")["subject"].unique()
+    return items[items["subject"].isin(subjects[spread(len(subjects), MOST_SUBJECTS)])]
 
 
 def build_task(
@@ -215,6 +226,11 @@ def build_task(
     return Task(name, rows, subjects, answers, np.array(list(taken), dtype=np.int64))
 
 
+def spread(n: int, most: int) -> np.ndarray:
+    """Return which of n to keep where `most` have to do, first and last among them `[n_kept]`."""
+    return np.unique(np.linspace(0, n - 1, min(most, n)).round().astype(int))
+
+
 @dataclass(frozen=True, eq=False)
 class Pairs:
     """Recipients and donors of a task, the same for every model.
@@ -236,7 +252,7 @@ class Pairs:
 
     def spread(self, most: int) -> np.ndarray:
         """Return which pairs are kept where `most` have to do, spread evenly `[n_kept]`."""
-        return np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).round().astype(int))
+        return spread(len(self), most)
 
     def thin(self, most: int) -> "Pairs":
         """Return at most so many pairs, spread evenly."""
@@ -324,8 +340,7 @@ def _thin(pairs: list[tuple[int, int]], unit: np.ndarray, n_donors: int) -> list
         by_unit.setdefault(int(unit[pair[0]]), []).append(pair)
     result = []
     for own in by_unit.values():
-        places = np.linspace(0, len(own) - 1, min(n_donors, len(own))).round().astype(int)
-        result += [own[place] for place in np.unique(places)]
+        result += [own[place] for place in spread(len(own), n_donors)]
     return result
 
 
