@@ -345,8 +345,9 @@ def test_a_blind_prompt_predicts_what_a_mask_in_every_head_makes_of_it(trial):
     row = int(np.unique(pairs.prompts[:, 0])[0])
     tokens = trial.task.tokens[row]
     start, end = trial.task.prompts.loc[row, ["subject_start", "subject_position"]]
-    for others in (False, True):
-        found = claim.knock_out(trial, pairs, everything, others=others)
+    found = claim.knock_out(trial, pairs, everything, others={"rest": everything["all"]})
+    assert found.groups == ("all", "rest")
+    for number, others in enumerate((False, True)):
         hidden = [p for p in range(len(tokens) - 1) if (start <= p <= end) != others]
         mask = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
         mask[-1, hidden] = False
@@ -355,7 +356,7 @@ def test_a_blind_prompt_predicts_what_a_mask_in_every_head_makes_of_it(trial):
                 torch.tensor([tokens]), attention_mask=mask[None, None], use_cache=False
             ).logits[0, -1]
         blind, clean = torch.log_softmax(logits.double(), -1), log_p(trial, row)
-        assert found.lost[0, 0] == pytest.approx(
+        assert found.lost[number, 0] == pytest.approx(
             float((clean.exp() * (clean - blind)).sum()), abs=1e-5
         )
 

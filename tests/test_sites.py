@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import BambaForCausalLM
 from lib.engine import sites
 from lib.engine.models import Decoder, load_decoder
 from lib.engine.parts import Parts, find_parts
+from lib.engine.replay import Prefix
 from lib.engine.sites import (
     ATTENTION,
     MLP,
@@ -151,7 +153,12 @@ def with_exchange(
     return run_hooked(decoder, PROMPTS[pair[0]], [hook])
 
 
-def with_tokens_hidden(decoder: Decoder, heads: dict[int, list[int]], prompt: int) -> Tensor:
+def with_tokens_hidden(
+    decoder: Decoder,
+    heads: dict[int, list[int]],
+    prompt: int,
+    hidden: Sequence[Sequence[int]] = HIDDEN,
+) -> Tensor:
     """Return a prompt's logits where heads, by block, cannot see tokens: from a mask per head."""
     length = len(PROMPTS[prompt])
 
@@ -163,7 +170,7 @@ def with_tokens_hidden(decoder: Decoder, heads: dict[int, list[int]], prompt: in
             given = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
         new = given.expand(-1, N_HEADS, -1, -1).clone()
         nothing = torch.finfo(new.dtype).min if new.is_floating_point() else False
-        for head, key in product(heads[decoder.blocks.index(module)], HIDDEN[prompt]):
+        for head, key in product(heads[decoder.blocks.index(module)], hidden[prompt]):
             new[:, head, -1, key] = nothing
         return (), {**kwargs, "attention_mask": new}
 
@@ -254,13 +261,19 @@ def check_groups(decoder: Decoder, groups: dict[str, list[tuple[int, int]]]) -> 
 
 
 def check_blinded_groups(decoder: Decoder, groups: dict[str, list[tuple[int, int]]]) -> None:
-    """Compare `patch_heads` of hidden tokens with one plain pass under masks a group and pair."""
+    """Compare `patch_heads` of hidden tokens with one plain pass under masks a group and pair.
+
+    Every second group loses sight of the first token instead.
+    """
     same = np.array([[0, 0], [1, 1], [3, 3]])
-    read = patch_heads(decoder, PROMPTS, same, groups, hidden=HIDDEN, measure=logits_of_tokens)
+    first = [[0]] * len(PROMPTS)
+    hidden = {name: (HIDDEN, first)[number % 2] for number, name in enumerate(groups)}
+    read = patch_heads(decoder, PROMPTS, same, groups, hidden=hidden, measure=logits_of_tokens)
     logits = np.stack([read[str(token)] for token in ALL], axis=-1)
-    for number, group in enumerate(groups.values()):
+    for number, (name, group) in enumerate(groups.items()):
         for row, prompt in enumerate(same[:, 0]):
-            expected = with_tokens_hidden(decoder, by_block(group), prompt).numpy()
+            heads = by_block(group)
+            expected = with_tokens_hidden(decoder, heads, prompt, hidden[name]).numpy()
             assert np.abs(logits[number, row] - expected).max() < 1e-4
 
 
@@ -268,47 +281,67 @@ def test_heads_of_several_blocks_together_equal_full_recompute(parted: Decoder) 
     check_groups(parted, GROUPS)
 
 
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_group_from_its_first_block_on_equals_full_recompute(parted: Decoder, name: str) -> None:
+    check_groups(parted, {name: GROUPS[name]})
+    check_blinded_groups(parted, {name: GROUPS[name]})
+
+
 def test_hiding_tokens_from_heads_of_several_blocks_equals_a_mask(parted: Decoder) -> None:
     check_blinded_groups(parted, GROUPS)
 
 
-def count_last_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list that grows by the tokens of each pass in which heads are exchanged."""
-    passes: list[int] = []
+def count_tokens_and_blocks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Return a list that grows by the tokens of each pass of heads, and by its first block."""
+    passes: list[tuple[int, int]] = []
     run = sites._run_last
-    monkeypatch.setattr(
-        sites, "_run_last", lambda *given: passes.append(given[1].numel()) or run(*given)
-    )
+
+    def counted(decoder: Decoder, given: Any, first: int = 0) -> Tensor:
+        alone = isinstance(given, Prefix)
+        passes.append((len(given.tokens) if alone else given.numel(), first if alone else 0))
+        return run(decoder, given, first)
+
+    monkeypatch.setattr(sites, "_run_last", counted)
     return passes
 
 
-def test_heads_are_exchanged_in_a_pass_over_the_last_tokens_alone(
+def test_heads_are_exchanged_in_a_pass_over_the_last_tokens_from_the_first_block_edited(
     llama: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_groups(llama, GROUPS)  # compares, once
-    passes = count_last_tokens(monkeypatch)
+    passes = count_tokens_and_blocks(monkeypatch)
     check_groups(llama, GROUPS)
-    assert passes == [len(GROUPS) * len(PAIRS)]
+    for name in GROUPS:
+        check_groups(llama, {name: GROUPS[name]})
+    n = len(PAIRS)
+    assert passes == [(len(GROUPS) * n, 0), (n, 2), (n, 0), (n, llama.n_blocks)]
 
 
-@pytest.mark.parametrize(("name", "wrong"), [("position_ids", 1), ("attention_mask", 0)])
+@pytest.mark.parametrize("what", ["mask", "keys", "states"])
 def test_last_tokens_that_come_out_wrong_alone_are_run_with_their_prompts(
-    monkeypatch: pytest.MonkeyPatch, name: str, wrong: int
+    monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
     alone = sites._last_token
 
-    def damaged(*given: Any) -> tuple[Tensor, dict[str, Any]]:
-        tokens, inputs = alone(*given)
-        changed = inputs[name] + wrong if wrong else torch.full_like(inputs[name], -1e9)
-        return tokens, inputs | {name: changed}
+    def damaged(*given: Any) -> Prefix:
+        prefix = alone(*given)
+        if what == "states":
+            return replace(prefix, states=prefix.states + 1)
+        if what == "mask":
+            masked = torch.full_like(prefix.block_inputs[0]["attention_mask"], -1e9)
+            inputs = tuple({**own, "attention_mask": masked} for own in prefix.block_inputs)
+            return replace(prefix, block_inputs=inputs)
+        for layer in prefix.cache.layers:
+            layer.keys = layer.keys * 2
+        return prefix
 
     monkeypatch.setattr(sites, "_last_token", damaged)
     check_groups(decoder, GROUPS)
-    passes = count_last_tokens(monkeypatch)
+    passes = count_tokens_and_blocks(monkeypatch)
     check_groups(decoder, GROUPS)
     lengths = [len(PROMPTS[recipient]) for recipient, _ in PAIRS]
-    assert sum(passes) == len(GROUPS) * sum(lengths)
+    assert sum(n_tokens for n_tokens, _ in passes) == len(GROUPS) * sum(lengths)
 
 
 def test_attention_and_mlp_add_up_to_the_step_and_heads_to_the_attention(parted: Decoder) -> None:
@@ -419,7 +452,14 @@ def test_sites_leave_the_model_as_it_was(llama: Decoder) -> None:
     for run in (
         lambda: sweep_sites(llama, PROMPTS, PAIRS, SITES, measure=fail),
         lambda: patch_heads(llama, PROMPTS, PAIRS, GROUPS, measure=fail),
-        lambda: patch_heads(llama, PROMPTS, PAIRS[:, [0, 0]], GROUPS, hidden=HIDDEN, measure=fail),
+        lambda: patch_heads(
+            llama,
+            PROMPTS,
+            PAIRS[:, [0, 0]],
+            GROUPS,
+            hidden=dict.fromkeys(GROUPS, HIDDEN),
+            measure=fail,
+        ),
     ):
         with pytest.raises(ZeroDivisionError):
             run()
@@ -457,3 +497,6 @@ def test_a_group_names_a_head_or_block_that_does_not_exist(llama: Decoder) -> No
     for group, words in (([(1, 4)], "'g': head 4"), ([(9, 0)], "Block 9 does not exist")):
         with pytest.raises(ValueError, match=words):
             patch_heads(llama, PROMPTS, PAIRS, {"g": group}, measure=logits_of_tokens)
+    same, hidden = PAIRS[:, [0, 0]], {"other": HIDDEN}
+    with pytest.raises(ValueError, match="'g' has no hidden positions"):
+        patch_heads(llama, PROMPTS, same, {"g": [(1, 0)]}, hidden=hidden, measure=logits_of_tokens)

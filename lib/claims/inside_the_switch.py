@@ -443,7 +443,7 @@ def knock_out(
     pairs: Pairs,
     groups: Mapping[str, Sequence[Head]],
     *,
-    others: bool = False,
+    others: Mapping[str, Sequence[Head]] | None = None,
 ) -> KnockOut:
     """Return what hiding the subject's tokens from heads at the last token does to recipients.
 
@@ -451,29 +451,30 @@ def knock_out(
         trial: the task and the model.
         pairs: whose recipients are read, each once.
         groups: heads that lose sight of the subject, by name.
-        others: hide all tokens but the subject's and the last one instead.
+        others: heads that lose sight of all tokens but the subject's and the last one, by name.
     """
+    others = others or {}
     task = trial.task
     prompts = np.unique(pairs.prompts[:, 0])
     spans = zip(
         task.tokens, task.prompts["subject_start"], task.prompts["subject_position"], strict=True
     )
-    hidden = [
-        [place for place in range(len(tokens) - 1) if (start <= place <= end) != others]
-        for tokens, start, end in spans
-    ]
+    subject, rest = [], []
+    for tokens, start, end in spans:
+        subject.append(list(range(start, end + 1)))
+        rest.append([place for place in range(len(tokens) - 1) if not start <= place <= end])
     same = Pairs(np.stack([prompts, prompts], axis=1), task.unit[prompts])
     found = patch_heads(
         trial.decoder,
         task.tokens,
         same.prompts,
-        groups,
-        hidden=hidden,
+        {**groups, **others},
+        hidden=dict.fromkeys(groups, subject) | dict.fromkeys(others, rest),
         measure=_measure(trial, same),
     )
     units = f"{task.units} ({len(np.unique(same.unit))} read)"
     correct = found["choice"] == task.answer_index[prompts]
-    return KnockOut(found["kl_nats"], correct, tuple(groups), same.unit, units)
+    return KnockOut(found["kl_nats"], correct, (*groups, *others), same.unit, units)
 
 
 def writes_answer(trial: Trial, pairs: Pairs, heads: Sequence[Head]) -> dict[Head, Measured]:

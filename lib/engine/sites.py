@@ -4,7 +4,8 @@ To exchange one of them at a token is to exchange the residual stream after the 
 for the state that the block would have put out. `sweep_sites` computes that state, from a run of
 the block on the token alone (`lib.engine.parts`), and hands it to `sweep_blocks`: so an exchange
 inside a block is as exact and as fast as one after it. Heads of several blocks at once are
-exchanged by `patch_heads`, in one more pass over the last token for each group of heads.
+exchanged by `patch_heads`, in one more run of the last token for each group of heads, from the
+first of their blocks on.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ from lib.engine.parts import (
     whole_mask,
 )
 from lib.engine.passes import REFUSALS, Known, agree, forests_are_exact, inputs_of, known_of
-from lib.engine.replay import Forest, ReplayUnsupportedError, run_forest
+from lib.engine.replay import Forest, Prefix, ReplayUnsupportedError, replay_rows, run_forest
 from lib.engine.structure import untuple
 from lib.engine.sweeps import BATCH_TOKENS, Measure, Sweep, position_table, sweep_blocks
 
@@ -157,7 +158,7 @@ def patch_heads(
     pairs: np.ndarray,
     groups: Mapping[str, Sequence[Head]],
     *,
-    hidden: Sequence[Sequence[int]] | None = None,
+    hidden: Mapping[str, Sequence[Sequence[int]]] | None = None,
     measure: Measure,
 ) -> dict[str, np.ndarray]:
     """Return the effect of exchanging chosen heads of any blocks together, at the last token.
@@ -173,15 +174,15 @@ def patch_heads(
         prompts: token ids; lengths may differ.
         pairs: `[n_pairs, 2]`: index of the recipient among `prompts`, and of the donor.
         groups: named groups of heads, each a block and a head's number; an empty one edits nothing.
-        hidden: for each prompt the positions that are hidden.
+        hidden: by group, for each prompt the positions that are hidden from its heads.
         measure: as in `sweep_blocks`.
 
     Returns:
         What `measure` returned, by name `[n_groups, n_pairs]`.
 
     Raises:
-        ValueError: a head, pair or position that does not exist, a model without such parts, or
-            tokens that cannot be hidden; the message says which.
+        ValueError: a head, pair or position that does not exist, a model without such parts, a
+            group without hidden positions, or tokens that cannot be hidden; the message says which.
     """
     prompts = check_prompts(decoder, prompts)
     where = position_table(prompts, "last")
@@ -192,15 +193,20 @@ def patch_heads(
     for name, group in groups.items():
         for block, head in group:
             _check_sites(decoder, {name: Site("attention", (head,))}, [parts[block]])
-    sites = dict.fromkeys(groups, ATTENTION)
-    hide = None if hidden is None else _check_hidden(prompts, pairs, sites, where, hidden)
+    hide: list[list[list[int]]] | None = None
+    if hidden is not None:
+        if missing := [name for name in groups if name not in hidden]:
+            raise ValueError(f"Group {missing[0]!r} has no hidden positions; give each group its.")
+        hide = [
+            _check_hidden(prompts, pairs, {name: ATTENTION}, where, hidden[name]) for name in groups
+        ]
     members = np.unique(pairs[:, 1])[: None if hide is None else 1]  # blind heads need no donors
     found = _read_outputs(decoder, prompts, where, members, wanted, tuple(parts.values()), None)
     outputs = {block: own.heads[:, 0] for block, own in zip(wanted, found, strict=True)}
     chosen = [_heads_by_block(group, parts, outputs) for group in groups.values()]
     results: dict[str, np.ndarray] = {}
     for run, recipients, owner, pair in _rows_of_groups(decoder, prompts, pairs, len(groups)):
-        edited = {block for number in set(owner) for block in chosen[number]}
+        edited = {block for number in set(owner.tolist()) for block in chosen[number]}
         none = {block: torch.zeros(outputs[block].shape[-1], dtype=torch.bool) for block in edited}
         which = {
             block: torch.stack([chosen[number].get(block, none[block]) for number in owner])
@@ -210,10 +216,14 @@ def patch_heads(
             new = {block: outputs[block][pairs[pair, 1]] for block in which}
             edit = _put_heads(parts, which, new)
         else:
-            places = [([len(prompts[r]) - 1], hide[r], len(prompts[r])) for r in recipients]
+            places = [
+                ([len(prompts[row]) - 1], hide[group][row], len(prompts[row]))
+                for group, row in zip(owner.tolist(), recipients.tolist(), strict=True)
+            ]
             edit = _hide_from_heads(decoder, parts, which, places)
         with edit, torch.inference_mode():
-            logits = decoder.unembed(decoder.final_norm(_run_last(decoder, *run))).float()
+            last = _run_last(decoder, run, min(edited, default=decoder.n_blocks))
+            logits = decoder.unembed(decoder.final_norm(last)).float()
             read = measure(logits, torch.as_tensor(pair, device=logits.device))
         for name, values in read.items():
             if name not in results:
@@ -272,11 +282,11 @@ def _heads_by_block(
 
 def _rows_of_groups(
     decoder: Decoder, prompts: Sequence[Sequence[int]], pairs: np.ndarray, n_groups: int
-) -> Iterator[tuple[tuple[Tensor, Inputs], np.ndarray, np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[Prefix | Tensor, np.ndarray, np.ndarray, np.ndarray]]:
     """Yield what to run, and of each row of it the recipient, the group and the pair `[n_rows]`.
 
     Rows of whatever group share a pass, over the last token alone after a forest of the others,
-    where that is exact; else over whole prompts of one length.
+    where that is exact; else over whole prompts of one length `[n_rows, length]`.
     """
     unique = np.unique(pairs[:, 0])
     lengths = np.array([len(prompt) for prompt in prompts])
@@ -299,40 +309,53 @@ def _rows_of_groups(
             recipients = pairs[chosen, 0]
             if forest is None:
                 tokens = torch.tensor([list(prompts[r]) for r in recipients], device=decoder.device)
-                run: tuple[Tensor, Inputs] = (tokens, {"use_cache": False})
+                yield tokens, recipients, group[part], chosen
             else:
-                run = _last_token(forest, recipients, lengths[recipients])
-            yield run, recipients, group[part], chosen
+                prefix = _last_token(forest, recipients, lengths[recipients])
+                yield prefix, recipients, group[part], chosen
 
 
-def _last_token(forest: Forest, rows: np.ndarray, lengths: np.ndarray) -> tuple[Tensor, Inputs]:
-    """Return the last tokens of some prompts, and what they are run with after all others."""
-    prefix = forest.prefix(rows, lengths, lengths - 1)
-    places = torch.as_tensor(lengths - 1, device=prefix.tokens.device)[:, None]
-    mask = prefix.block_inputs[0]["attention_mask"]
-    told = {"past_key_values": prefix.cache, "attention_mask": mask, "position_ids": places}
-    return prefix.tokens[:, -1:], {**told, "use_cache": True}
+def _last_token(forest: Forest, rows: np.ndarray, lengths: np.ndarray) -> Prefix:
+    """Return some prompts, ready for edits of their last tokens."""
+    return forest.prefix(rows, lengths, lengths - 1)
 
 
 def _last_token_is_exact(decoder: Decoder, prompt: Sequence[int]) -> bool:
-    """Compare, once for a model and again for longer prompts, the last token alone with all."""
+    """Compare, once for a model and again for longer prompts, the last token alone with all.
+
+    It is run through all blocks, and from the second one on.
+    """
     known, length = known_of(_prefixed, decoder), len(prompt)
     if any(exact and longer >= length for longer, exact in known.items()):
         return True
     if length not in known:
-        whole = torch.tensor([list(prompt)], device=decoder.device)
+        whole = _run_last(decoder, torch.tensor([list(prompt)], device=decoder.device))
         try:
             forest = run_forest(decoder, plant_prompts([prompt], [0], BATCH_TOKENS)[0])
-            run = _last_token(forest, np.array([0]), np.array([length]))
-            fast = _run_last(decoder, *run)
-            known[length] = agree(_run_last(decoder, whole, {"use_cache": False}), fast)
+            prefix = _last_token(forest, np.array([0]), np.array([length]))
+            alone = [_run_last(decoder, prefix, first) for first in (0, 1)]
+            known[length] = all(agree(whole, one) for one in alone)
         except (ReplayUnsupportedError, *REFUSALS):
             known[length] = False
     return known[length]
 
 
-def _run_last(decoder: Decoder, tokens: Tensor, inputs: Inputs) -> Tensor:
-    """Return the last token's residual stream after the last block `[n, d_model]`."""
+def _run_last(decoder: Decoder, run: Prefix | Tensor, first: int = 0) -> Tensor:
+    """Return the last token's residual stream after the last block `[n, d_model]`.
+
+    Of whole prompts `[n, length]`, or of the last token after a prefix; then blocks before the
+    first one that is edited are not run again.
+    """
+    if isinstance(run, Prefix) and first > 0:
+        clean = run.states[first - 1][:, None]
+        return replay_rows(decoder, run, [first - 1], clean)[:, 0]
+    if isinstance(run, Prefix):
+        mask = run.block_inputs[0]["attention_mask"]
+        place = (mask[:, 0] == 0).sum(-1) - 1  # the last token sees all others of its prompt
+        told = {"past_key_values": run.cache, "attention_mask": mask, "position_ids": place}
+        tokens, inputs = run.tokens[:, -1:], {**told, "use_cache": True}
+    else:
+        tokens, inputs = run, {"use_cache": False}
     states: list[Tensor] = []
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
