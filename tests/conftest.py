@@ -1,6 +1,7 @@
 """Models for the tests: tiny random decoders of many architectures, and the embedded model."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from lib.engine import store
 from lib.engine.models import Decoder, load_decoder
 
+N_BOOKS = int(os.environ.get("N_BOOKS", "200"))
+"""Books that are simulated to see how often verdicts err; `make error-rates` takes more."""
 ARCHITECTURES = (
     "llama",
     "mistral",  # a window shorter than the prompts

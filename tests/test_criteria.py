@@ -162,6 +162,26 @@ def test_a_number_per_block_has_to_hold_at_each_and_shows_its_worst():
     assert (row["verdict"], round(row["estimate"], 1), row["level"]) == ("refuted", -0.3, 0.9)
 
 
+def test_one_of_several_numbers_refutes_at_bonferronis_level_and_one_alone_at_its_own():
+    def judged(found: Estimate) -> dict:
+        given = {one.statistic: number(0.01) for one in criteria("why-angles")}
+        given |= {"partial_gap_normed": found}  # at least 0.5
+        rows = judge("why-angles", "m", given)
+        return next(row for row in rows if row["statistic"] == "partial_gap_normed")
+
+    draws = 0.479 + 0.01 * np.random.default_rng(0).standard_normal((1001, 2))
+    draws[0] = 0.479  # 2.1 standard errors below
+    draws[:, 1] += 0.4
+    both = Estimate(draws, "units", 1000)
+    alone, together = judged(both.at(0)), judged(both)
+    assert alone["verdict"] == "refuted"
+    assert alone["high"] < 0.5
+    assert together["verdict"] == "undecided"
+    assert (together["low"], together["high"]) == (alone["low"], alone["high"])
+    assert judged(both - 0.02)["verdict"] == "refuted"
+    assert judged(both + 0.1)["verdict"] == "supported"
+
+
 @pytest.mark.parametrize(
     ("relation", "worst"), [(">=", -0.3), (">", -0.3), ("<=", 0.2), ("<", 0.2), ("within", -0.3)]
 )

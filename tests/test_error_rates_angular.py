@@ -9,6 +9,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+from conftest import N_BOOKS
 
 from lib.claims.angular_code import (
     CLAIM,
@@ -95,7 +96,7 @@ def book(seed, n_texts, n_tasks, n_subjects, n_templates, levels=(EARLY, BEFORE,
 
 
 @cache
-def books(n_books=200, n_texts=80, n_tasks=2, n_subjects=30, n_templates=2, **seen):
+def books(n_books=N_BOOKS, n_texts=80, n_tasks=2, n_subjects=30, n_templates=2, **seen):
     """The judged records of many simulated books, by statistic and place."""
     found = {}
     for seed in range(n_books):

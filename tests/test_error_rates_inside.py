@@ -7,6 +7,7 @@ may support what is false, and at most 5 % refute what is true.
 
 import numpy as np
 import pytest
+from conftest import N_BOOKS
 from scipy.stats import norm
 
 from lib.claims import inside_the_switch as claim
@@ -49,9 +50,11 @@ def verdicts(truth, n_runs, spread=0.05):
 
 @pytest.mark.parametrize("threshold", [0.5, 0.8])
 def test_at_a_threshold_few_runs_support_or_refute_by_chance(threshold, told):
-    found, seen = verdicts(threshold, 200), verdicts(threshold + 0.1, 40)
+    found, seen = verdicts(threshold, N_BOOKS), verdicts(threshold + 0.1, 40)
     for statistic in [name for name, own in THRESHOLDS.items() if own == threshold]:
-        supported, refuted = (found[statistic].count(one) / 200 for one in ("supported", "refuted"))
+        supported, refuted = (
+            found[statistic].count(one) / N_BOOKS for one in ("supported", "refuted")
+        )
         decided = seen[statistic].count("supported") / 40
         told(
             claim.CLAIM,

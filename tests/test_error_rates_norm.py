@@ -1,22 +1,24 @@
 """How often the norm code's verdicts are wrong where the truth is known."""
 
 import numpy as np
+import pytest
+from conftest import N_BOOKS
 from scipy.spatial.distance import pdist, squareform
 
-from lib.evidence.criteria import criteria
+from lib.evidence.criteria import Criterion, _judge_all, criteria
 from lib.science.correlation import correlate
 from lib.science.decoding import decoding_gain
-from lib.science.estimate import Estimate
+from lib.science.estimate import Estimate, ratio_of_sums
 
 WITHIN = next(one for one in criteria("norm-code") if one.statistic == "partial_given_angle")
 
 
 def test_an_absence_is_falsely_supported_or_refuted_at_the_margin_in_five_per_cent_at_most(told):
     """At a true partial correlation of just the margin, each verdict is an error."""
-    verdicts = _absences(_weight(WITHIN.threshold), n_items=80, n_runs=200)
+    verdicts = _absences(_weight(WITHIN.threshold), n_items=80, n_runs=N_BOOKS)
     errors = {
-        "false_support": verdicts.count("supported") / 200,
-        "false_refutation": verdicts.count("refuted") / 200,
+        "false_support": verdicts.count("supported") / N_BOOKS,
+        "false_refutation": verdicts.count("refuted") / N_BOOKS,
     }
     seen = _absences(0.0, n_items=400, n_runs=20)  # none at all, and as many texts as the book's
     decided = seen.count("supported") / len(seen)
@@ -65,7 +67,7 @@ def _partial(first: np.ndarray, second: np.ndarray, given: np.ndarray) -> float:
 
 def test_an_attribute_that_the_norm_does_not_carry_is_seldom_found_and_one_it_does_mostly(told):
     """The better of two nulls, as the claim takes it, with labels that mean nothing."""
-    supported, decided = _found(0.0, 120), _found(0.5, 20)
+    supported, decided = _found(0.0, 120 if N_BOOKS <= 200 else N_BOOKS), _found(0.5, 20)
     for statistic in ("second_attribute_gain", "within_answer_gain"):
         told("norm-code", statistic, false_support=supported, decided=decided)
     assert supported <= 0.09  # two chances of 2.5 % each, and two standard errors
@@ -88,3 +90,51 @@ def _found(shift: float, n_runs: int) -> float:
         assert isinstance(best, Estimate)
         supported += bool(best.interval().low > 0)
     return supported / n_runs
+
+
+EXCHANGE = {one.statistic: one for one in criteria("norm-code") if one.part == "does not determine"}
+
+
+@pytest.mark.parametrize("statistic", ["norm_exchange_transfer", "norm_cost_ratio"])
+def test_what_a_norm_exchange_does_is_seldom_misjudged_at_the_threshold(statistic, told):
+    """Three blocks have to hold: one at the threshold is falsely supported, all are refuted."""
+    criterion = EXCHANGE[statistic]
+    at = criterion.threshold
+    one, every = ([at, at / 2, at / 2], [at, at, at])
+    errors = {
+        "false_support": _exchanges(criterion, one, 400).count("supported") / 400,
+        "false_refutation": _exchanges(criterion, every, 400).count("refuted") / 400,
+    }
+    seen = _exchanges(criterion, [at / 2] * 3, 40)
+    decided = seen.count("supported") / len(seen)
+    told("norm-code", statistic, **errors, decided=decided)
+    assert max(errors.values()) <= 0.05
+    assert decided >= 0.9
+
+
+def _exchanges(criterion: Criterion, truth: list[float], n_runs: int) -> list[str]:
+    """Return verdicts on 400 texts whose spread, tails and ties between blocks are those seen."""
+    rng = np.random.default_rng(3)
+
+    def tied(share: float) -> np.ndarray:
+        """Normal numbers `[3, 400]` of which blocks share so much."""
+        return np.sqrt(share) * rng.standard_normal(400) + np.sqrt(1 - share) * (
+            rng.standard_normal((3, 400))
+        )
+
+    wanted, verdicts = np.array(truth)[:, None], []
+    for _ in range(n_runs):
+        if criterion.statistic == "norm_exchange_transfer":
+            below = np.tile(19 * np.exp(0.3 * rng.standard_normal(400)), (3, 1))
+            above = wanted * below + 0.3 * tied(0.4) * np.abs(rng.standard_t(4, 400))
+        else:  # large turns cost relatively less of a norm exchange
+            size = 1.2 * tied(0.6)
+            ratio = np.exp(-0.35 * size + 0.7 * tied(0.5))
+            off = (0.65 * 1.2) ** 2 / 2 + 0.7**2 / 2 - 1.2**2 / 2  # log of the mean ratio of sums
+            below, above = np.exp(size), wanted * np.exp(size) * ratio / np.exp(off)
+        found = ratio_of_sums(above.T, below.T, "texts")
+        (row,) = _judge_all(
+            "norm-code", "m", {criterion.statistic: {"texts": found}}, [criterion], untrained=False
+        )
+        verdicts.append(row["verdict"])
+    return verdicts

@@ -7,6 +7,7 @@ support what is false, and at most 5 % refute what is true; effects of the size 
 
 import numpy as np
 import pytest
+from conftest import N_BOOKS
 from scipy.stats import norm
 
 from lib.claims import phase_transition as claim
@@ -15,8 +16,8 @@ from lib.evidence.criteria import POOLED, criteria, judge
 from lib.evidence.transfer import Transfer
 from lib.science.estimate import Estimate, mean_over_units, ratio_of_sums, stack
 
-N_RUNS = 200
-FEW_RUNS, MANY_RUNS = 100, 400
+N_RUNS = N_BOOKS
+FEW_RUNS, MANY_RUNS = (100 if N_BOOKS <= 200 else N_BOOKS), 400
 L = 30
 SUBJECTS = (69, 75, 64, 66, 51, 67, 72, 61, 70, 46, 69, 60, 59, 51, 56, 12)
 CRITERIA = {one.statistic: one for one in criteria(claim.CLAIM)}

@@ -217,6 +217,10 @@ def _record(criterion: Criterion, model: str, untrained: bool, place: str, one: 
     value, interval = np.atleast_1d(one.value), one.interval(criterion.level)
     low, high = np.atleast_1d(interval.low), np.atleast_1d(interval.high)
     verdicts = {criterion.verdict(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True)}
+    if "refuted" in verdicts and len(value) > 1:  # any of several would do: Bonferroni
+        wide = one.interval(1 - (1 - criterion.level) / len(value))
+        if "refuted" not in map(criterion.verdict, wide.low.tolist(), wide.high.tolist()):
+            verdicts = verdicts - {"refuted"} | {"undecided"}
     worst = criterion.worst(value)
     record |= {
         "estimate": float(value[worst]),
