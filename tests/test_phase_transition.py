@@ -557,7 +557,7 @@ def test_the_other_task_does_not_depend_on_the_order_of_tasks():
 @pytest.mark.parametrize("arm", NAMES)
 def test_steering_adds_differences_of_centroids_of_the_other_templates(trial, pairs, arm):
     few = pairs.where(np.arange(0, len(pairs), 5))
-    transfer = claim.measure_steering({"": trial}, {"": few}, arm, [1])[""]
+    transfer = claim.measure_steering({"": trial}, {"": few}, [1])[arm][""]
     prompts = trial.task.prompts
     states = trial.states("subject" if arm == "context arm" else "last")[1]
     label = "unit" if arm == "context arm" else "answer"

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,11 +10,18 @@ from conftest import tiny_model, tiny_tokenizer
 from oracle import block_states, forward, patched_logits
 from scipy.special import log_softmax, softmax
 
+from lib.engine import store
 from lib.engine.edits import exchange_direction
 from lib.engine.extraction import extract_residuals
 from lib.engine.models import Decoder, load_decoder
 from lib.evidence.tasks import Pairs, Task, build_task, exchange_pairs
-from lib.evidence.transfer import DivergenceFromDonor, Trial, measure_transfer, read_tasks
+from lib.evidence.transfer import (
+    DivergenceFromDonor,
+    Trial,
+    measure_sites,
+    measure_transfer,
+    read_tasks,
+)
 from lib.science.estimate import Untested
 
 
@@ -112,6 +120,33 @@ def test_given_donors_belong_to_their_pairs_and_their_blocks(trial: Trial):
         trial, pairs, "last", donors=donors, blocks=[2, 3], edit=exchange_direction
     )
     assert np.abs(turned.after - own.after).max() > 1e-3
+
+
+def test_both_arms_together_are_what_each_is_alone_and_run_every_prompt_once(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    pairs, base = exchange_pairs(trial.task, n_donors=1), trial.decoder.model.base_model
+    after = [len(tokens) - 1 for tokens in trial.task.tokens] - trial.task.subject_positions
+    pairs = pairs.where(after[pairs.prompts[:, 0]] == 1)  # mirrored, one token is exchanged as well
+    forward, tokens = base.forward, [0]
+
+    def counting(input_ids: torch.Tensor, **options: object) -> object:
+        tokens[-1] += input_ids.numel()
+        return forward(input_ids, **options)
+
+    def sites(*names):
+        monkeypatch.setattr(store, "STORE", tmp_path / "-".join(names))
+        tokens.append(0)
+        return measure_sites({"": trial}, {"": pairs}, names)
+
+    sites("subject", "last")  # compares with full recompute, once
+    monkeypatch.setattr(base, "forward", counting)
+    together = sites("last", "subject")
+    for site in ("subject", "last"):
+        alone = sites(site)[site][""]
+        assert np.abs(together[site][""].after - alone.after).max() < 1e-5
+        assert np.array_equal(together[site][""].choice, alone.choice)
+    assert 0 < tokens[2] == max(tokens[3:])
 
 
 def test_certainty_is_scipys_entropy_and_the_largest_log_probability(trial: Trial):

@@ -32,7 +32,7 @@ from lib.evidence.transfer import (
     Transfer,
     Trial,
     divergence,
-    measure_transfers,
+    measure_sites,
     needed_prompts,
     read_tasks,
 )
@@ -172,14 +172,13 @@ def measure_arms(
     trials: Mapping[str, Trial], pairs: Mapping[str, Pairs], blocks: Sequence[int] | None = None
 ) -> dict[str, Arms]:
     """Return by task what an exchange at the subject's token and one at the last token do."""
-    found = {
-        arm: measure_transfers(trials, pairs, site, blocks=blocks, description=arm)
-        for arm, site in ARMS.items()
-    }
+    found = measure_sites(
+        trials, pairs, list(ARMS.values()), blocks=blocks, description="both arms"
+    )
     return {
         name: Arms(
             trials[name].decoder.n_blocks,
-            {arm: found[arm][name] for arm in ARMS},
+            {arm: found[site][name] for arm, site in ARMS.items()},
             is_seed=trials[name].decoder.untrained,
         )
         for name in pairs
@@ -677,9 +676,9 @@ def width_gap(rho: Measured, arms: Arms) -> Measured:
 
 
 def measure_steering(
-    trials: Mapping[str, Trial], pairs: Mapping[str, Pairs], arm: Arm, blocks: Sequence[int]
-) -> dict[str, Transfer]:
-    """Return by task what adding centroid differences of held-out templates does.
+    trials: Mapping[str, Trial], pairs: Mapping[str, Pairs], blocks: Sequence[int]
+) -> dict[Arm, dict[str, Transfer]]:
+    """Return by arm and task what adding centroid differences of held-out templates does.
 
     That is how the paper steers. At the subject's token the centroids are those of donor's and
     recipient's subject, at the last token those of their answers, over the prompts of all other
@@ -689,17 +688,21 @@ def measure_steering(
         ValueError: a task of one template.
     """
     vectors = {
-        name: _steering_vectors(trials[name], own, arm, blocks) for name, own in pairs.items()
+        site: {
+            name: _steering_vectors(trials[name], own, arm, blocks) for name, own in pairs.items()
+        }
+        for arm, site in ARMS.items()
     }
-    return measure_transfers(
+    found = measure_sites(
         trials,
         pairs,
-        ARMS[arm],
+        list(ARMS.values()),
         edit=Add(),
         donors=vectors,
         blocks=blocks,
-        description=f"steering, {arm}",
+        description="steering",
     )
+    return {arm: found[site] for arm, site in ARMS.items()}
 
 
 def _steering_vectors(trial: Trial, pairs: Pairs, arm: Arm, blocks: Sequence[int]) -> Tensor:

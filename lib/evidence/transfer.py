@@ -278,17 +278,37 @@ def measure_transfers(
     blocks: Sequence[int] | None = None,
     description: str | None = None,
 ) -> dict[str, Transfer]:
-    """Return by task what an edit at `site` does to every pair, after each block.
+    """Return by task what an edit at `site` does to every pair: `measure_sites` of one site."""
+    given = None if donors is None else {site: donors}
+    found = measure_sites(
+        trials, pairs, [site], edit=edit, donors=given, blocks=blocks, description=description
+    )
+    return found[site]
+
+
+def measure_sites(
+    trials: Mapping[str, Trial],
+    pairs: Mapping[str, Pairs],
+    sites: Sequence[Site],
+    *,
+    edit: Edit = exchange,
+    donors: Mapping[Site, Mapping[str, Tensor]] | None = None,
+    blocks: Sequence[int] | None = None,
+    description: str | None = None,
+) -> dict[Site, dict[str, Transfer]]:
+    """Return by site and task what an edit there does to every pair, after each block.
+
+    Sites with as many tokens a prompt share a sweep: their prompts are run once.
 
     Args:
         trials: tasks as one model reads them.
         pairs: recipients and donors, by task.
-        site: `"last"`: the last token; `"subject"`: the last of the subject's tokens;
+        sites: `"last"`: the last token; `"subject"`: the last of the subject's tokens;
             `"subject's tokens"`: all of them; `"between"`: from the subject to the last token but
             one. Pairs whose tokens do not line up are left out of the last two.
         edit: what is done there.
         donors: what the edit takes, one a pair `[n_blocks, n_pairs, d_model]` in the order of
-            `blocks`, by task; by default the donor prompt's own state at the site.
+            `blocks`, by site and task; by default the donor prompt's own state at the site.
         blocks: after which to edit, all by default.
         description: what a progress display calls this.
 
@@ -296,47 +316,50 @@ def measure_transfers(
         ValueError: as `lib.engine.sweeps.sweep_blocks`.
     """
     if not pairs:
-        return {}
+        return {site: {} for site in sites}
     decoder = trials[next(iter(pairs))].decoder
     wanted = check_blocks(decoder, blocks)
-    in_line: dict[str, Pairs] = {}
-    classes: dict[tuple[str, int], np.ndarray] = {}
-    before: dict[str, np.ndarray] = {}
-    requests: dict[tuple[str, int], Request] = {}
+    in_line: dict[tuple[Site, str], Pairs] = {}
+    classes: dict[tuple[Site, str, int], np.ndarray] = {}
+    before: dict[tuple[Site, str], np.ndarray] = {}
+    requests: dict[tuple[Site, str, int], Request] = {}
     for name, own in pairs.items():
         task, logits = trials[name].task, trials[name].logits
-        in_line[name], found = _classes(task, own, site, edit == exchange and donors is None)
-        before[name] = divergence(logits, *in_line[name].prompts.T[::-1])
-        for number, (positions, rows, mirrored) in enumerate(found):
-            asked = in_line[name].prompts[rows]
-            swept, states = asked[:, ::-1] if mirrored else asked, None
-            if donors is not None:
-                swept = np.stack([asked[:, 0], np.arange(len(asked))], axis=1)
-                states = donors[name][:, torch.as_tensor(rows)]
-            classes[name, number] = rows
-            requests[name, number] = Request(
-                task.tokens,
-                swept,
-                positions,
-                states,
-                task.answer_ids.tolist(),
-                DivergenceFromDonor(logits[np.unique(asked[:, 1])], _ranks(asked[:, 1])),
-            )
+        for site in sites:
+            mirror = edit == exchange and donors is None
+            kept, found = _classes(task, own, site, mirror)
+            in_line[site, name] = kept
+            before[site, name] = divergence(logits, *kept.prompts.T[::-1])
+            for number, (positions, rows, mirrored) in enumerate(found):
+                asked = kept.prompts[rows]
+                swept, states = asked[:, ::-1] if mirrored else asked, None
+                if donors is not None:
+                    swept = np.stack([asked[:, 0], np.arange(len(asked))], axis=1)
+                    states = donors[site][name][:, torch.as_tensor(rows)]
+                classes[site, name, number] = rows
+                requests[site, name, number] = Request(
+                    task.tokens,
+                    swept,
+                    positions,
+                    states,
+                    task.answer_ids.tolist(),
+                    DivergenceFromDonor(logits[np.unique(asked[:, 1])], _ranks(asked[:, 1])),
+                )
     sweeps = recall_sweeps(
         decoder, requests, {"edit": edit}, blocks=wanted, description=description
     )
-    result = {}
-    for name, own in in_line.items():
+    result: dict[Site, dict[str, Transfer]] = {site: {} for site in sites}
+    for (site, name), own in in_line.items():
         task = trials[name].task
         after = np.empty((len(wanted), len(own)))
         choice = np.empty((len(wanted), len(own)), dtype=np.int64)
         for key, rows in classes.items():
-            if key[0] == name:
+            if key[:2] == (site, name):
                 after[:, rows] = sweeps[key].measures["kl_nats"][0]
                 choice[:, rows] = sweeps[key].logits[0].argmax(-1)
         target = task.answer_index[own.prompts[:, 1]]
-        result[name] = Transfer(
-            wanted, after, before[name], choice, target, own.unit, task.units, task.n_units
+        result[site][name] = Transfer(
+            wanted, after, before[site, name], choice, target, own.unit, task.units, task.n_units
         )
     return result
 
