@@ -118,12 +118,12 @@ def draw_curve(
     )
 
 
-def mark_transition(axes: Axes, block: float, low: float, high: float, label: str = "ℓ*") -> None:
+def mark_transition(axes: Axes, block: float, low: float, high: float) -> None:
     """Mark the transition block with its interval: a dotted line in a light band."""
     axes.axvspan(low, high, color="#bbbbbb", alpha=0.35, linewidth=0)
     axes.axvline(block, color="#444444", linestyle=":", linewidth=1.2)
     axes.annotate(
-        label,
+        "ℓ*",
         (block, 0.55),
         xycoords=("data", "axes fraction"),
         xytext=(-4, 0),
@@ -146,31 +146,20 @@ def depth_curves(
     table: pd.DataFrame,
     *,
     names: Iterable[str],
-    by: str = "curve",
-    panel: str = "task",
+    panel: str,
     ylabel: str,
-    title: str | None = None,
-    transitions: Mapping[str, tuple[float, float, float]] | None = None,
-    ylim: tuple[float, float] | None = None,
+    ylim: tuple[float, float],
     columns: int = 3,
-    sharey: bool = True,
-    labels: Mapping[str, str] | None = None,
 ) -> Figure:
-    """Return small multiples of depth curves: one panel a task, one curve a name, with bands.
+    """Return small multiples of depth curves: one curve a name, with bands.
 
     Args:
-        table: columns `block`, `estimate`, `low`, `high`, `untrained`, and those named by `by` and
-            `panel`.
+        table: columns `curve`, `block`, `estimate`, `low`, `high`, `untrained`, and `panel`'s.
         names: the curves, keys of `STYLES`, in the order of the legend.
-        by: column that holds the curve's name.
         panel: column that holds the panel's title.
         ylabel: what is measured, with its unit.
-        title: title above all panels.
-        transitions: by panel, the transition block with its interval (block, low, high).
         ylim: limits of y, the same in all panels.
         columns: panels side by side.
-        sharey: whether all panels have the same y axis; if not, each panel's title says what it is.
-        labels: names in the legend by curve, where they differ; the twin's is `curve, untrained`.
     """
     use_theme()
     if len(table) == 0:
@@ -180,26 +169,20 @@ def depth_curves(
     rows = -(-len(panels) // columns)
     height = 2.3 * rows + 0.7 if columns > 1 else 3.6 * rows
     figure, grid = plt.subplots(
-        rows, columns, figsize=(WIDTH, height), sharex=True, sharey=sharey, squeeze=False
+        rows, columns, figsize=(WIDTH, height), sharex=True, sharey=True, squeeze=False
     )
     n_blocks = int(table["block"].max()) + 1
     for axes, name in zip(grid.flat, panels, strict=False):
         chosen = table[table[panel] == name]
         for curve in names:
             for untrained in (True, False):
-                one = chosen[(chosen[by] == curve) & (chosen["untrained"] == untrained)]
+                one = chosen[(chosen["curve"] == curve) & (chosen["untrained"] == untrained)]
                 if len(one):
-                    label = (labels or {}).get(curve, curve)
-                    twin = (labels or {}).get(f"{curve}, untrained", f"{label}, untrained")
-                    shown = twin if untrained else label
-                    draw_curve(axes, one, curve, untrained=untrained, label=shown)
-        if transitions and name in transitions:
-            mark_transition(axes, *transitions[name])
+                    draw_curve(axes, one, curve, untrained=untrained)
         if len(panels) > 1:
             axes.set_title(name, fontsize="small")
         axes.set_xlim(-0.5, n_blocks - 0.5)
-    if ylim:
-        grid[0, 0].set_ylim(*ylim)
+    grid[0, 0].set_ylim(*ylim)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for axes in grid[:, 0]:
@@ -208,8 +191,6 @@ def depth_curves(
         grid.flat[len(panels) - 1 - column].set_xlabel("block")
         grid.flat[len(panels) - 1 - column].tick_params(labelbottom=True)
     shared_legend(figure, grid.flat)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
     return figure
 
 
