@@ -14,7 +14,7 @@ from lib.reading.figures import (
     draw_curve,
     mark_last_block,
     mark_transition,
-    nothing_to_show,
+    of_table,
     shared_legend,
     style_of,
     use_theme,
@@ -125,6 +125,7 @@ def readers(
     return figure
 
 
+@of_table
 def rivals(table: pd.DataFrame, threshold: float) -> Figure:
     """Return the partial ρ of the angle and of its rivals given the affine reader, a row each.
 
@@ -132,9 +133,6 @@ def rivals(table: pd.DataFrame, threshold: float) -> Figure:
         table: columns `rival`, `estimate`, `low`, `high`, `untrained`.
         threshold: the criterion that the angle has to reach.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     names = list(dict.fromkeys(table["rival"]))
     figure, axes = plt.subplots(figsize=(WIDTH, 0.42 * len(names) + 1.4))
     for untrained, own in table.groupby("untrained"):
@@ -152,6 +150,7 @@ def rivals(table: pd.DataFrame, threshold: float) -> Figure:
     return figure
 
 
+@of_table
 def task_panels(
     table: pd.DataFrame, *, n_blocks: int, transition: float | Untested, columns: int = 4
 ) -> Figure:
@@ -163,9 +162,6 @@ def task_panels(
         transition: ℓ*.
         columns: panels side by side.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     tasks = list(dict.fromkeys(table["task"]))
     lines = -(-len(tasks) // columns)
     figure, grid = plt.subplots(

@@ -12,9 +12,8 @@ from lib.reading.figures import (
     STYLES,
     TWIN,
     WIDTH,
-    nothing_to_show,
+    of_table,
     shared_legend,
-    use_theme,
 )
 from lib.science.estimate import Estimate, Measured, pool
 
@@ -57,6 +56,7 @@ def rows(measured: Mapping[str, Measured], **columns: Any) -> pd.DataFrame:
     )
 
 
+@of_table
 def control_and_price(
     flips: pd.DataFrame, shares: pd.DataFrame, nulls: pd.DataFrame, *, wanted: float
 ) -> Figure:
@@ -69,9 +69,6 @@ def control_and_price(
         nulls: columns `null`, `estimate`, `low`, `high`: flips beyond chance the whole way.
         wanted: the share that the criterion asks for.
     """
-    use_theme()
-    if len(flips) == 0:
-        return nothing_to_show()
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.5))
     for method, own in flips.groupby("method", sort=False):
         style = METHOD_STYLES[str(method)]
@@ -102,6 +99,7 @@ def control_and_price(
     return figure
 
 
+@of_table
 def parts_of_a_state(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Figure:
     """Return what direction and norm transfer: a panel a statistic, a row a task.
 
@@ -109,9 +107,6 @@ def parts_of_a_state(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Fi
         table: columns `statistic`, `task`, `estimate`, `low`, `high`, `untrained`.
         thresholds: by statistic, what its criterion asks for.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     names = list(thresholds)
     tasks = list(dict.fromkeys(table["task"]))
     size = (WIDTH, 0.2 * len(tasks) + 1.4)
@@ -129,6 +124,7 @@ def parts_of_a_state(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Fi
     return figure
 
 
+@of_table
 def flips_by_vector(table: pd.DataFrame, *, most: float, least: float) -> Figure:
     """Return flips to the target by what a state is turned to: a row a task, a colour a vector.
 
@@ -137,9 +133,6 @@ def flips_by_vector(table: pd.DataFrame, *, most: float, least: float) -> Figure
         most: what nulls may reach.
         least: what the rotation to the target has to reach.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     tasks = list(dict.fromkeys(table["task"]))
     figure, axes = plt.subplots(figsize=(WIDTH, 0.28 * len(tasks) + 1.4))
     looks = [("angle", "D"), ("context arm", "s"), ("distance", "X"), ("random plane", "o")]
@@ -155,6 +148,7 @@ def flips_by_vector(table: pd.DataFrame, *, most: float, least: float) -> Figure
     return figure
 
 
+@of_table
 def spans(table: pd.DataFrame, *, least: float, most: float) -> Figure:
     """Return transfer by the number of directions exchanged, a line a task, and the complements.
 
@@ -164,9 +158,6 @@ def spans(table: pd.DataFrame, *, least: float, most: float) -> Figure:
         least: what spans have to reach.
         most: what complements may reach.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.6), sharey=True)
     for axes, judged in ((left, True), (right, False)):
         chosen = table[table["judged"] == judged]
@@ -192,6 +183,7 @@ def spans(table: pd.DataFrame, *, least: float, most: float) -> Figure:
     return figure
 
 
+@of_table
 def methods_at_half(table: pd.DataFrame, *, wanted: float) -> Figure:
     """Return each method's selective share at its own dose of flip rate one half.
 
@@ -199,9 +191,6 @@ def methods_at_half(table: pd.DataFrame, *, wanted: float) -> Figure:
         table: columns `method`, `task`, `estimate`, `low`, `high`; diamonds are all tasks.
         wanted: what the criterion asks for.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     methods = list(dict.fromkeys(table["method"]))
     figure, axes = plt.subplots(figsize=(WIDTH, 0.42 * len(methods) + 1.0))
     for method, own in table.groupby("method", sort=False):

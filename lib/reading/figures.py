@@ -5,10 +5,11 @@ in all chapters; the untrained twin is always grey and dashed; depth is always o
 number; intervals are always drawn. Nothing rests on colour alone.
 """
 
+import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -19,6 +20,7 @@ from matplotlib.lines import Line2D
 
 from lib.science.estimate import OWN
 
+_P = ParamSpec("_P")
 _COLOURS = sns.color_palette("colorblind").as_hex()
 TWIN = "#7f7f7f"
 STYLES: Mapping[str, Mapping[str, Any]] = {
@@ -88,6 +90,19 @@ def use_theme() -> None:
     )
 
 
+def of_table(
+    draw: Callable[Concatenate[pd.DataFrame, _P], Figure],
+) -> Callable[Concatenate[pd.DataFrame, _P], Figure]:
+    """Make a function that draws a table set the theme, and say so where the table is empty."""
+
+    @functools.wraps(draw)
+    def drawn(table: pd.DataFrame, /, *args: _P.args, **kwargs: _P.kwargs) -> Figure:
+        use_theme()
+        return draw(table, *args, **kwargs) if len(table) else nothing_to_show()
+
+    return drawn
+
+
 def style_of(name: str, *, untrained: bool = False) -> dict[str, Any]:
     """Return colour, marker and dash of a named thing; grey and dashed for the untrained twin."""
     chosen = dict(STYLES.get(name, {"color": "#333333", "marker": "o"}))
@@ -142,6 +157,7 @@ def mark_last_block(axes: Axes, n_blocks: int) -> None:
     )
 
 
+@of_table
 def depth_curves(
     table: pd.DataFrame,
     *,
@@ -161,9 +177,6 @@ def depth_curves(
         ylim: limits of y, the same in all panels.
         columns: panels side by side.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     panels = list(dict.fromkeys(table[panel]))
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
@@ -199,6 +212,7 @@ def book_rows(table: pd.DataFrame) -> pd.DataFrame:
     return table[~table["task"].astype(str).str.startswith(OWN)]
 
 
+@of_table
 def transition_forest(table: pd.DataFrame, *, n_blocks: int, title: str) -> Figure:
     """Return the transition block of each task with its interval, and the width as a bar.
 
@@ -207,9 +221,6 @@ def transition_forest(table: pd.DataFrame, *, n_blocks: int, title: str) -> Figu
         n_blocks: depth of the model.
         title: title above.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     table = table.dropna(subset=["block"]).sort_values("block", ascending=False)
     figure, axes = plt.subplots(figsize=(WIDTH, 0.36 * len(table) + 1.3))
     rows = range(len(table))

@@ -15,6 +15,7 @@ from lib.reading.figures import (
     draw_curve,
     mark_last_block,
     nothing_to_show,
+    of_table,
     style_of,
     use_theme,
 )
@@ -85,6 +86,7 @@ def heads_under_curves(
     return figure
 
 
+@of_table
 def parts_by_block(table: pd.DataFrame, *, n_blocks: int) -> Figure:
     """Return T of the attention and of the MLP of each block, a panel each.
 
@@ -92,9 +94,6 @@ def parts_by_block(table: pd.DataFrame, *, n_blocks: int) -> Figure:
         table: columns `part`, `task`, `block`, `estimate`, `low`, `high`; "all tasks" thick.
         n_blocks: depth of the model.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     parts = list(dict.fromkeys(table["part"]))
     figure, grid = plt.subplots(1, len(parts), figsize=(WIDTH, 2.9), sharey=True, squeeze=False)
     for axes, part in zip(grid.flat, parts, strict=True):
@@ -112,6 +111,7 @@ def parts_by_block(table: pd.DataFrame, *, n_blocks: int) -> Figure:
     return figure
 
 
+@of_table
 def number_of_heads(table: pd.DataFrame, threshold: float) -> Figure:
     """Return T against the number of heads that are exchanged together.
 
@@ -120,9 +120,6 @@ def number_of_heads(table: pd.DataFrame, threshold: float) -> Figure:
             "all tasks" thick.
         threshold: what three heads have to reach.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     figure, axes = plt.subplots(figsize=(WIDTH, 3.2))
     best = table[table["kind"] == "best"]
     for name, one in best[best["task"] != ALL_TASKS].groupby("task"):
@@ -154,15 +151,13 @@ def number_of_heads(table: pd.DataFrame, threshold: float) -> Figure:
     return figure
 
 
+@of_table
 def heads_by_task(table: pd.DataFrame) -> Figure:
     """Return T of single heads on every task, as a matrix.
 
     Args:
         table: columns `task`, `head` (a label) and `estimate`; missing cells stay white.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     wide = table.pivot(index="task", columns="head", values="estimate")
     wide = wide[wide.max().sort_values(ascending=False).index]
     order = np.lexsort((-wide.max(axis=1), wide.fillna(-1).to_numpy().argmax(axis=1)))
@@ -188,6 +183,7 @@ def heads_by_task(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@of_table
 def knock_outs(table: pd.DataFrame, kinds: Sequence[str]) -> Figure:
     """Return what is lost where heads do not see the subject: a row a group, a dot a task.
 
@@ -195,9 +191,6 @@ def knock_outs(table: pd.DataFrame, kinds: Sequence[str]) -> Figure:
         table: columns `measure`, `group`, `task`, `estimate`; a panel a measure.
         kinds: the groups, in the order of the rows.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     measures = list(dict.fromkeys(table["measure"]))
     figure, grid = plt.subplots(
         1, len(measures), figsize=(WIDTH, 0.42 * len(kinds) + 1.2), sharey=True, squeeze=False

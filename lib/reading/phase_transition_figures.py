@@ -16,6 +16,7 @@ from lib.reading.figures import (
     mark_last_block,
     mark_transition,
     nothing_to_show,
+    of_table,
     shared_legend,
     style_of,
     use_theme,
@@ -52,6 +53,7 @@ def by_block(
     return pd.DataFrame(columns=columns).astype(dict.fromkeys(columns[1:], float))
 
 
+@of_table
 def hand_over(
     table: pd.DataFrame,
     twins: pd.DataFrame,
@@ -68,9 +70,6 @@ def hand_over(
         n_blocks: depth of the model.
         transition: median, smallest and largest ℓ* of the tasks, in blocks.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     measures = list(dict.fromkeys(table["measure"]))
     figure, grid = plt.subplots(1, len(measures), figsize=(WIDTH, 3.3), sharey=True, squeeze=False)
     for axes, measure in zip(grid.flat, measures, strict=True):
@@ -180,6 +179,7 @@ def task_panels(
     return figure
 
 
+@of_table
 def content(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Figure:
     """Return what each kind of donor does where the arms carry: a row a donor, a dot a task.
 
@@ -187,9 +187,6 @@ def content(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Figure:
         table: columns `panel`, `donor`, `arm`, `task`, `estimate`; the diamond is their mean.
         thresholds: by panel, what all its rows have to stay below, where it has a criterion.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     panels = list(dict.fromkeys(table["panel"]))
     rows = {panel: list(dict.fromkeys(table[table["panel"] == panel]["donor"])) for panel in panels}
     figure, grid = plt.subplots(
@@ -223,6 +220,7 @@ def content(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Figure:
     return figure
 
 
+@of_table
 def two_widths(curves: pd.DataFrame, widths: pd.DataFrame, *, n_blocks: int) -> Figure:
     """Return the geometry's rise beside the prediction arm's: curves, and widths task by task.
 
@@ -231,9 +229,6 @@ def two_widths(curves: pd.DataFrame, widths: pd.DataFrame, *, n_blocks: int) -> 
         widths: columns `quantity`, `task`, `estimate`, `low`, `high`, in blocks.
         n_blocks: depth of the model.
     """
-    use_theme()
-    if len(curves) == 0:
-        return nothing_to_show()
     tasks = list(dict.fromkeys(widths["task"]))
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, max(3.2, 0.2 * len(tasks) + 1.2)))
     for name, curve in curves.groupby("quantity", sort=False):
