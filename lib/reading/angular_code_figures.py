@@ -9,11 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib.reading.figures import (
+    THRESHOLD,
     TWIN,
     WIDTH,
+    draw_block_axis,
     draw_curve,
-    mark_last_block,
     mark_transition,
+    name_rows,
     of_table,
     shared_legend,
     style_of,
@@ -84,9 +86,7 @@ def _twin_band(axes: Axes, curves: Sequence[Measured], blocks: Sequence[int] | r
 def _frame(axes: Axes, n_blocks: int, transition: float | Untested) -> None:
     if not isinstance(transition, Untested):
         mark_transition(axes, transition, transition, transition)
-    mark_last_block(axes, n_blocks)
-    axes.set_xlim(-0.5, n_blocks - 0.5)
-    axes.set_xlabel("block")
+    draw_block_axis(axes, n_blocks)
 
 
 def readers(
@@ -141,10 +141,9 @@ def rivals(table: pd.DataFrame, threshold: float) -> Figure:
         style = style_of("angle", untrained=bool(untrained)) | {"linestyle": "none"}
         label = "untrained twins" if untrained else "trained"
         axes.errorbar(own["estimate"], y, xerr=errors, capsize=3, label=label, **style)
-    axes.axvline(threshold, color="#b00020", linestyle="--", linewidth=1)
+    axes.axvline(threshold, **THRESHOLD)
     axes.axvline(0, color="#444444", linewidth=0.8)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    name_rows(axes, names)
     axes.set_xlabel("partial ρ with J given the affine reader, late blocks")
     shared_legend(figure, [axes])
     return figure

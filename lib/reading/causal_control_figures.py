@@ -8,17 +8,18 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lib.evidence.criteria import POOLED
 from lib.reading.figures import (
     STYLES,
+    THRESHOLD,
     TWIN,
     WIDTH,
+    name_rows,
     of_table,
     shared_legend,
 )
 from lib.science.estimate import Estimate, Measured, pool
 
-ALL_TASKS = "all tasks"
-THRESHOLD: Mapping[str, Any] = {"color": "#b00020", "linestyle": "--", "linewidth": 1}
 METHOD_STYLES: Mapping[str, Mapping[str, Any]] = {
     "rotate to centroid": STYLES["angle"],
     "rotate by difference": {**STYLES["angle"], "marker": "d", "linestyle": "-."},
@@ -41,7 +42,7 @@ def rows(measured: Mapping[str, Measured], **columns: Any) -> pd.DataFrame:
     Returns:
         Columns `task`, `place` (the entry of a curve), `estimate`, `low`, `high`, `n`, and those.
     """
-    every = {**measured, ALL_TASKS: pool(measured)}
+    every = {**measured, POOLED: pool(measured)}
     frames = [
         one.to_frame(axis="place").assign(task=name, **columns)
         for name, one in every.items()
@@ -119,7 +120,7 @@ def parts_of_a_state(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Fi
             _dots(axes, own, tasks, 0.17 if untrained else -0.17, colour, label, marker)
         axes.axvline(thresholds[name], **THRESHOLD)
         axes.set_title(name, fontsize="small")
-    _rows(grid[0, 0], tasks)
+    name_rows(grid[0, 0], tasks, 0.6, fontsize="x-small")
     shared_legend(figure, grid.flat)
     return figure
 
@@ -143,7 +144,7 @@ def flips_by_vector(table: pd.DataFrame, *, most: float, least: float) -> Figure
     for x in (most, least):
         axes.axvline(x, **THRESHOLD)
     axes.set_xlabel("flips to the target; of nulls, beyond chance")
-    _rows(axes, tasks)
+    name_rows(axes, tasks, 0.6, fontsize="x-small")
     shared_legend(figure, [axes])
     return figure
 
@@ -195,14 +196,13 @@ def methods_at_half(table: pd.DataFrame, *, wanted: float) -> Figure:
     figure, axes = plt.subplots(figsize=(WIDTH, 0.42 * len(methods) + 1.0))
     for method, own in table.groupby("method", sort=False):
         y, colour = methods.index(str(method)), METHOD_STYLES[str(method)]["color"]
-        each, pooled = (own[(own["task"] == ALL_TASKS) == whole] for whole in (False, True))
+        each, pooled = (own[(own["task"] == POOLED) == whole] for whole in (False, True))
         axes.plot(each["estimate"], [y] * len(each), "o", color=colour, alpha=0.35)
         axes.plot(pooled[["low", "high"]].to_numpy().T, [[y], [y]], color=colour)
         axes.plot(pooled["estimate"], [y] * len(pooled), "D", color=colour, markersize=8)
     axes.axvline(wanted, **THRESHOLD)
     axes.axvline(0, color="#444444", linewidth=0.8)
-    axes.set_yticks(range(len(methods)), methods)
-    axes.set_ylim(len(methods) - 0.5, -0.5)
+    name_rows(axes, methods)
     axes.set_xlabel("share of the moved probability from source to target, at flip rate one half")
     return figure
 
@@ -219,8 +219,3 @@ def _dots(
     y = [tasks.index(task) + offset for task in own["task"]]
     axes.hlines(y, own["low"], own["high"], color=colour, linewidth=1.2)
     axes.plot(own["estimate"], y, marker, color=colour, label=label)
-
-
-def _rows(axes: Axes, tasks: Sequence[str]) -> None:
-    axes.set_yticks(range(len(tasks)), tasks, fontsize="x-small")
-    axes.set_ylim(len(tasks) - 0.4, -0.6)

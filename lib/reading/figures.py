@@ -60,6 +60,9 @@ STYLES: Mapping[str, Mapping[str, Any]] = {
 }
 """Colour and marker of everything that appears in more than one figure."""
 
+THRESHOLD: Mapping[str, Any] = {"color": "#b00020", "linestyle": "--", "linewidth": 1}
+"""How what a criterion asks for is drawn."""
+
 _FILLS = {"supported": "full", "refuted": "none", "undecided": "left", "shown": "full"}
 
 WIDTH = 7.2
@@ -155,6 +158,26 @@ def mark_last_block(axes: Axes, n_blocks: int) -> None:
     axes.axvspan(
         n_blocks - 1.5, n_blocks - 0.5, color="#dddddd", alpha=0.5, hatch="//", linewidth=0
     )
+
+
+def draw_block_axis(axes: Axes, n_blocks: int) -> None:
+    """Give a panel the blocks as its x axis, the last one hatched."""
+    mark_last_block(axes, n_blocks)
+    axes.set_xlim(-0.5, n_blocks - 0.5)
+    axes.set_xlabel("block")
+
+
+def name_rows(axes: Axes, names: Sequence[str], margin: float = 0.5, **text: Any) -> None:
+    """Name the rows of a panel, the first one at the top.
+
+    Args:
+        axes: where to draw.
+        names: one a row.
+        margin: room beyond the first and the last row, in rows.
+        **text: how the names are written.
+    """
+    axes.set_yticks(range(len(names)), names, **text)
+    axes.set_ylim(len(names) - 1 + margin, -margin)
 
 
 @of_table
@@ -266,8 +289,7 @@ def forest(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.tick_params(labelsize="x-small")
     for axes in grid.flat[len(names) :]:
         axes.set_axis_off()
-    grid[0, 0].set_yticks(range(len(places)), places)
-    grid[0, 0].set_ylim(len(places) - 0.4, -0.6)
+    name_rows(grid[0, 0], places, 0.6)
     verdicts = [one for one in _FILLS if any(row["verdict"] == one for row in rows)]
     handles = [Line2D([], [], label=one, **_marker(one, "#222222")) for one in verdicts]
     if any(row["untrained"] for row in rows):
@@ -285,7 +307,7 @@ def _draw_intervals(axes: Axes, rows: Sequence[Mapping[str, Any]], places: Seque
     if rows and (wanted := re.search(r"[-\d.]+$", rows[0]["criterion"])):
         ends = {float(wanted[0])} | ({-float(wanted[0])} if "±" in rows[0]["criterion"] else set())
         for end in ends:
-            axes.axvline(end, color="#b00020", linestyle="--", linewidth=1)
+            axes.axvline(end, **THRESHOLD)
 
 
 def _marker(verdict: str, colour: str) -> dict[str, Any]:

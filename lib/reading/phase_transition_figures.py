@@ -7,14 +7,18 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lib.evidence.criteria import POOLED as ALL_TASKS
+from lib.evidence.transfer import ARMS
 from lib.reading.figures import (
     STYLES,
+    THRESHOLD,
     TWIN,
     WIDTH,
     book_rows,
+    draw_block_axis,
     draw_curve,
-    mark_last_block,
     mark_transition,
+    name_rows,
     nothing_to_show,
     of_table,
     shared_legend,
@@ -22,9 +26,6 @@ from lib.reading.figures import (
     use_theme,
 )
 from lib.science.estimate import Estimate, Measured, pool
-
-ALL_TASKS = "all tasks"
-ARMS = ("context arm", "prediction arm")
 
 
 def by_block(
@@ -83,10 +84,8 @@ def hand_over(
             draw_curve(axes, chosen[chosen["task"] == ALL_TASKS], arm)
         if transition:
             mark_transition(axes, *transition)
-        mark_last_block(axes, n_blocks)
+        draw_block_axis(axes, n_blocks)
         axes.set_title(measure, fontsize="small")
-        axes.set_xlabel("block")
-        axes.set_xlim(-0.5, n_blocks - 0.5)
     grid[0, 0].set_ylim(-0.3, 1.08)
     shared_legend(figure, grid.flat)
     return figure
@@ -198,7 +197,7 @@ def content(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Figure:
     )
     for axes, panel in zip(grid.flat, panels, strict=True):
         for (donor, arm), own in table[table["panel"] == panel].groupby(["donor", "arm"]):
-            y = rows[panel].index(str(donor)) + (-0.17 if arm == ARMS[0] else 0.17)
+            y = rows[panel].index(str(donor)) + (-0.17 if arm == "context arm" else 0.17)
             style = STYLES[str(arm)]
             dots = {"linestyle": "none", "color": style["color"]}
             axes.plot(
@@ -211,10 +210,9 @@ def content(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Figure:
             )
             axes.plot([book_rows(own)["estimate"].mean()], [y], marker="D", markersize=8, **dots)
         if panel in thresholds:
-            axes.axvline(thresholds[panel], color="#b00020", linestyle="--", linewidth=1)
+            axes.axvline(thresholds[panel], **THRESHOLD)
         axes.axvline(0, color="#444444", linewidth=0.8)
-        axes.set_yticks(range(len(rows[panel])), rows[panel])
-        axes.set_ylim(len(rows[panel]) - 0.5, -0.5)
+        name_rows(axes, rows[panel])
         axes.set_xlabel(panel)
     shared_legend(figure, grid.flat)
     return figure
@@ -233,9 +231,7 @@ def two_widths(curves: pd.DataFrame, widths: pd.DataFrame, *, n_blocks: int) -> 
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, max(3.2, 0.2 * len(tasks) + 1.2)))
     for name, curve in curves.groupby("quantity", sort=False):
         draw_curve(left, curve, str(name))
-    mark_last_block(left, n_blocks)
-    left.set_xlim(-0.5, n_blocks - 0.5)
-    left.set_xlabel("block")
+    draw_block_axis(left, n_blocks)
     left.set_ylabel("T, ρ(θ, J)")
     left.set_title("mean over tasks", fontsize="small")
     for name, own in widths.groupby("quantity", sort=False):
@@ -243,8 +239,7 @@ def two_widths(curves: pd.DataFrame, widths: pd.DataFrame, *, n_blocks: int) -> 
         errors = [own["estimate"] - own["low"], own["high"] - own["estimate"]]
         style = style_of(str(name)) | {"linestyle": "none"}
         right.errorbar(own["estimate"], y, xerr=errors, capsize=2, elinewidth=1, **style)
-    right.set_yticks(range(len(tasks)), tasks, fontsize="x-small")
-    right.set_ylim(len(tasks) - 0.5, -0.5)
+    name_rows(right, tasks, fontsize="x-small")
     right.set_xlim(left=0)
     right.set_xlabel("width of the rise in blocks")
     right.set_title("task by task", fontsize="small")
