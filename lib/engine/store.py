@@ -10,8 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,7 +34,7 @@ from lib.engine.extraction import (
     extract_residuals,
     logit_lens,
 )
-from lib.engine.files import BUILD
+from lib.engine.files import BUILD, taking_the_place_of
 from lib.engine.keys import NoKeyError, key_of
 from lib.engine.models import Decoder
 from lib.engine.sites import Site, sweep_sites
@@ -298,17 +298,10 @@ def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
 
 def _write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
     """Write a file that is either whole or absent; leave it if the disk does not take it."""
-    part = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    told = {**about, "sha256": _digest(tensors, about)}
+    with suppress(OSError, safetensors.SafetensorError), taking_the_place_of(path) as new:
         _prune(path.parent)
-        handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        os.close(handle)
-        save_file(dict(tensors), part, metadata={**about, "sha256": _digest(tensors, about)})
-        os.replace(part, path)
-    except (OSError, safetensors.SafetensorError):
-        if part:
-            Path(part).unlink(missing_ok=True)
+        save_file(dict(tensors), new, metadata=told)
 
 
 def _sweep_path(
