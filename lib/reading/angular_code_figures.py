@@ -12,12 +12,13 @@ from lib.reading.figures import (
     THRESHOLD,
     TWIN,
     WIDTH,
-    draw_block_axis,
     draw_curve,
+    mark_last_block,
     mark_transition,
     name_rows,
     of_table,
     shared_legend,
+    small_multiples,
     style_of,
     use_theme,
 )
@@ -67,6 +68,7 @@ def by_depth(
         for name, own in table.groupby("curve", sort=False):
             draw_curve(axes, own, str(name))
         _frame(axes, n_blocks, transition)
+        axes.set_xlabel("block")
         axes.set_title(title, fontsize="small")
     grid[0, 0].set_ylabel("rank correlation with J")
     grid[0, 0].set_ylim(-0.15, 1.05)
@@ -86,7 +88,8 @@ def _twin_band(axes: Axes, curves: Sequence[Measured], blocks: Sequence[int] | r
 def _frame(axes: Axes, n_blocks: int, transition: float | Untested) -> None:
     if not isinstance(transition, Untested):
         mark_transition(axes, transition, transition, transition)
-    draw_block_axis(axes, n_blocks)
+    mark_last_block(axes, n_blocks)
+    axes.set_xlim(-0.5, n_blocks - 0.5)
 
 
 def readers(
@@ -119,6 +122,7 @@ def readers(
             draw_curve(axes, own, str(name))
         _frame(axes, n_blocks, transition)
         axes.axhline(0, color="#444444", linewidth=0.8)
+        axes.set_xlabel("block")
         axes.set_title(title, fontsize="small")
     grid[0, 0].set_ylabel("(partial) rank correlation with J")
     shared_legend(figure, grid.flat)
@@ -150,41 +154,23 @@ def rivals(table: pd.DataFrame, threshold: float) -> Figure:
 
 
 @of_table
-def task_panels(
-    table: pd.DataFrame, *, n_blocks: int, transition: float | Untested, columns: int = 4
-) -> Figure:
+def task_panels(table: pd.DataFrame, *, n_blocks: int, transition: float | Untested) -> Figure:
     """Return ρ(θ, J) within templates, a small panel a task: all pairs, and different answers.
 
     Args:
         table: a `curve_table` with a column `task`; curves are "angle" and "different answers".
         n_blocks: depth of the model.
         transition: ℓ*.
-        columns: panels side by side.
     """
     tasks = list(dict.fromkeys(table["task"]))
-    lines = -(-len(tasks) // columns)
-    figure, grid = plt.subplots(
-        lines,
-        columns,
-        figsize=(WIDTH, 1.35 * lines + 0.9),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-    )
+    figure, grid = small_multiples(len(tasks), 4, (1.35, 0.9), "small")
     for axes, task in zip(grid.flat, tasks, strict=False):
         for name, own in table[table["task"] == task].groupby("curve", sort=False):
             draw_curve(axes, own, str(name))
         _frame(axes, n_blocks, transition)
-        axes.set_xlabel("")
         axes.set_title(task, fontsize="x-small")
         axes.tick_params(labelsize="x-small")
-    for axes in grid.flat[len(tasks) :]:
-        axes.set_axis_off()
     grid[0, 0].set_ylim(-0.3, 1.05)
     figure.supylabel("rank correlation with J", fontsize="small")
-    for column in range(min(columns, len(tasks))):
-        lowest = grid.flat[len(tasks) - 1 - column]
-        lowest.set_xlabel("block", fontsize="small")
-        lowest.tick_params(labelbottom=True)
     shared_legend(figure, grid.flat)
     return figure

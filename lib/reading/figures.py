@@ -180,6 +180,41 @@ def name_rows(axes: Axes, names: Sequence[str], margin: float = 0.5, **text: Any
     axes.set_ylim(len(names) - 1 + margin, -margin)
 
 
+def small_multiples(
+    n_panels: int,
+    columns: int,
+    size: tuple[float, float],
+    fontsize: str = "medium",
+    *,
+    sharex: bool = True,
+) -> tuple[Figure, Any]:
+    """Return a figure of panels over blocks, and its grid of axes.
+
+    Args:
+        n_panels: how many are drawn; the rest of the last row stays white.
+        columns: panels side by side.
+        size: height of a row of panels, and what the figure is higher than its rows, in inches.
+        fontsize: of "block", below the lowest panel of each column.
+        sharex: whether all panels have the same blocks.
+    """
+    rows = -(-n_panels // columns)
+    figure, grid = plt.subplots(
+        rows,
+        columns,
+        figsize=(WIDTH, size[0] * rows + size[1]),
+        sharex=sharex,
+        sharey=True,
+        squeeze=False,
+    )
+    for axes in grid.flat[n_panels:]:
+        axes.set_axis_off()
+    for column in range(min(columns, n_panels)):
+        lowest = grid.flat[n_panels - 1 - column]
+        lowest.set_xlabel("block", fontsize=fontsize)
+        lowest.tick_params(labelbottom=True)
+    return figure, grid
+
+
 @of_table
 def depth_curves(
     table: pd.DataFrame,
@@ -202,11 +237,7 @@ def depth_curves(
     """
     panels = list(dict.fromkeys(table[panel]))
     columns = min(columns, len(panels))
-    rows = -(-len(panels) // columns)
-    height = 2.3 * rows + 0.7 if columns > 1 else 3.6 * rows
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(WIDTH, height), sharex=True, sharey=True, squeeze=False
-    )
+    figure, grid = small_multiples(len(panels), columns, (2.3, 0.7) if columns > 1 else (3.6, 0))
     n_blocks = int(table["block"].max()) + 1
     for axes, name in zip(grid.flat, panels, strict=False):
         chosen = table[table[panel] == name]
@@ -219,13 +250,8 @@ def depth_curves(
             axes.set_title(name, fontsize="small")
         axes.set_xlim(-0.5, n_blocks - 0.5)
     grid[0, 0].set_ylim(*ylim)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
     for axes in grid[:, 0]:
         axes.set_ylabel(ylabel, fontsize="small")
-    for column in range(columns):
-        grid.flat[len(panels) - 1 - column].set_xlabel("block")
-        grid.flat[len(panels) - 1 - column].tick_params(labelbottom=True)
     shared_legend(figure, grid.flat)
     return figure
 

@@ -22,6 +22,7 @@ from lib.reading.figures import (
     nothing_to_show,
     of_table,
     shared_legend,
+    small_multiples,
     style_of,
     use_theme,
 )
@@ -100,19 +101,15 @@ def _twin_bands(axes: Axes, twins: pd.DataFrame) -> None:
         axes.plot(ends.index, ends["mean"], label=f"{arm}, untrained", **style)
 
 
-def by_model(table: pd.DataFrame, columns: int = 2) -> Figure:
+def by_model(table: pd.DataFrame) -> Figure:
     """Return both arms over each model's own depth, a panel a model, the twins' on the same axes.
 
     Args:
         table: columns `panel`, `n_blocks`, `arm`, `untrained`, `block`, `estimate`, `low`, `high`.
-        columns: panels side by side.
     """
     use_theme()
     panels = list(dict.fromkeys(table["panel"]))
-    rows = -(-len(panels) // columns)
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(WIDTH, 1.75 * rows + 0.5), sharey=True, squeeze=False
-    )
+    figure, grid = small_multiples(len(panels), 2, (1.75, 0.5), "small", sharex=False)
     for axes, name in zip(grid.flat, panels, strict=False):
         own = table[table["panel"] == name]
         for untrained in (True, False):
@@ -123,13 +120,9 @@ def by_model(table: pd.DataFrame, columns: int = 2) -> Figure:
         axes.set_title(name, fontsize="small")
         axes.set_xlim(-0.5, own["n_blocks"].iloc[0] - 0.5)
         axes.tick_params(labelsize="small")
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
     grid[0, 0].set_ylim(min(-0.1, table["low"].min() - 0.03), 1.08)
     for axes in grid[:, 0]:
         axes.set_ylabel("transfer T", fontsize="small")
-    for column in range(min(columns, len(panels))):
-        grid.flat[len(panels) - 1 - column].set_xlabel("block", fontsize="small")
     shared_legend(figure, grid.flat)
     return figure
 
@@ -139,7 +132,6 @@ def task_panels(
     *,
     n_blocks: int,
     transitions: Mapping[str, tuple[float, float, float]],
-    columns: int = 4,
 ) -> Figure:
     """Return small multiples: both arms of each task with their bands and its ℓ*.
 
@@ -147,16 +139,12 @@ def task_panels(
         table: columns `arm`, `task`, `block`, `estimate`, `low`, `high`.
         n_blocks: depth of the model.
         transitions: ℓ* and its interval by task.
-        columns: panels side by side.
     """
     use_theme()
     tasks = [name for name in dict.fromkeys(table["task"]) if name != ALL_TASKS]
     if not tasks:
         return nothing_to_show()
-    rows = -(-len(tasks) // columns)
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(WIDTH, 1.25 * rows + 0.6), sharex=True, sharey=True, squeeze=False
-    )
+    figure, grid = small_multiples(len(tasks), 4, (1.25, 0.6), "x-small")
     for axes, name in zip(grid.flat, tasks, strict=False):
         for arm in ARMS:
             draw_curve(axes, table[(table["task"] == name) & (table["arm"] == arm)], arm)
@@ -168,12 +156,7 @@ def task_panels(
         axes.tick_params(labelsize="x-small")
         axes.set_xlim(-0.5, n_blocks - 0.5)
     grid[0, 0].set_ylim(-0.3, 1.08)
-    for axes in grid.flat[len(tasks) :]:
-        axes.set_axis_off()
     figure.supylabel("transfer T", fontsize="small")
-    for column in range(min(columns, len(tasks))):
-        grid.flat[len(tasks) - 1 - column].set_xlabel("block", fontsize="x-small")
-        grid.flat[len(tasks) - 1 - column].tick_params(labelbottom=True)
     shared_legend(figure, grid.flat)
     return figure
 
