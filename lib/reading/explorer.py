@@ -29,7 +29,6 @@ from lib.science.geometry import angles, jeffreys_divergence
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-TASKS = ("continents", "animals", "capitals")
 N_SHOWN, N_TOP = 30, 5
 ANGLE, TWIN = "angle", "angle, untrained"
 
@@ -103,9 +102,7 @@ def from_plain(plain: Mapping[str, Any]) -> Exploration:
     return Exploration(**told)
 
 
-def explore_tasks(
-    decoder: Decoder, twin: Decoder, names: Sequence[str] = TASKS
-) -> list[Exploration]:
+def explore_tasks(decoder: Decoder, twin: Decoder, names: Sequence[str]) -> list[Exploration]:
     """Return the tasks among `names` whose switch can be measured on this model."""
     trials = read_tasks(decoder, load_tasks(decoder, names))
     return [
