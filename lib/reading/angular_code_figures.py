@@ -22,28 +22,12 @@ from lib.reading.figures import (
     style_of,
     use_theme,
 )
+from lib.reading.figures import (
+    curve_table as curve_table,  # for the chapter, which draws with this module alone
+)
 from lib.science.estimate import Estimate, Measured, Untested
 
 TWINS = "angle, untrained twins"
-
-
-def curve_table(curves: Mapping[str, Measured], blocks: Sequence[int] | range) -> pd.DataFrame:
-    """Return curves over depth as a tidy table; those that could not be measured are left out.
-
-    Args:
-        curves: by name, each `[len(blocks)]`.
-        blocks: what the entries are.
-
-    Returns:
-        Columns `curve`, `block`, `estimate`, `low`, `high`, `n`.
-    """
-    frames = [
-        one.to_frame().assign(curve=name, block=list(blocks))
-        for name, one in curves.items()
-        if isinstance(one, Estimate)
-    ]
-    columns = ["curve", "block", "estimate", "low", "high", "n"]
-    return pd.concat(frames)[columns] if frames else pd.DataFrame(columns=columns)
 
 
 def by_depth(

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lib.science.estimate import OWN
+from lib.science.estimate import OWN, Estimate, Measured
 
 _P = ParamSpec("_P")
 _COLOURS = sns.color_palette("colorblind").as_hex()
@@ -134,6 +134,31 @@ def draw_curve(
     axes.fill_between(
         curve["block"], curve["low"], curve["high"], color=style["color"], alpha=0.18, linewidth=0
     )
+
+
+def curve_table(
+    curves: Mapping[str, Measured], blocks: Sequence[int], named: str = "curve"
+) -> pd.DataFrame:
+    """Return curves over depth as a tidy table; those that could not be measured are left out.
+
+    Args:
+        curves: by name, each `[len(blocks)]`.
+        blocks: what the entries are.
+        named: the column that holds the names.
+
+    Returns:
+        Columns `named`, `block`, `estimate`, `low`, `high`, `n`.
+    """
+    frames = [
+        one.to_frame().assign(block=list(blocks), **{named: name})
+        for name, one in curves.items()
+        if isinstance(one, Estimate)
+    ]
+    columns = [named, "block", "estimate", "low", "high", "n"]
+    if frames:
+        return pd.concat(frames)[columns]
+    # Columns of numbers even where there is none: beside others, objects would spread to them.
+    return pd.DataFrame(columns=columns).astype(dict.fromkeys(columns[1:], float))
 
 
 def mark_transition(axes: Axes, block: float, low: float, high: float) -> None:

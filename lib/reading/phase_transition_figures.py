@@ -15,6 +15,7 @@ from lib.reading.figures import (
     TWIN,
     WIDTH,
     book_rows,
+    curve_table,
     draw_block_axis,
     draw_curve,
     mark_transition,
@@ -26,7 +27,7 @@ from lib.reading.figures import (
     style_of,
     use_theme,
 )
-from lib.science.estimate import Estimate, Measured, pool
+from lib.science.estimate import Measured, pool
 
 
 def by_block(
@@ -43,16 +44,7 @@ def by_block(
         Columns `task`, `block`, `estimate`, `low`, `high`, `n`.
     """
     shown = dict(estimates) if tasks else {}
-    frames = [
-        one.to_frame().assign(task=name, block=list(blocks))
-        for name, one in {**shown, ALL_TASKS: pool(estimates)}.items()
-        if isinstance(one, Estimate)
-    ]
-    columns = ["task", "block", "estimate", "low", "high", "n"]
-    if frames:
-        return pd.concat(frames)[columns]
-    # Columns of numbers even where there is none: beside others, objects would spread to them.
-    return pd.DataFrame(columns=columns).astype(dict.fromkeys(columns[1:], float))
+    return curve_table({**shown, ALL_TASKS: pool(estimates)}, blocks, "task")
 
 
 @of_table
