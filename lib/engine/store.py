@@ -32,7 +32,6 @@ from lib.engine.extraction import (
     check_positions,
     check_prompts,
     extract_residuals,
-    logit_lens,
 )
 from lib.engine.files import BUILD, taking_the_place_of
 from lib.engine.keys import NoKeyError, key_of
@@ -53,27 +52,23 @@ def recall_residuals(
     prompts: Prompts,
     *,
     positions: Positions = "last",
-    logits: bool = False,
     description: str | None = None,
 ) -> Residuals:
     """Return `extract_residuals` after all blocks, computing only prompts not computed before.
 
     For prompts that several chapters read: everything computed is kept on disk, of the last
-    `KEPT_FOLDERS` / 2 models. Logits are read from the states of the last block and not kept. Where
-    nothing can be written (a full disk, a read-only folder) the result is returned all the same.
+    `KEPT_FOLDERS` / 2 models. Where nothing can be written (a full disk, a read-only folder) the
+    result is returned all the same.
 
     Args:
         decoder: the model; one whose weights cannot be read (offloaded to disk) is not stored.
         prompts: token ids; lengths may differ.
         positions: as `extract_residuals`.
-        logits: also return the next-token logits of the last token; needs positions `"last"`.
         description: what a progress display calls this; None shows none.
 
     Raises:
-        ValueError: as `extract_residuals`; logits asked for at other positions.
+        ValueError: as `extract_residuals`.
     """
-    if logits and not isinstance(positions, str):
-        raise ValueError('Logits are read at the last token; ask for positions="last".')
     where = check_positions(prompts, positions)
     prompts = check_prompts(decoder, prompts)
     folder = _folder(decoder, "extraction")
@@ -97,8 +92,7 @@ def recall_residuals(
             kept_as = " ".join(names[row] for row in rows)
             name = hashlib.sha256(kept_as.encode()).hexdigest()[:24]
             _write(folder / f"{name}.safetensors", {"states": computed}, {"names": kept_as})
-    read = logit_lens(decoder, states[-1]) if logits else None
-    return Residuals(states, tuple(range(decoder.n_blocks)), read)
+    return Residuals(states, tuple(range(decoder.n_blocks)))
 
 
 def recall_sweep(
