@@ -366,8 +366,8 @@ def test_model_without_a_testable_task_gets_a_page_that_says_so(
 
 
 def test_blanks_in_tokens_are_visible(trial: Trial) -> None:
-    tokens, probabilities = top_predictions(trial.decoder, torch.randn(2, 3, 32), n_top=2)
-    assert tokens.shape == probabilities.shape == (2, 3, 2)
+    tokens, probabilities = top_predictions(trial.decoder, torch.randn(2, 3, 32))
+    assert tokens.shape == probabilities.shape == (2, 3, N_TOP)
     from lib.reading.explorer import _word
 
     class Tokenizer:

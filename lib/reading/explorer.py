@@ -212,20 +212,17 @@ def depth_positions(states: ArrayLike) -> tuple[FloatArray, FloatArray]:
     return positions, shown
 
 
-def top_predictions(
-    decoder: Decoder, states: Tensor, n_top: int = N_TOP
-) -> tuple[IntArray, FloatArray]:
+def top_predictions(decoder: Decoder, states: Tensor) -> tuple[IntArray, FloatArray]:
     """Return the most probable next tokens that the logit lens reads from states, best first.
 
     Args:
         decoder: the model.
         states: the residual stream after each block `[n_blocks, n_items, d_model]`.
-        n_top: how many tokens.
 
     Returns:
-        Tokens and their probabilities over the full vocabulary `[n_blocks, n_items, n_top]`.
+        Tokens and their probabilities over the full vocabulary `[n_blocks, n_items, N_TOP]`.
     """
-    best = [logit_lens(decoder, block).double().softmax(-1).topk(n_top) for block in states]
+    best = [logit_lens(decoder, block).double().softmax(-1).topk(N_TOP) for block in states]
     probabilities, tokens = (torch.stack(parts).numpy() for parts in zip(*best, strict=True))
     return tokens, probabilities
 
