@@ -8,7 +8,6 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
-GIGABYTE = 10**9
 _CONTAINER = Path("/sys/fs/cgroup")
 
 
@@ -70,4 +69,4 @@ def check_memory(name: str, needed: int, device: str, free: Mapping[str, int]) -
 
 def in_gigabytes(n_bytes: int) -> str:
     """Return a number of bytes as text, in gigabytes (10⁹ bytes)."""
-    return f"{n_bytes / GIGABYTE:.3g} GB"
+    return f"{n_bytes / 10**9:.3g} GB"

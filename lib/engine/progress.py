@@ -20,9 +20,7 @@ _SECONDS_BETWEEN_LINES = 0.5
 Item = TypeVar("Item")
 
 
-def track(
-    items: Iterable[Item], description: str, total: int | None = None, *, chapter: str | None = None
-) -> Iterator[Item]:
+def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
     """Yields the items one by one and shows how far the loop has come.
 
     In a live notebook and at a terminal a bar is drawn. In the build of the book, which names a
@@ -34,7 +32,6 @@ def track(
         items: what is looped over; consumed lazily.
         description: what is going on, in a few words, such as "months-sequence: exchange".
         total: number of items, where `items` has no length.
-        chapter: overrides the chapter named by the environment.
 
     Yields:
         The items, unchanged and in order.
@@ -43,15 +40,14 @@ def track(
         total = len(items)
     file = os.environ.get(PROGRESS_FILE)
     if file:
-        chapter = chapter or os.environ.get(PROGRESS_CHAPTER, "")
-        yield from _track_in_file(items, description, total, chapter, file)
+        yield from _track_in_file(items, description, total, file)
     else:
         silent = not (_in_live_notebook() or sys.stderr.isatty())
         yield from tqdm(items, desc=description, total=total, disable=silent, leave=False)
 
 
 def _track_in_file(
-    items: Iterable[Item], description: str, total: int | None, chapter: str, file: str
+    items: Iterable[Item], description: str, total: int | None, file: str
 ) -> Iterator[Item]:
     start = time.monotonic()
     last = -float("inf")
@@ -60,7 +56,7 @@ def _track_in_file(
     def write_line() -> None:
         line = json.dumps(
             {
-                "chapter": chapter,
+                "chapter": os.environ.get(PROGRESS_CHAPTER, ""),
                 "what": description,
                 "done": done,
                 "total": total,

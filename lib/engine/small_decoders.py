@@ -6,11 +6,9 @@ disk; what was interrupted goes on from its last moment.
 """
 
 import math
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -25,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lib.engine.files import BUILD
+from lib.engine.files import BUILD, taking_the_place_of
 from lib.engine.keys import key_of
 from lib.engine.progress import track
 
@@ -313,16 +311,8 @@ def _write(
     if adam is not None:
         for index, state in enumerate(adam.state.values()):
             tensors |= {f"adam/{index}/{name}": value for name, value in state.items()}
-    part = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        os.close(handle)
-        save_file(tensors, part)
-        os.replace(part, path)
-    except (OSError, SafetensorError):
-        if part:
-            Path(part).unlink(missing_ok=True)
+    with suppress(OSError, SafetensorError), taking_the_place_of(path) as new:
+        save_file(tensors, new)
 
 
 def _read(

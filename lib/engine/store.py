@@ -10,8 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,9 +32,8 @@ from lib.engine.extraction import (
     check_positions,
     check_prompts,
     extract_residuals,
-    logit_lens,
 )
-from lib.engine.files import BUILD
+from lib.engine.files import BUILD, taking_the_place_of
 from lib.engine.keys import NoKeyError, key_of
 from lib.engine.models import Decoder
 from lib.engine.sites import Site, sweep_sites
@@ -53,27 +52,23 @@ def recall_residuals(
     prompts: Prompts,
     *,
     positions: Positions = "last",
-    logits: bool = False,
     description: str | None = None,
 ) -> Residuals:
     """Return `extract_residuals` after all blocks, computing only prompts not computed before.
 
     For prompts that several chapters read: everything computed is kept on disk, of the last
-    `KEPT_FOLDERS` / 2 models. Logits are read from the states of the last block and not kept. Where
-    nothing can be written (a full disk, a read-only folder) the result is returned all the same.
+    `KEPT_FOLDERS` / 2 models. Where nothing can be written (a full disk, a read-only folder) the
+    result is returned all the same.
 
     Args:
         decoder: the model; one whose weights cannot be read (offloaded to disk) is not stored.
         prompts: token ids; lengths may differ.
         positions: as `extract_residuals`.
-        logits: also return the next-token logits of the last token; needs positions `"last"`.
         description: what a progress display calls this; None shows none.
 
     Raises:
-        ValueError: as `extract_residuals`; logits asked for at other positions.
+        ValueError: as `extract_residuals`.
     """
-    if logits and not isinstance(positions, str):
-        raise ValueError('Logits are read at the last token; ask for positions="last".')
     where = check_positions(prompts, positions)
     prompts = check_prompts(decoder, prompts)
     folder = _folder(decoder, "extraction")
@@ -97,8 +92,7 @@ def recall_residuals(
             kept_as = " ".join(names[row] for row in rows)
             name = hashlib.sha256(kept_as.encode()).hexdigest()[:24]
             _write(folder / f"{name}.safetensors", {"states": computed}, {"names": kept_as})
-    read = logit_lens(decoder, states[-1]) if logits else None
-    return Residuals(states, tuple(range(decoder.n_blocks)), read)
+    return Residuals(states, tuple(range(decoder.n_blocks)))
 
 
 def recall_sweep(
@@ -288,27 +282,15 @@ def _files(folder: Path, wanted: set[str]) -> Iterator[tuple[dict[str, int], Ten
 def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
     """Return a digest of all that a file holds but for the digest itself."""
     told = sorted((name, text) for name, text in about.items() if name != "sha256")
-    digest = hashlib.sha256(json.dumps(told).encode())
-    for name in sorted(tensors):
-        data: np.ndarray = tensors[name].numpy()
-        digest.update(f"{name} {data.dtype} {data.shape};".encode())
-        digest.update(data.data)
-    return digest.hexdigest()
+    return key_of(told, sorted(tensors.items()))
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
     """Write a file that is either whole or absent; leave it if the disk does not take it."""
-    part = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    told = {**about, "sha256": _digest(tensors, about)}
+    with suppress(OSError, safetensors.SafetensorError), taking_the_place_of(path) as new:
         _prune(path.parent)
-        handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        os.close(handle)
-        save_file(dict(tensors), part, metadata={**about, "sha256": _digest(tensors, about)})
-        os.replace(part, path)
-    except (OSError, safetensors.SafetensorError):
-        if part:
-            Path(part).unlink(missing_ok=True)
+        save_file(dict(tensors), new, metadata=told)
 
 
 def _sweep_path(

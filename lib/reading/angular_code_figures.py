@@ -9,38 +9,25 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib.reading.figures import (
+    THRESHOLD,
     TWIN,
     WIDTH,
     draw_curve,
     mark_last_block,
     mark_transition,
-    nothing_to_show,
+    name_rows,
+    of_table,
     shared_legend,
+    small_multiples,
     style_of,
     use_theme,
+)
+from lib.reading.figures import (
+    curve_table as curve_table,  # for the chapter, which draws with this module alone
 )
 from lib.science.estimate import Estimate, Measured, Untested
 
 TWINS = "angle, untrained twins"
-
-
-def curve_table(curves: Mapping[str, Measured], blocks: Sequence[int] | range) -> pd.DataFrame:
-    """Return curves over depth as a tidy table; those that could not be measured are left out.
-
-    Args:
-        curves: by name, each `[len(blocks)]`.
-        blocks: what the entries are.
-
-    Returns:
-        Columns `curve`, `block`, `estimate`, `low`, `high`, `n`.
-    """
-    frames = [
-        one.to_frame().assign(curve=name, block=list(blocks))
-        for name, one in curves.items()
-        if isinstance(one, Estimate)
-    ]
-    columns = ["curve", "block", "estimate", "low", "high", "n"]
-    return pd.concat(frames)[columns] if frames else pd.DataFrame(columns=columns)
 
 
 def by_depth(
@@ -65,6 +52,7 @@ def by_depth(
         for name, own in table.groupby("curve", sort=False):
             draw_curve(axes, own, str(name))
         _frame(axes, n_blocks, transition)
+        axes.set_xlabel("block")
         axes.set_title(title, fontsize="small")
     grid[0, 0].set_ylabel("rank correlation with J")
     grid[0, 0].set_ylim(-0.15, 1.05)
@@ -86,7 +74,6 @@ def _frame(axes: Axes, n_blocks: int, transition: float | Untested) -> None:
         mark_transition(axes, transition, transition, transition)
     mark_last_block(axes, n_blocks)
     axes.set_xlim(-0.5, n_blocks - 0.5)
-    axes.set_xlabel("block")
 
 
 def readers(
@@ -119,12 +106,14 @@ def readers(
             draw_curve(axes, own, str(name))
         _frame(axes, n_blocks, transition)
         axes.axhline(0, color="#444444", linewidth=0.8)
+        axes.set_xlabel("block")
         axes.set_title(title, fontsize="small")
     grid[0, 0].set_ylabel("(partial) rank correlation with J")
     shared_legend(figure, grid.flat)
     return figure
 
 
+@of_table
 def rivals(table: pd.DataFrame, threshold: float) -> Figure:
     """Return the partial ρ of the angle and of its rivals given the affine reader, a row each.
 
@@ -132,9 +121,6 @@ def rivals(table: pd.DataFrame, threshold: float) -> Figure:
         table: columns `rival`, `estimate`, `low`, `high`, `untrained`.
         threshold: the criterion that the angle has to reach.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     names = list(dict.fromkeys(table["rival"]))
     figure, axes = plt.subplots(figsize=(WIDTH, 0.42 * len(names) + 1.4))
     for untrained, own in table.groupby("untrained"):
@@ -143,53 +129,32 @@ def rivals(table: pd.DataFrame, threshold: float) -> Figure:
         style = style_of("angle", untrained=bool(untrained)) | {"linestyle": "none"}
         label = "untrained twins" if untrained else "trained"
         axes.errorbar(own["estimate"], y, xerr=errors, capsize=3, label=label, **style)
-    axes.axvline(threshold, color="#b00020", linestyle="--", linewidth=1)
+    axes.axvline(threshold, **THRESHOLD)
     axes.axvline(0, color="#444444", linewidth=0.8)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    name_rows(axes, names)
     axes.set_xlabel("partial ρ with J given the affine reader, late blocks")
     shared_legend(figure, [axes])
     return figure
 
 
-def task_panels(
-    table: pd.DataFrame, *, n_blocks: int, transition: float | Untested, columns: int = 4
-) -> Figure:
+@of_table
+def task_panels(table: pd.DataFrame, *, n_blocks: int, transition: float | Untested) -> Figure:
     """Return ρ(θ, J) within templates, a small panel a task: all pairs, and different answers.
 
     Args:
         table: a `curve_table` with a column `task`; curves are "angle" and "different answers".
         n_blocks: depth of the model.
         transition: ℓ*.
-        columns: panels side by side.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     tasks = list(dict.fromkeys(table["task"]))
-    lines = -(-len(tasks) // columns)
-    figure, grid = plt.subplots(
-        lines,
-        columns,
-        figsize=(WIDTH, 1.35 * lines + 0.9),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-    )
+    figure, grid = small_multiples(len(tasks), 4, (1.35, 0.9), "small")
     for axes, task in zip(grid.flat, tasks, strict=False):
         for name, own in table[table["task"] == task].groupby("curve", sort=False):
             draw_curve(axes, own, str(name))
         _frame(axes, n_blocks, transition)
-        axes.set_xlabel("")
         axes.set_title(task, fontsize="x-small")
         axes.tick_params(labelsize="x-small")
-    for axes in grid.flat[len(tasks) :]:
-        axes.set_axis_off()
     grid[0, 0].set_ylim(-0.3, 1.05)
     figure.supylabel("rank correlation with J", fontsize="small")
-    for column in range(min(columns, len(tasks))):
-        lowest = grid.flat[len(tasks) - 1 - column]
-        lowest.set_xlabel("block", fontsize="small")
-        lowest.tick_params(labelbottom=True)
     shared_legend(figure, grid.flat)
     return figure

@@ -8,18 +8,18 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lib.evidence.criteria import POOLED
 from lib.reading.figures import (
     STYLES,
+    THRESHOLD,
     TWIN,
     WIDTH,
-    nothing_to_show,
+    name_rows,
+    of_table,
     shared_legend,
-    use_theme,
 )
 from lib.science.estimate import Estimate, Measured, pool
 
-ALL_TASKS = "all tasks"
-THRESHOLD: Mapping[str, Any] = {"color": "#b00020", "linestyle": "--", "linewidth": 1}
 METHOD_STYLES: Mapping[str, Mapping[str, Any]] = {
     "rotate to centroid": STYLES["angle"],
     "rotate by difference": {**STYLES["angle"], "marker": "d", "linestyle": "-."},
@@ -42,7 +42,7 @@ def rows(measured: Mapping[str, Measured], **columns: Any) -> pd.DataFrame:
     Returns:
         Columns `task`, `place` (the entry of a curve), `estimate`, `low`, `high`, `n`, and those.
     """
-    every = {**measured, ALL_TASKS: pool(measured)}
+    every = {**measured, POOLED: pool(measured)}
     frames = [
         one.to_frame(axis="place").assign(task=name, **columns)
         for name, one in every.items()
@@ -57,6 +57,7 @@ def rows(measured: Mapping[str, Measured], **columns: Any) -> pd.DataFrame:
     )
 
 
+@of_table
 def control_and_price(
     flips: pd.DataFrame, shares: pd.DataFrame, nulls: pd.DataFrame, *, wanted: float
 ) -> Figure:
@@ -69,9 +70,6 @@ def control_and_price(
         nulls: columns `null`, `estimate`, `low`, `high`: flips beyond chance the whole way.
         wanted: the share that the criterion asks for.
     """
-    use_theme()
-    if len(flips) == 0:
-        return nothing_to_show()
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.5))
     for method, own in flips.groupby("method", sort=False):
         style = METHOD_STYLES[str(method)]
@@ -102,6 +100,7 @@ def control_and_price(
     return figure
 
 
+@of_table
 def parts_of_a_state(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Figure:
     """Return what direction and norm transfer: a panel a statistic, a row a task.
 
@@ -109,9 +108,6 @@ def parts_of_a_state(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Fi
         table: columns `statistic`, `task`, `estimate`, `low`, `high`, `untrained`.
         thresholds: by statistic, what its criterion asks for.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     names = list(thresholds)
     tasks = list(dict.fromkeys(table["task"]))
     size = (WIDTH, 0.2 * len(tasks) + 1.4)
@@ -124,11 +120,12 @@ def parts_of_a_state(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Fi
             _dots(axes, own, tasks, 0.17 if untrained else -0.17, colour, label, marker)
         axes.axvline(thresholds[name], **THRESHOLD)
         axes.set_title(name, fontsize="small")
-    _rows(grid[0, 0], tasks)
+    name_rows(grid[0, 0], tasks, 0.6, fontsize="x-small")
     shared_legend(figure, grid.flat)
     return figure
 
 
+@of_table
 def flips_by_vector(table: pd.DataFrame, *, most: float, least: float) -> Figure:
     """Return flips to the target by what a state is turned to: a row a task, a colour a vector.
 
@@ -137,9 +134,6 @@ def flips_by_vector(table: pd.DataFrame, *, most: float, least: float) -> Figure
         most: what nulls may reach.
         least: what the rotation to the target has to reach.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     tasks = list(dict.fromkeys(table["task"]))
     figure, axes = plt.subplots(figsize=(WIDTH, 0.28 * len(tasks) + 1.4))
     looks = [("angle", "D"), ("context arm", "s"), ("distance", "X"), ("random plane", "o")]
@@ -150,11 +144,12 @@ def flips_by_vector(table: pd.DataFrame, *, most: float, least: float) -> Figure
     for x in (most, least):
         axes.axvline(x, **THRESHOLD)
     axes.set_xlabel("flips to the target; of nulls, beyond chance")
-    _rows(axes, tasks)
+    name_rows(axes, tasks, 0.6, fontsize="x-small")
     shared_legend(figure, [axes])
     return figure
 
 
+@of_table
 def spans(table: pd.DataFrame, *, least: float, most: float) -> Figure:
     """Return transfer by the number of directions exchanged, a line a task, and the complements.
 
@@ -164,9 +159,6 @@ def spans(table: pd.DataFrame, *, least: float, most: float) -> Figure:
         least: what spans have to reach.
         most: what complements may reach.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.6), sharey=True)
     for axes, judged in ((left, True), (right, False)):
         chosen = table[table["judged"] == judged]
@@ -192,6 +184,7 @@ def spans(table: pd.DataFrame, *, least: float, most: float) -> Figure:
     return figure
 
 
+@of_table
 def methods_at_half(table: pd.DataFrame, *, wanted: float) -> Figure:
     """Return each method's selective share at its own dose of flip rate one half.
 
@@ -199,21 +192,17 @@ def methods_at_half(table: pd.DataFrame, *, wanted: float) -> Figure:
         table: columns `method`, `task`, `estimate`, `low`, `high`; diamonds are all tasks.
         wanted: what the criterion asks for.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     methods = list(dict.fromkeys(table["method"]))
     figure, axes = plt.subplots(figsize=(WIDTH, 0.42 * len(methods) + 1.0))
     for method, own in table.groupby("method", sort=False):
         y, colour = methods.index(str(method)), METHOD_STYLES[str(method)]["color"]
-        each, pooled = (own[(own["task"] == ALL_TASKS) == whole] for whole in (False, True))
+        each, pooled = (own[(own["task"] == POOLED) == whole] for whole in (False, True))
         axes.plot(each["estimate"], [y] * len(each), "o", color=colour, alpha=0.35)
         axes.plot(pooled[["low", "high"]].to_numpy().T, [[y], [y]], color=colour)
         axes.plot(pooled["estimate"], [y] * len(pooled), "D", color=colour, markersize=8)
     axes.axvline(wanted, **THRESHOLD)
     axes.axvline(0, color="#444444", linewidth=0.8)
-    axes.set_yticks(range(len(methods)), methods)
-    axes.set_ylim(len(methods) - 0.5, -0.5)
+    name_rows(axes, methods)
     axes.set_xlabel("share of the moved probability from source to target, at flip rate one half")
     return figure
 
@@ -230,8 +219,3 @@ def _dots(
     y = [tasks.index(task) + offset for task in own["task"]]
     axes.hlines(y, own["low"], own["high"], color=colour, linewidth=1.2)
     axes.plot(own["estimate"], y, marker, color=colour, label=label)
-
-
-def _rows(axes: Axes, tasks: Sequence[str]) -> None:
-    axes.set_yticks(range(len(tasks)), tasks, fontsize="x-small")
-    axes.set_ylim(len(tasks) - 0.4, -0.6)

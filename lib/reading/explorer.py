@@ -29,7 +29,6 @@ from lib.science.geometry import angles, jeffreys_divergence
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-TASKS = ("continents", "animals", "capitals")
 N_SHOWN, N_TOP = 30, 5
 ANGLE, TWIN = "angle", "angle, untrained"
 
@@ -103,9 +102,7 @@ def from_plain(plain: Mapping[str, Any]) -> Exploration:
     return Exploration(**told)
 
 
-def explore_tasks(
-    decoder: Decoder, twin: Decoder, names: Sequence[str] = TASKS
-) -> list[Exploration]:
+def explore_tasks(decoder: Decoder, twin: Decoder, names: Sequence[str]) -> list[Exploration]:
     """Return the tasks among `names` whose switch can be measured on this model."""
     trials = read_tasks(decoder, load_tasks(decoder, names))
     return [
@@ -215,20 +212,17 @@ def depth_positions(states: ArrayLike) -> tuple[FloatArray, FloatArray]:
     return positions, shown
 
 
-def top_predictions(
-    decoder: Decoder, states: Tensor, n_top: int = N_TOP
-) -> tuple[IntArray, FloatArray]:
+def top_predictions(decoder: Decoder, states: Tensor) -> tuple[IntArray, FloatArray]:
     """Return the most probable next tokens that the logit lens reads from states, best first.
 
     Args:
         decoder: the model.
         states: the residual stream after each block `[n_blocks, n_items, d_model]`.
-        n_top: how many tokens.
 
     Returns:
-        Tokens and their probabilities over the full vocabulary `[n_blocks, n_items, n_top]`.
+        Tokens and their probabilities over the full vocabulary `[n_blocks, n_items, N_TOP]`.
     """
-    best = [logit_lens(decoder, block).double().softmax(-1).topk(n_top) for block in states]
+    best = [logit_lens(decoder, block).double().softmax(-1).topk(N_TOP) for block in states]
     probabilities, tokens = (torch.stack(parts).numpy() for parts in zip(*best, strict=True))
     return tokens, probabilities
 

@@ -50,12 +50,11 @@ _MARKS = {
 }
 
 
-def explorer_html(explorations: Sequence[Exploration], *, start: int | None = None) -> str:
-    """Return the explorer as one piece of HTML.
+def explorer_html(explorations: Sequence[Exploration]) -> str:
+    """Return the explorer as one piece of HTML, which begins at the first block after ℓ*.
 
     Args:
         explorations: one a task; a list lets the reader choose. Without any it says so.
-        start: block shown first; the first one after ℓ* by default, or the last.
 
     Raises:
         ValueError: parts of one that differ in length, or a curve without a value at a block.
@@ -64,10 +63,8 @@ def explorer_html(explorations: Sequence[Exploration], *, start: int | None = No
         return "<p>No task is testable on this model, so there is nothing to explore.</p>"
     data = [_data(one) for one in explorations]
     n_blocks = len(explorations[0].top_tokens)
-    if start is None:
-        place = explorations[0].transition
-        start = n_blocks - 1 if place is None else int(np.ceil(place))
-    start = min(max(start, 0), n_blocks - 1)
+    place = explorations[0].transition
+    start = n_blocks - 1 if place is None else min(int(np.ceil(place)), n_blocks - 1)
     parts = {
         "OPTIONS": _options_html(explorations),
         "LAST": str(n_blocks - 1),
@@ -80,7 +77,10 @@ def explorer_html(explorations: Sequence[Exploration], *, start: int | None = No
     for name, curve in (("CONTEXT", "context arm"), ("PREDICTION", "prediction arm")):
         parts[name] = style_of(curve)["color"]
     parts["ANGLE"] = style_of(ANGLE)["color"]
-    return _fill_page("explorer.html", data, parts)
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    parts |= {"DATA": text, "SLIDER": (DATA / "slider.js").read_text(encoding="utf-8")}
+    page = (DATA / "explorer.html").read_text(encoding="utf-8")
+    return re.sub(r"\[\[([A-Z]+)\]\]", lambda found: parts[found[1]], page)
 
 
 def _options_html(explorations: Sequence[Exploration]) -> str:
@@ -244,14 +244,6 @@ def _x(block: float, n_blocks: int) -> float:
 def _y(value: float, lowest: float) -> float:
     top, bottom = _MARGINS[2:]
     return round(top + (_PLOT[1] - top - bottom) * (1 - max(value, lowest)) / (1 - lowest), 1)
-
-
-def _fill_page(template: str, data: list[dict[str, object]], parts: Mapping[str, str]) -> str:
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    script = (DATA / "slider.js").read_text(encoding="utf-8")
-    filled = {**parts, "DATA": text, "SLIDER": script}
-    page = (DATA / template).read_text(encoding="utf-8")
-    return re.sub(r"\[\[([A-Z]+)\]\]", lambda found: filled[found[1]], page)
 
 
 def _palette(answers: Sequence[str]) -> Mapping[str, tuple[str, str]]:

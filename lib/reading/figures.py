@@ -5,10 +5,11 @@ in all chapters; the untrained twin is always grey and dashed; depth is always o
 number; intervals are always drawn. Nothing rests on colour alone.
 """
 
+import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -17,8 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lib.science.estimate import OWN
+from lib.science.estimate import OWN, Estimate, Measured
 
+_P = ParamSpec("_P")
 _COLOURS = sns.color_palette("colorblind").as_hex()
 TWIN = "#7f7f7f"
 STYLES: Mapping[str, Mapping[str, Any]] = {
@@ -58,6 +60,9 @@ STYLES: Mapping[str, Mapping[str, Any]] = {
 }
 """Colour and marker of everything that appears in more than one figure."""
 
+THRESHOLD: Mapping[str, Any] = {"color": "#b00020", "linestyle": "--", "linewidth": 1}
+"""How what a criterion asks for is drawn."""
+
 _FILLS = {"supported": "full", "refuted": "none", "undecided": "left", "shown": "full"}
 
 WIDTH = 7.2
@@ -86,6 +91,19 @@ def use_theme() -> None:
             "figure.constrained_layout.use": True,
         },
     )
+
+
+def of_table(
+    draw: Callable[Concatenate[pd.DataFrame, _P], Figure],
+) -> Callable[Concatenate[pd.DataFrame, _P], Figure]:
+    """Make a function that draws a table set the theme, and say so where the table is empty."""
+
+    @functools.wraps(draw)
+    def drawn(table: pd.DataFrame, /, *args: _P.args, **kwargs: _P.kwargs) -> Figure:
+        use_theme()
+        return draw(table, *args, **kwargs) if len(table) else nothing_to_show()
+
+    return drawn
 
 
 def style_of(name: str, *, untrained: bool = False) -> dict[str, Any]:
@@ -118,12 +136,37 @@ def draw_curve(
     )
 
 
-def mark_transition(axes: Axes, block: float, low: float, high: float, label: str = "ℓ*") -> None:
+def curve_table(
+    curves: Mapping[str, Measured], blocks: Sequence[int], named: str = "curve"
+) -> pd.DataFrame:
+    """Return curves over depth as a tidy table; those that could not be measured are left out.
+
+    Args:
+        curves: by name, each `[len(blocks)]`.
+        blocks: what the entries are.
+        named: the column that holds the names.
+
+    Returns:
+        Columns `named`, `block`, `estimate`, `low`, `high`, `n`.
+    """
+    frames = [
+        one.to_frame().assign(block=list(blocks), **{named: name})
+        for name, one in curves.items()
+        if isinstance(one, Estimate)
+    ]
+    columns = [named, "block", "estimate", "low", "high", "n"]
+    if frames:
+        return pd.concat(frames)[columns]
+    # Columns of numbers even where there is none: beside others, objects would spread to them.
+    return pd.DataFrame(columns=columns).astype(dict.fromkeys(columns[1:], float))
+
+
+def mark_transition(axes: Axes, block: float, low: float, high: float) -> None:
     """Mark the transition block with its interval: a dotted line in a light band."""
     axes.axvspan(low, high, color="#bbbbbb", alpha=0.35, linewidth=0)
     axes.axvline(block, color="#444444", linestyle=":", linewidth=1.2)
     axes.annotate(
-        label,
+        "ℓ*",
         (block, 0.55),
         xycoords=("data", "axes fraction"),
         xytext=(-4, 0),
@@ -142,74 +185,99 @@ def mark_last_block(axes: Axes, n_blocks: int) -> None:
     )
 
 
+def draw_block_axis(axes: Axes, n_blocks: int) -> None:
+    """Give a panel the blocks as its x axis, the last one hatched."""
+    mark_last_block(axes, n_blocks)
+    axes.set_xlim(-0.5, n_blocks - 0.5)
+    axes.set_xlabel("block")
+
+
+def name_rows(axes: Axes, names: Sequence[str], margin: float = 0.5, **text: Any) -> None:
+    """Name the rows of a panel, the first one at the top.
+
+    Args:
+        axes: where to draw.
+        names: one a row.
+        margin: room beyond the first and the last row, in rows.
+        **text: how the names are written.
+    """
+    axes.set_yticks(range(len(names)), names, **text)
+    axes.set_ylim(len(names) - 1 + margin, -margin)
+
+
+def small_multiples(
+    n_panels: int,
+    columns: int,
+    size: tuple[float, float],
+    fontsize: str = "medium",
+    *,
+    sharex: bool = True,
+) -> tuple[Figure, Any]:
+    """Return a figure of panels over blocks, and its grid of axes.
+
+    Args:
+        n_panels: how many are drawn; the rest of the last row stays white.
+        columns: panels side by side.
+        size: height of a row of panels, and what the figure is higher than its rows, in inches.
+        fontsize: of "block", below the lowest panel of each column.
+        sharex: whether all panels have the same blocks.
+    """
+    rows = -(-n_panels // columns)
+    figure, grid = plt.subplots(
+        rows,
+        columns,
+        figsize=(WIDTH, size[0] * rows + size[1]),
+        sharex=sharex,
+        sharey=True,
+        squeeze=False,
+    )
+    for axes in grid.flat[n_panels:]:
+        axes.set_axis_off()
+    for column in range(min(columns, n_panels)):
+        lowest = grid.flat[n_panels - 1 - column]
+        lowest.set_xlabel("block", fontsize=fontsize)
+        lowest.tick_params(labelbottom=True)
+    return figure, grid
+
+
+@of_table
 def depth_curves(
     table: pd.DataFrame,
     *,
     names: Iterable[str],
-    by: str = "curve",
-    panel: str = "task",
+    panel: str,
     ylabel: str,
-    title: str | None = None,
-    transitions: Mapping[str, tuple[float, float, float]] | None = None,
-    ylim: tuple[float, float] | None = None,
+    ylim: tuple[float, float],
     columns: int = 3,
-    sharey: bool = True,
-    labels: Mapping[str, str] | None = None,
 ) -> Figure:
-    """Return small multiples of depth curves: one panel a task, one curve a name, with bands.
+    """Return small multiples of depth curves: one curve a name, with bands.
 
     Args:
-        table: columns `block`, `estimate`, `low`, `high`, `untrained`, and those named by `by` and
-            `panel`.
+        table: columns `curve`, `block`, `estimate`, `low`, `high`, `untrained`, and `panel`'s.
         names: the curves, keys of `STYLES`, in the order of the legend.
-        by: column that holds the curve's name.
         panel: column that holds the panel's title.
         ylabel: what is measured, with its unit.
-        title: title above all panels.
-        transitions: by panel, the transition block with its interval (block, low, high).
         ylim: limits of y, the same in all panels.
         columns: panels side by side.
-        sharey: whether all panels have the same y axis; if not, each panel's title says what it is.
-        labels: names in the legend by curve, where they differ; the twin's is `curve, untrained`.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     panels = list(dict.fromkeys(table[panel]))
     columns = min(columns, len(panels))
-    rows = -(-len(panels) // columns)
-    height = 2.3 * rows + 0.7 if columns > 1 else 3.6 * rows
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(WIDTH, height), sharex=True, sharey=sharey, squeeze=False
-    )
+    figure, grid = small_multiples(len(panels), columns, (2.3, 0.7) if columns > 1 else (3.6, 0))
     n_blocks = int(table["block"].max()) + 1
     for axes, name in zip(grid.flat, panels, strict=False):
         chosen = table[table[panel] == name]
         for curve in names:
             for untrained in (True, False):
-                one = chosen[(chosen[by] == curve) & (chosen["untrained"] == untrained)]
+                one = chosen[(chosen["curve"] == curve) & (chosen["untrained"] == untrained)]
                 if len(one):
-                    label = (labels or {}).get(curve, curve)
-                    twin = (labels or {}).get(f"{curve}, untrained", f"{label}, untrained")
-                    shown = twin if untrained else label
-                    draw_curve(axes, one, curve, untrained=untrained, label=shown)
-        if transitions and name in transitions:
-            mark_transition(axes, *transitions[name])
+                    draw_curve(axes, one, curve, untrained=untrained)
         if len(panels) > 1:
             axes.set_title(name, fontsize="small")
         axes.set_xlim(-0.5, n_blocks - 0.5)
-    if ylim:
-        grid[0, 0].set_ylim(*ylim)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
+    grid[0, 0].set_ylim(*ylim)
     for axes in grid[:, 0]:
         axes.set_ylabel(ylabel, fontsize="small")
-    for column in range(columns):
-        grid.flat[len(panels) - 1 - column].set_xlabel("block")
-        grid.flat[len(panels) - 1 - column].tick_params(labelbottom=True)
     shared_legend(figure, grid.flat)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
     return figure
 
 
@@ -218,6 +286,7 @@ def book_rows(table: pd.DataFrame) -> pd.DataFrame:
     return table[~table["task"].astype(str).str.startswith(OWN)]
 
 
+@of_table
 def transition_forest(table: pd.DataFrame, *, n_blocks: int, title: str) -> Figure:
     """Return the transition block of each task with its interval, and the width as a bar.
 
@@ -226,9 +295,6 @@ def transition_forest(table: pd.DataFrame, *, n_blocks: int, title: str) -> Figu
         n_blocks: depth of the model.
         title: title above.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     table = table.dropna(subset=["block"]).sort_values("block", ascending=False)
     figure, axes = plt.subplots(figsize=(WIDTH, 0.36 * len(table) + 1.3))
     rows = range(len(table))
@@ -274,8 +340,7 @@ def forest(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.tick_params(labelsize="x-small")
     for axes in grid.flat[len(names) :]:
         axes.set_axis_off()
-    grid[0, 0].set_yticks(range(len(places)), places)
-    grid[0, 0].set_ylim(len(places) - 0.4, -0.6)
+    name_rows(grid[0, 0], places, 0.6)
     verdicts = [one for one in _FILLS if any(row["verdict"] == one for row in rows)]
     handles = [Line2D([], [], label=one, **_marker(one, "#222222")) for one in verdicts]
     if any(row["untrained"] for row in rows):
@@ -293,7 +358,7 @@ def _draw_intervals(axes: Axes, rows: Sequence[Mapping[str, Any]], places: Seque
     if rows and (wanted := re.search(r"[-\d.]+$", rows[0]["criterion"])):
         ends = {float(wanted[0])} | ({-float(wanted[0])} if "±" in rows[0]["criterion"] else set())
         for end in ends:
-            axes.axvline(end, color="#b00020", linestyle="--", linewidth=1)
+            axes.axvline(end, **THRESHOLD)
 
 
 def _marker(verdict: str, colour: str) -> dict[str, Any]:

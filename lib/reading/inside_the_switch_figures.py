@@ -7,19 +7,23 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from lib.evidence.criteria import POOLED
 from lib.reading.figures import (
     STYLES,
+    THRESHOLD,
     TWIN,
     WIDTH,
     book_rows,
+    draw_block_axis,
     draw_curve,
     mark_last_block,
+    name_rows,
     nothing_to_show,
+    of_table,
     style_of,
     use_theme,
 )
 
-ALL_TASKS = "all tasks"
 COLOURS = "cividis"
 
 
@@ -85,6 +89,7 @@ def heads_under_curves(
     return figure
 
 
+@of_table
 def parts_by_block(table: pd.DataFrame, *, n_blocks: int) -> Figure:
     """Return T of the attention and of the MLP of each block, a panel each.
 
@@ -92,26 +97,22 @@ def parts_by_block(table: pd.DataFrame, *, n_blocks: int) -> Figure:
         table: columns `part`, `task`, `block`, `estimate`, `low`, `high`; "all tasks" thick.
         n_blocks: depth of the model.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     parts = list(dict.fromkeys(table["part"]))
     figure, grid = plt.subplots(1, len(parts), figsize=(WIDTH, 2.9), sharey=True, squeeze=False)
     for axes, part in zip(grid.flat, parts, strict=True):
         own = table[table["part"] == part]
-        for _, one in own[own["task"] != ALL_TASKS].groupby("task"):
+        for _, one in own[own["task"] != POOLED].groupby("task"):
             colour = STYLES[part]["color"]
             axes.plot(one["block"], one["estimate"], color=colour, alpha=0.25, linewidth=0.8)
-        draw_curve(axes, own[own["task"] == ALL_TASKS], part, label="mean over tasks")
-        mark_last_block(axes, n_blocks)
+        draw_curve(axes, own[own["task"] == POOLED], part, label="mean over tasks")
+        draw_block_axis(axes, n_blocks)
         axes.set_title(f"the {part}'s output", fontsize="small")
-        axes.set_xlabel("block")
-        axes.set_xlim(-0.5, n_blocks - 0.5)
     grid[0, 0].set_ylim(-0.3, 1.08)
     grid[0, 0].set_ylabel("transfer T")
     return figure
 
 
+@of_table
 def number_of_heads(table: pd.DataFrame, threshold: float) -> Figure:
     """Return T against the number of heads that are exchanged together.
 
@@ -120,17 +121,14 @@ def number_of_heads(table: pd.DataFrame, threshold: float) -> Figure:
             "all tasks" thick.
         threshold: what three heads have to reach.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     figure, axes = plt.subplots(figsize=(WIDTH, 3.2))
     best = table[table["kind"] == "best"]
-    for name, one in best[best["task"] != ALL_TASKS].groupby("task"):
+    for name, one in best[best["task"] != POOLED].groupby("task"):
         axes.plot(one["n_heads"], one["estimate"], color=STYLES["head"]["color"], alpha=0.3, lw=0.9)
         end = one.iloc[0]
         if end["estimate"] < 0.3:
             axes.annotate(str(name), (end["n_heads"], end["estimate"]), fontsize="x-small")
-    mean = best[best["task"] == ALL_TASKS]
+    mean = best[best["task"] == POOLED]
     curve = mean.rename(columns={"n_heads": "block"})
     draw_curve(axes, curve, "head", label="best heads, mean over tasks")
     for kind, label in (
@@ -138,14 +136,14 @@ def number_of_heads(table: pd.DataFrame, threshold: float) -> Figure:
         ("elsewhere", "of the seen tasks"),
     ):
         own = table[table["kind"] == kind]
-        dots = own[own["task"] != ALL_TASKS]
+        dots = own[own["task"] != POOLED]
         style = style_of(f"{kind} heads") | {"linestyle": "none"}
         axes.plot(dots["n_heads"], dots["estimate"], alpha=0.35, **style)
-        whole = own[own["task"] == ALL_TASKS]
+        whole = own[own["task"] == POOLED]
         errors = [whole["estimate"] - whole["low"], whole["high"] - whole["estimate"]]
         large = style | {"markersize": 9}
         axes.errorbar(whole["n_heads"], whole["estimate"], yerr=errors, label=label, **large)
-    axes.axhline(threshold, color="#b00020", linestyle="--", linewidth=1)
+    axes.axhline(threshold, **THRESHOLD)
     axes.set_xticks(sorted(best["n_heads"].unique()))
     axes.set_xlabel("heads exchanged together")
     axes.set_ylabel("transfer T")
@@ -154,15 +152,13 @@ def number_of_heads(table: pd.DataFrame, threshold: float) -> Figure:
     return figure
 
 
+@of_table
 def heads_by_task(table: pd.DataFrame) -> Figure:
     """Return T of single heads on every task, as a matrix.
 
     Args:
         table: columns `task`, `head` (a label) and `estimate`; missing cells stay white.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     wide = table.pivot(index="task", columns="head", values="estimate")
     wide = wide[wide.max().sort_values(ascending=False).index]
     order = np.lexsort((-wide.max(axis=1), wide.fillna(-1).to_numpy().argmax(axis=1)))
@@ -188,6 +184,7 @@ def heads_by_task(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@of_table
 def knock_outs(table: pd.DataFrame, kinds: Sequence[str]) -> Figure:
     """Return what is lost where heads do not see the subject: a row a group, a dot a task.
 
@@ -195,9 +192,6 @@ def knock_outs(table: pd.DataFrame, kinds: Sequence[str]) -> Figure:
         table: columns `measure`, `group`, `task`, `estimate`; a panel a measure.
         kinds: the groups, in the order of the rows.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     measures = list(dict.fromkeys(table["measure"]))
     figure, grid = plt.subplots(
         1, len(measures), figsize=(WIDTH, 0.42 * len(kinds) + 1.2), sharey=True, squeeze=False
@@ -209,6 +203,5 @@ def knock_outs(table: pd.DataFrame, kinds: Sequence[str]) -> Figure:
             axes.plot(own["estimate"], [place] * len(own), "o", color=colour, alpha=0.35)
             axes.plot([book_rows(own)["estimate"].mean()], [place], "D", color=colour, markersize=8)
         axes.set_xlabel(measure)
-    grid[0, 0].set_yticks(range(len(kinds)), kinds)
-    grid[0, 0].set_ylim(len(kinds) - 0.5, -0.5)
+    name_rows(grid[0, 0], kinds)
     return figure

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib.reading.figures import TWIN, WIDTH, draw_curve, style_of, use_theme
+from lib.reading.figures import STYLES, TWIN, WIDTH, draw_curve, style_of, use_theme
 from lib.science.estimate import Estimate, Measured
 
 
@@ -48,13 +48,14 @@ def _forest(
     axes: Axes, gains: Mapping[str, Measured], twins: Mapping[str, Sequence[Measured]]
 ) -> None:
     """Draw a row an attribute: the estimate with its interval, the twins as grey crosses."""
+    colour = STYLES["norm"]["color"]
     for place, (name, one) in enumerate(gains.items()):
         others = [float(twin) for twin in twins.get(name, ()) if isinstance(twin, Estimate)]
         axes.scatter(others, np.full(len(others), place - 0.22), marker="x", s=18, color=TWIN)
         if isinstance(one, Estimate):
             interval = one.interval()
-            axes.plot([interval.low, interval.high], [place, place], color=_colour(), linewidth=2)
-            axes.plot(float(one), place, marker="v", color=_colour(), markersize=7)
+            axes.plot([interval.low, interval.high], [place, place], color=colour, linewidth=2)
+            axes.plot(float(one), place, marker="v", color=colour, markersize=7)
         else:
             axes.annotate("not testable", (0, place), fontsize="small", color="#555555")
     axes.axvline(0, color="#888888", linewidth=0.8)
@@ -62,10 +63,6 @@ def _forest(
     axes.set_ylim(len(gains) - 0.5, -0.6)
     axes.set_xlabel("share decoded beyond shuffled labels")
     axes.set_title("what log r tells  (× untrained)")
-
-
-def _colour() -> str:
-    return str(style_of("norm")["color"])
 
 
 def partials(curves: Mapping[str, Measured], late: Sequence[int], margin: float) -> Figure:

@@ -177,9 +177,7 @@ def glue_figure(name: str, figure: Figure) -> None:
 
     Where prose knows no directives, as on Colab, it is shown by `show_glued`.
     """
-    data = _png(figure)
-    _display({f"{_GLUE_PREFIX}{mime}": value for mime, value in data.items()}, _glue_metadata(name))
-    _keep_output(name, data)
+    _glue_output(name, _png(figure))
 
 
 def _png(figure: Figure) -> dict[str, str]:
@@ -197,9 +195,7 @@ def glue_html(name: str, html: str, text: str) -> None:
         html: what is pasted.
         text: the same for readers without HTML.
     """
-    data = {"text/html": html, "text/plain": text}
-    _display({f"{_GLUE_PREFIX}{mime}": value for mime, value in data.items()}, _glue_metadata(name))
-    _keep_output(name, data)
+    _glue_output(name, {"text/html": html, "text/plain": text})
 
 
 _outputs: dict[str, dict[str, str]] = {}
@@ -219,7 +215,8 @@ def show_glued(name: str) -> None:
     _display(dict(_outputs[name]), display_id=f"glued-{name}")
 
 
-def _keep_output(name: str, data: dict[str, str]) -> None:
+def _glue_output(name: str, data: dict[str, str]) -> None:
+    _display({f"{_GLUE_PREFIX}{mime}": value for mime, value in data.items()}, _glue_metadata(name))
     _outputs[name] = data
     if name in _awaited:
         _awaited.discard(name)

@@ -7,23 +7,27 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lib.evidence.criteria import POOLED as ALL_TASKS
+from lib.evidence.transfer import ARMS
 from lib.reading.figures import (
     STYLES,
+    THRESHOLD,
     TWIN,
     WIDTH,
     book_rows,
+    curve_table,
+    draw_block_axis,
     draw_curve,
-    mark_last_block,
     mark_transition,
+    name_rows,
     nothing_to_show,
+    of_table,
     shared_legend,
+    small_multiples,
     style_of,
     use_theme,
 )
-from lib.science.estimate import Estimate, Measured, pool
-
-ALL_TASKS = "all tasks"
-ARMS = ("context arm", "prediction arm")
+from lib.science.estimate import Measured, pool
 
 
 def by_block(
@@ -40,18 +44,10 @@ def by_block(
         Columns `task`, `block`, `estimate`, `low`, `high`, `n`.
     """
     shown = dict(estimates) if tasks else {}
-    frames = [
-        one.to_frame().assign(task=name, block=list(blocks))
-        for name, one in {**shown, ALL_TASKS: pool(estimates)}.items()
-        if isinstance(one, Estimate)
-    ]
-    columns = ["task", "block", "estimate", "low", "high", "n"]
-    if frames:
-        return pd.concat(frames)[columns]
-    # Columns of numbers even where there is none: beside others, objects would spread to them.
-    return pd.DataFrame(columns=columns).astype(dict.fromkeys(columns[1:], float))
+    return curve_table({**shown, ALL_TASKS: pool(estimates)}, blocks, "task")
 
 
+@of_table
 def hand_over(
     table: pd.DataFrame,
     twins: pd.DataFrame,
@@ -68,9 +64,6 @@ def hand_over(
         n_blocks: depth of the model.
         transition: median, smallest and largest ℓ* of the tasks, in blocks.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     measures = list(dict.fromkeys(table["measure"]))
     figure, grid = plt.subplots(1, len(measures), figsize=(WIDTH, 3.3), sharey=True, squeeze=False)
     for axes, measure in zip(grid.flat, measures, strict=True):
@@ -84,10 +77,8 @@ def hand_over(
             draw_curve(axes, chosen[chosen["task"] == ALL_TASKS], arm)
         if transition:
             mark_transition(axes, *transition)
-        mark_last_block(axes, n_blocks)
+        draw_block_axis(axes, n_blocks)
         axes.set_title(measure, fontsize="small")
-        axes.set_xlabel("block")
-        axes.set_xlim(-0.5, n_blocks - 0.5)
     grid[0, 0].set_ylim(-0.3, 1.08)
     shared_legend(figure, grid.flat)
     return figure
@@ -102,19 +93,15 @@ def _twin_bands(axes: Axes, twins: pd.DataFrame) -> None:
         axes.plot(ends.index, ends["mean"], label=f"{arm}, untrained", **style)
 
 
-def by_model(table: pd.DataFrame, columns: int = 2) -> Figure:
+def by_model(table: pd.DataFrame) -> Figure:
     """Return both arms over each model's own depth, a panel a model, the twins' on the same axes.
 
     Args:
         table: columns `panel`, `n_blocks`, `arm`, `untrained`, `block`, `estimate`, `low`, `high`.
-        columns: panels side by side.
     """
     use_theme()
     panels = list(dict.fromkeys(table["panel"]))
-    rows = -(-len(panels) // columns)
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(WIDTH, 1.75 * rows + 0.5), sharey=True, squeeze=False
-    )
+    figure, grid = small_multiples(len(panels), 2, (1.75, 0.5), "small", sharex=False)
     for axes, name in zip(grid.flat, panels, strict=False):
         own = table[table["panel"] == name]
         for untrained in (True, False):
@@ -125,13 +112,9 @@ def by_model(table: pd.DataFrame, columns: int = 2) -> Figure:
         axes.set_title(name, fontsize="small")
         axes.set_xlim(-0.5, own["n_blocks"].iloc[0] - 0.5)
         axes.tick_params(labelsize="small")
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
     grid[0, 0].set_ylim(min(-0.1, table["low"].min() - 0.03), 1.08)
     for axes in grid[:, 0]:
         axes.set_ylabel("transfer T", fontsize="small")
-    for column in range(min(columns, len(panels))):
-        grid.flat[len(panels) - 1 - column].set_xlabel("block", fontsize="small")
     shared_legend(figure, grid.flat)
     return figure
 
@@ -141,7 +124,6 @@ def task_panels(
     *,
     n_blocks: int,
     transitions: Mapping[str, tuple[float, float, float]],
-    columns: int = 4,
 ) -> Figure:
     """Return small multiples: both arms of each task with their bands and its ℓ*.
 
@@ -149,16 +131,12 @@ def task_panels(
         table: columns `arm`, `task`, `block`, `estimate`, `low`, `high`.
         n_blocks: depth of the model.
         transitions: ℓ* and its interval by task.
-        columns: panels side by side.
     """
     use_theme()
     tasks = [name for name in dict.fromkeys(table["task"]) if name != ALL_TASKS]
     if not tasks:
         return nothing_to_show()
-    rows = -(-len(tasks) // columns)
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(WIDTH, 1.25 * rows + 0.6), sharex=True, sharey=True, squeeze=False
-    )
+    figure, grid = small_multiples(len(tasks), 4, (1.25, 0.6), "x-small")
     for axes, name in zip(grid.flat, tasks, strict=False):
         for arm in ARMS:
             draw_curve(axes, table[(table["task"] == name) & (table["arm"] == arm)], arm)
@@ -170,16 +148,12 @@ def task_panels(
         axes.tick_params(labelsize="x-small")
         axes.set_xlim(-0.5, n_blocks - 0.5)
     grid[0, 0].set_ylim(-0.3, 1.08)
-    for axes in grid.flat[len(tasks) :]:
-        axes.set_axis_off()
     figure.supylabel("transfer T", fontsize="small")
-    for column in range(min(columns, len(tasks))):
-        grid.flat[len(tasks) - 1 - column].set_xlabel("block", fontsize="x-small")
-        grid.flat[len(tasks) - 1 - column].tick_params(labelbottom=True)
     shared_legend(figure, grid.flat)
     return figure
 
 
+@of_table
 def content(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Figure:
     """Return what each kind of donor does where the arms carry: a row a donor, a dot a task.
 
@@ -187,9 +161,6 @@ def content(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Figure:
         table: columns `panel`, `donor`, `arm`, `task`, `estimate`; the diamond is their mean.
         thresholds: by panel, what all its rows have to stay below, where it has a criterion.
     """
-    use_theme()
-    if len(table) == 0:
-        return nothing_to_show()
     panels = list(dict.fromkeys(table["panel"]))
     rows = {panel: list(dict.fromkeys(table[table["panel"] == panel]["donor"])) for panel in panels}
     figure, grid = plt.subplots(
@@ -201,7 +172,7 @@ def content(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Figure:
     )
     for axes, panel in zip(grid.flat, panels, strict=True):
         for (donor, arm), own in table[table["panel"] == panel].groupby(["donor", "arm"]):
-            y = rows[panel].index(str(donor)) + (-0.17 if arm == ARMS[0] else 0.17)
+            y = rows[panel].index(str(donor)) + (-0.17 if arm == "context arm" else 0.17)
             style = STYLES[str(arm)]
             dots = {"linestyle": "none", "color": style["color"]}
             axes.plot(
@@ -214,15 +185,15 @@ def content(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Figure:
             )
             axes.plot([book_rows(own)["estimate"].mean()], [y], marker="D", markersize=8, **dots)
         if panel in thresholds:
-            axes.axvline(thresholds[panel], color="#b00020", linestyle="--", linewidth=1)
+            axes.axvline(thresholds[panel], **THRESHOLD)
         axes.axvline(0, color="#444444", linewidth=0.8)
-        axes.set_yticks(range(len(rows[panel])), rows[panel])
-        axes.set_ylim(len(rows[panel]) - 0.5, -0.5)
+        name_rows(axes, rows[panel])
         axes.set_xlabel(panel)
     shared_legend(figure, grid.flat)
     return figure
 
 
+@of_table
 def two_widths(curves: pd.DataFrame, widths: pd.DataFrame, *, n_blocks: int) -> Figure:
     """Return the geometry's rise beside the prediction arm's: curves, and widths task by task.
 
@@ -231,16 +202,11 @@ def two_widths(curves: pd.DataFrame, widths: pd.DataFrame, *, n_blocks: int) -> 
         widths: columns `quantity`, `task`, `estimate`, `low`, `high`, in blocks.
         n_blocks: depth of the model.
     """
-    use_theme()
-    if len(curves) == 0:
-        return nothing_to_show()
     tasks = list(dict.fromkeys(widths["task"]))
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, max(3.2, 0.2 * len(tasks) + 1.2)))
     for name, curve in curves.groupby("quantity", sort=False):
         draw_curve(left, curve, str(name))
-    mark_last_block(left, n_blocks)
-    left.set_xlim(-0.5, n_blocks - 0.5)
-    left.set_xlabel("block")
+    draw_block_axis(left, n_blocks)
     left.set_ylabel("T, ρ(θ, J)")
     left.set_title("mean over tasks", fontsize="small")
     for name, own in widths.groupby("quantity", sort=False):
@@ -248,8 +214,7 @@ def two_widths(curves: pd.DataFrame, widths: pd.DataFrame, *, n_blocks: int) -> 
         errors = [own["estimate"] - own["low"], own["high"] - own["estimate"]]
         style = style_of(str(name)) | {"linestyle": "none"}
         right.errorbar(own["estimate"], y, xerr=errors, capsize=2, elinewidth=1, **style)
-    right.set_yticks(range(len(tasks)), tasks, fontsize="x-small")
-    right.set_ylim(len(tasks) - 0.5, -0.5)
+    name_rows(right, tasks, fontsize="x-small")
     right.set_xlim(left=0)
     right.set_xlabel("width of the rise in blocks")
     right.set_title("task by task", fontsize="small")

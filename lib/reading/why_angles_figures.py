@@ -11,7 +11,15 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from lib.evidence.circle import CONCENTRATIONS
-from lib.reading.figures import STYLES, WIDTH, mark_last_block, shared_legend, use_theme
+from lib.reading.figures import (
+    STYLES,
+    THRESHOLD,
+    WIDTH,
+    draw_block_axis,
+    mark_last_block,
+    shared_legend,
+    use_theme,
+)
 
 FloatArray = NDArray[np.float64]
 
@@ -48,12 +56,10 @@ def partials_by_depth(table: pd.DataFrame) -> Figure:
         for column, (label, style) in PARTIALS.items():
             _points_and_mean(axes, own, "block", column, label=label, **style)
         axes.axhline(0, color="#888888", linewidth=0.8)
-        mark_last_block(axes, n_blocks)
+        draw_block_axis(axes, n_blocks)
         axes.set_title(kind)
-        axes.set_xlim(-0.5, n_blocks - 0.5)
         axes.set_ylim(-1.05, 1.05)
         axes.set_xticks(range(n_blocks))
-        axes.set_xlabel("block")
     grid[0, 0].set_ylabel("partial rank correlation with J")
     shared_legend(figure, grid.flat)
     return figure
@@ -104,7 +110,7 @@ def losses(table: pd.DataFrame, gate: float, guess: float) -> Figure:
                 label=kind if number == 0 else None,
                 **{**style, "marker": None, "linewidth": 1.0},
             )
-    axes.axhline(gate, color="#b00020", linestyle="--", linewidth=1)
+    axes.axhline(gate, **THRESHOLD)
     axes.axhline(guess, color="#444444", linestyle=":", linewidth=1)
     axes.set_yscale("log")
     axes.set_xlabel("training step")
@@ -186,7 +192,7 @@ def costs_and_shares(table: pd.DataFrame, bars: Mapping[str, float]) -> Figure:
     left.set_yscale("log")
     left.set_ylim(max(1e-5, table["norm_cost"].min() / 2), None)
     for name, level in bars.items():
-        left.axhline(level, color="#b00020", linestyle="--", linewidth=1)
+        left.axhline(level, **THRESHOLD)
         above = level == max(bars.values())
         left.annotate(
             name,

@@ -44,10 +44,15 @@ def record_text(row: Record) -> str:
     return interval_text(row["estimate"], row["low"], row["high"])
 
 
+def signed(verdict: str) -> str:
+    """Return a verdict as shape and word, "● supported" say."""
+    return f"{SIGNS[verdict]} {verdict}"
+
+
 def verdict_text(row: Record) -> str:
-    """Return a record's verdict as shape and word, "● supported, architecture" say."""
+    """Return a record's verdict, "● supported, architecture" say."""
     mark = ", architecture" if row["architecture"] and row["verdict"] == "supported" else ""
-    return f"{SIGNS[row['verdict']]} {row['verdict']}{mark}"
+    return f"{signed(row['verdict'])}{mark}"
 
 
 def size_text(name: str, n_subjects: int) -> str:

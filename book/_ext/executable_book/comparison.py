@@ -8,12 +8,12 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+from executable_book.displays import table
 from executable_book.results import all_records, collect
-from executable_book.tables import table
 from lib.evidence.criteria import MODEL, POOLED, TEXTS, Record, claim_verdict, criteria
 from lib.evidence.records import SIGNS, read_runs
 from lib.evidence.transition import CLAIM, STATISTIC
-from lib.reading.words import number_text, record_text
+from lib.reading.words import number_text, record_text, signed
 from lib.science.estimate import is_own
 
 ONE = "There is one run so far, that of {model}; with a second one its depths will stand beside it."
@@ -42,10 +42,10 @@ class ModelComparison(SphinxDirective):
             for run in runs
         ]
         found = [
-            _text_table(["Claim, part", *models], verdict_rows(runs)),
-            _text_table(["Effect", "Wanted", *models], effect_rows(runs)),
-            _text_table(["Task", *models], depth_rows(runs)),
-            _text_table(head, facts),
+            table(["Claim, part", *models], verdict_rows(runs), "models"),
+            table(["Effect", "Wanted", *models], effect_rows(runs), "models"),
+            table(["Task", *models], depth_rows(runs), "models"),
+            table(head, facts, "models"),
         ]
         if len(runs) == 1:
             return [nodes.paragraph("", ONE.format(model=models[0])), *found]
@@ -63,9 +63,9 @@ def verdict_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             found.append(claim_verdict(run["records"], claim, run["model"]) if there else None)
         if not any(found):
             continue
-        rows.append([claim, *(_words(one.verdict) if one else "–" for one in found)])
+        rows.append([claim, *(signed(one.verdict) if one else "–" for one in found)])
         for part in dict.fromkeys(one.part for one in criteria(claim)):
-            cells = [_words(one.parts[part]) if one else "–" for one in found]
+            cells = [signed(one.parts[part]) if one else "–" for one in found]
             rows.append([f"{_INDENT}{part}", *cells])
     return rows
 
@@ -124,10 +124,6 @@ def _cell(row: Record) -> str:
     return f"{sign} not testable" if row["estimate"] is None else f"{sign} {record_text(row)}"
 
 
-def _words(verdict: str) -> str:
-    return f"{SIGNS[verdict]} {verdict}"
-
-
 def depth_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Return each task's transition as a share of each model's depth, ℓ* / (L − 1), and medians."""
     cells: dict[str, dict[str, str]] = {}
@@ -151,10 +147,6 @@ def depth_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         for task, by_model in sorted(cells.items())
     ]
     return [*rows, ["median", *medians]]
-
-
-def _text_table(head: list[str], rows: list[list[str]]) -> nodes.Node:
-    return table(head, [[[nodes.Text(cell)] for cell in row] for row in rows], "models")
 
 
 def setup(app: Sphinx) -> None:

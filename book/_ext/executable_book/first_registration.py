@@ -11,11 +11,11 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+from executable_book.displays import table
 from executable_book.results import collect
-from executable_book.tables import table
 from lib.engine.files import DATA
 from lib.evidence.criteria import Record, judged
-from lib.evidence.records import SIGNS
+from lib.reading.words import signed
 
 FOLDER = DATA / "first-registration"
 HEAD = ["Claim", "Criterion of the first registration", "Model", "Untrained", "Why it left"]
@@ -27,8 +27,7 @@ class FirstRegistration(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Return the table."""
-        cells = [[[nodes.Text(cell)] for cell in row] for row in fates(collect(self.env))]
-        return [table(HEAD, cells, "first-registration")]
+        return [table(HEAD, fates(collect(self.env)), "first-registration")]
 
 
 def fates(now: Sequence[Record]) -> list[list[str]]:
@@ -82,8 +81,7 @@ def _now(rows: Sequence[Record], claim: str, statistic: str) -> str:
     several = len(found) > 1
     return (
         "; ".join(
-            f"{SIGNS[row['verdict']]} {row['verdict']}" + (f" ({row['place']})" if several else "")
-            for row in found
+            signed(row["verdict"]) + (f" ({row['place']})" if several else "") for row in found
         )
         or "–"
     )

@@ -2,30 +2,28 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pandas as pd
 from docutils import nodes
-from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from executable_book.chapter_figure import PICTURES
+from executable_book.displays import Picture, chapter_addresses
 from executable_book.results import all_records, collect
 from executable_book.scorecard import short_name
 from lib.engine.files import DATA
 from lib.evidence.criteria import MODEL, POOLED, Record, claim_verdict, criteria, judged
-from lib.evidence.records import RESULTS, SIGNS, pages, read_runs
+from lib.evidence.records import RESULTS, SIGNS, read_runs
+from lib.evidence.transfer import ARMS
 from lib.evidence.transition import CLAIM
-from lib.reading.words import number_text
+from lib.reading.words import number_text, signed
 
-ARMS = ("context arm", "prediction arm")
 MONTHS = "base month: transfer T"
 """The panel of the recorded months that the picture shows."""
 
 
-class HandOver(SphinxDirective):
+class HandOver(Picture):
     """Show transfer against block for each model that was run and for the paper's own task.
 
     The content is the caption::
@@ -37,9 +35,6 @@ class HandOver(SphinxDirective):
         ```
     """
 
-    has_content = True
-    option_spec: ClassVar = {"alt": directives.unchanged_required}
-
     def run(self) -> list[nodes.Node]:
         """Return the figure; nothing where no model was run."""
         table = curves(all_records(collect(self.env)), months())
@@ -50,15 +45,11 @@ class HandOver(SphinxDirective):
 
         from lib.reading.phase_transition_figures import by_model
 
-        picture = Path(self.env.srcdir) / PICTURES / "hand-over.png"
-        picture.parent.mkdir(parents=True, exist_ok=True)
+        picture = self.place("hand-over.png")
         figure = by_model(table)
         figure.savefig(picture)
         plt.close(figure)
-        uri = f"/{picture.relative_to(self.env.srcdir).as_posix()}"
-        shown = nodes.figure("", nodes.image("", uri=uri, alt=self.options.get("alt", "")))
-        shown += nodes.caption("", "", *self.parse_inline("\n".join(self.content))[0])
-        return [shown]
+        return [self.figure(picture)]
 
 
 def curves(runs: Mapping[str, Sequence[Record]], recorded: pd.DataFrame) -> pd.DataFrame:
@@ -122,16 +113,14 @@ class Answers(SphinxDirective):
         """Return the list."""
         own = collect(self.env)
         kept = all_records(own)
-        chapters = {Path(page).name: page for page in pages(Path(self.env.srcdir))[1:]}
+        addresses = chapter_addresses(self.env)
         result = nodes.bullet_list(classes=["answers"])
         for line in filter(str.strip, self.content):
             claim, _, words = (part.strip() for part in line.partition("|"))
             rows = [row for row in own if row["claim"] == claim and not row["untrained"]]
             name = nodes.strong("", claim.replace("-", " ").capitalize())
-            if claim in chapters:
-                builder = self.env.app.builder
-                uri = builder.get_relative_uri(self.env.docname, chapters[claim])
-                name = nodes.reference("", "", name, internal=True, refuri=uri)
+            if claim in addresses:
+                name = nodes.reference("", "", name, internal=True, refuri=addresses[claim])
             said = nodes.paragraph("", "", name)
             said += nodes.Text(f": {answer(claim, words, rows)}{elsewhere(claim, rows, kept)}")
             result += nodes.list_item("", said)
@@ -183,7 +172,7 @@ def elsewhere(claim: str, rows: Sequence[Record], runs: Mapping[str, Sequence[Re
         for model, own in runs.items()
         if model not in spoken and any(row["claim"] == claim and row["criterion"] for row in own)
     }
-    said = ", ".join(f"{name} {SIGNS[verdict]} {verdict}" for name, verdict in found.items())
+    said = ", ".join(f"{name} {signed(verdict)}" for name, verdict in found.items())
     return f" On others: {said}." if found else ""
 
 

@@ -6,7 +6,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from executable_book.tables import table
+from executable_book.displays import table
 from lib.engine.files import write_atomically
 from lib.evidence.records import run_facts, run_file
 
@@ -17,10 +17,7 @@ class RunFacts(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Return the table."""
         facts = json.loads(run_file().read_text(encoding="utf-8"))
-        rows = [
-            [[nodes.Text(name.replace("_", " "))], [nodes.Text(str(value))]]
-            for name, value in facts.items()
-        ]
+        rows = [[name.replace("_", " "), str(value)] for name, value in facts.items()]
         return [table(["What", "Value"], rows, "run-facts")]
 
 

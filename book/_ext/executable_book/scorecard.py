@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+from executable_book.displays import chapter_addresses
 from executable_book.results import all_records, collect
 from lib.engine.catalogue import catalogue
 from lib.evidence.criteria import Criterion, Record, claim_verdict, criteria, judged
-from lib.evidence.records import SIGNS, pages
-from lib.reading.words import record_text
+from lib.evidence.records import SIGNS
+from lib.reading.words import record_text, signed
 
 COMING = "chapter to come"
 NO_RESULT = "no result"
@@ -41,14 +41,14 @@ class Scorecard(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Return the table."""
         runs = all_records(collect(self.env))
-        chapters = {Path(page).name: page for page in pages(Path(self.env.srcdir))[1:]}
+        addresses = chapter_addresses(self.env)
         rows = []
         for line in filter(str.strip, self.content):
             parts = [part.strip() for part in line.split("|")]
             if len(parts) != 3:
                 raise self.error(f"Expected 'claim | words | statistics', got {line!r}.")
             claim, words, statistics = parts
-            href = self._address(chapters.get(claim))
+            href = addresses.get(claim)
             rows.append(_claim_row(claim, words, href, runs))
             known = {one.statistic: one for one in criteria(claim)}
             for name in filter(None, map(str.strip, statistics.split(","))):
@@ -66,11 +66,6 @@ class Scorecard(SphinxDirective):
         )
         return [nodes.raw("", _legend(list(runs)) + html, format="html")]
 
-    def _address(self, page: str | None) -> str | None:
-        if page is None:
-            return None
-        return str(self.env.app.builder.get_relative_uri(self.env.docname, page))
-
 
 def _claim_row(claim: str, words: str, href: str | None, runs: dict[str, list[Record]]) -> str:
     lines = []
@@ -82,7 +77,7 @@ def _claim_row(claim: str, words: str, href: str | None, runs: dict[str, list[Re
     for model in models:
         verdict = claim_verdict(runs[model], claim, model).verdict
         named = f"{escape(short_name(model))}: " if len(models) > 1 else ""
-        lines.append(f"<div>{named}{SIGNS[verdict]} {verdict}</div>")
+        lines.append(f"<div>{named}{signed(verdict)}</div>")
     shown = "".join(lines) or (NO_RESULT if href else COMING)
     words = escape(words)
     head = f'<a href="{href}">{words}</a>' if href else words
@@ -135,7 +130,7 @@ def _number(row: Record) -> str:
 def _verdict(row: Record) -> str:
     """Return a verdict as shape and word, with the mark of architecture."""
     mark = " ⚑" if row["architecture"] and row["verdict"] == "supported" else ""
-    return f"{SIGNS[row['verdict']]} {row['verdict']}{mark}"
+    return f"{signed(row['verdict'])}{mark}"
 
 
 def _forest(rows: Sequence[Record], criterion: Criterion, models: Sequence[str]) -> str:
@@ -192,7 +187,7 @@ def _legend(models: Sequence[str]) -> str:
         f"{escape(name)}</span>"
         for name, colour in keys
     )
-    signs = ", ".join(f"{SIGNS[one]} {one}" for one in list(SIGNS)[:4])
+    signs = ", ".join(map(signed, list(SIGNS)[:4]))
     return (
         f'<p class="scorecard-legend">{entries} {signs}; ⚑ architecture: the untrained twins meet '
         "it too. Dashed: what is wanted.</p>"
