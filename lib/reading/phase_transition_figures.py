@@ -101,7 +101,8 @@ def by_model(table: pd.DataFrame) -> Figure:
     """
     use_theme()
     panels = list(dict.fromkeys(table["panel"]))
-    figure, grid = small_multiples(len(panels), 2, (1.75, 0.5), "small", sharex=False)
+    columns = 2 if len(panels) <= 4 else 3
+    figure, grid = small_multiples(len(panels), columns, (1.75, 0.5), "small", sharex=False)
     for axes, name in zip(grid.flat, panels, strict=False):
         own = table[table["panel"] == name]
         for untrained in (True, False):
