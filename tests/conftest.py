@@ -1,4 +1,4 @@
-"""Models for the tests: tiny random decoders of many architectures, and the embedded model."""
+"""Models for the tests: tiny random decoders, tiny tasks as one reads them, the embedded model."""
 
 import json
 import os
@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from tiny import build
+from tiny_tasks import WORDS, tiny_task
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lib.engine import store
 from lib.engine.models import Decoder, load_decoder
+from lib.evidence.transfer import Trial, read_tasks
+from lib.science.estimate import Untested
 
 N_BOOKS = int(os.environ.get("N_BOOKS", "200"))
 """Books that are simulated to see how often verdicts err; `make error-rates` takes more."""
@@ -84,6 +87,14 @@ def decoder(request: pytest.FixtureRequest) -> Decoder:
 @pytest.fixture(scope="session")
 def llama() -> Decoder:
     return load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def tiny_trials() -> dict[str, Trial | Untested]:
+    """Two tasks, "tiny" and "other", as a tiny random network reads them."""
+    decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer(WORDS))
+    other = tiny_task(decoder, "other", templates=["t4 {subject} t1"])
+    return read_tasks(decoder, {"tiny": tiny_task(decoder), "other": other})
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from scipy.stats import norm
 
 from lib.claims import phase_transition as claim
 from lib.claims.phase_transition import Arms
+from lib.evidence.content import CONTROLS
 from lib.evidence.criteria import POOLED, criteria, judge
 from lib.evidence.transfer import Transfer
 from lib.science.estimate import Estimate, mean_over_units, ratio_of_sums, stack
@@ -243,7 +244,7 @@ def controls(*truth):
     return one_run
 
 
-@pytest.mark.parametrize("statistic", claim.CONTROLS)
+@pytest.mark.parametrize("statistic", CONTROLS)
 @pytest.mark.parametrize("truth", [(0.1, -0.5), (0.1, 0.1)])
 def test_states_without_content(statistic, truth, told):
     supported, refuted = rates(statistic, controls(*truth))

@@ -17,6 +17,7 @@ from lib.engine.files import ROOT
 from lib.engine.models import Decoder, load_decoder
 from lib.evidence import own_tasks as module
 from lib.evidence import records, transition, verify
+from lib.evidence.content import other_task
 from lib.evidence.criteria import claim_verdict, judge
 from lib.evidence.own_tasks import contents, own_tasks
 from lib.evidence.records import read_records, shown
@@ -99,7 +100,7 @@ def test_no_number_over_the_books_tasks_changes_with_a_readers_own(monkeypatch, 
     both = [phase_transition.transition_spread(one, 10) for one in (book, more)]
     assert np.array_equal(both[0].draws, both[1].draws)
     names = [f"own: {k}" for k in range(40)]
-    others = [phase_transition.other_task("a", ["a", "b", "c", *own]) for own in ((), names)]
+    others = [other_task("a", ["a", "b", "c", *own]) for own in ((), names)]
     assert others[0] == others[1]
     seen = ["capitals", "animals", "plurals", "cities", "antonyms", "emotions"]
     assert inside_the_switch.twin_tasks([*seen, *names]) == inside_the_switch.twin_tasks(seen)

@@ -10,14 +10,14 @@ from conftest import tiny_model, tiny_tokenizer
 from oracle import block_states
 from scipy.spatial.distance import pdist
 from scipy.stats import norm, spearmanr, t
+from tiny_tasks import WORDS, as_sums, clean, kl, place, recompute
 
 from lib.claims import phase_transition as claim
 from lib.claims.phase_transition import Arms
-from lib.engine.edits import exchange
 from lib.engine.models import load_decoder
-from lib.engine.sweeps import sweep_together
+from lib.evidence.content import CONTROLS, Content
 from lib.evidence.criteria import claim_verdict, judge
-from lib.evidence.tasks import Pairs, build_task, exchange_pairs, load_tasks
+from lib.evidence.tasks import exchange_pairs, load_tasks
 from lib.evidence.transfer import ARMS, Transfer, choose_pairs, needed_prompts, read_tasks
 from lib.reading import phase_transition_figures as drawn
 from lib.science.estimate import Estimate, Untested, mean_over_units, over_seeds
@@ -27,85 +27,18 @@ def switch(arms):
     return claim.plateaus(arms) | claim.widths(arms)
 
 
-SUBJECTS, ANSWERS = [f"s{i}" for i in range(12)], [f"a{i}" for i in range(4)]
-WORDS = ["?", *SUBJECTS, *ANSWERS, *[f"t{i}" for i in range(6)]]
-TEMPLATES = ["t0 t1 {subject} t2", "t3 {subject} t4 t5", "t5 t2 {subject} t0"]
 L = 30
 NAMES = ("context arm", "prediction arm")
 
 
-def tiny_task(decoder, name="tiny", subjects=SUBJECTS, answers=ANSWERS, templates=TEMPLATES):
-    rows = [(s, answers[i % len(answers)], "") for i, s in enumerate(subjects)]
-    items = pd.DataFrame(rows, columns=["subject", "answer", "group"])
-    return build_task(name, items, templates, decoder)
-
-
 @pytest.fixture(scope="module")
-def tiny():
-    """Two tasks as a tiny random network reads them."""
-    decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer(WORDS))
-    tasks = {
-        "tiny": tiny_task(decoder),
-        "other": tiny_task(decoder, "other", templates=["t4 {subject} t1"]),
-    }
-    return read_tasks(decoder, tasks)
-
-
-@pytest.fixture(scope="module")
-def trial(tiny):
-    return tiny["tiny"]
+def trial(tiny_trials):
+    return tiny_trials["tiny"]
 
 
 @pytest.fixture(scope="module")
 def pairs(trial):
     return choose_pairs(trial, n_donors=3)
-
-
-def as_sums(decoder):
-    """A task of three groups, read by a tiny network."""
-    rows = [(f"s{i}", ANSWERS[(i + k) % 4], f"t{k}") for i in range(12) for k in (0, 1, 2)]
-    items = pd.DataFrame(rows, columns=["subject", "answer", "group"])
-    task = build_task("sums", items, ["t1 t4 {group} t3 {subject} t5"], decoder)
-    return read_tasks(decoder, {"sums": task})["sums"]
-
-
-def choose_all(trials):
-    return {name: choose_pairs(one) for name, one in trials.items()}
-
-
-def recompute(trial, row, position, block, state):
-    """Log-probabilities after a prompt whose state after a block is overwritten, by a hook."""
-    decoder = trial.decoder
-
-    def overwrite(_module, _inputs, output):
-        hidden = output[0] if isinstance(output, tuple) else output
-        hidden = hidden.clone()
-        hidden[0, position] = state
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    handle = decoder.blocks[block].register_forward_hook(overwrite)
-    try:
-        with torch.no_grad():
-            found = decoder.model(torch.tensor([trial.task.tokens[row]])).logits[0, -1]
-    finally:
-        handle.remove()
-    return torch.log_softmax(found.double(), -1)
-
-
-def clean(trial, row):
-    with torch.no_grad():
-        found = trial.decoder.model(torch.tensor([trial.task.tokens[row]])).logits[0, -1]
-    return torch.log_softmax(found.double(), -1)
-
-
-def kl(p, q):
-    return float((p.exp() * (p - q)).sum())
-
-
-def place(trial, row, arm):
-    if arm == "context arm":
-        return int(trial.task.subject_positions[row])
-    return len(trial.task.tokens[row]) - 1
 
 
 # --- made curves ----------------------------------------------------------------------------------
@@ -345,212 +278,6 @@ def test_only_the_prompts_that_pairs_need_are_kept(trial, pairs):
         assert task.tokens[kept] == trial.task.tokens[whole]
 
 
-# --- what the donor has to be ---------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def contents(tiny):
-    return claim.measure_content(tiny, choose_all(tiny))
-
-
-@pytest.mark.parametrize("arm", NAMES)
-def test_states_put_in_equal_a_full_recompute(trial, pairs, arm):
-    few = pairs.prompts[::7]
-    third = few[::-1, 1]
-    states = claim.states_at(trial, arm, [1])[0][torch.as_tensor(few[:, 1])]
-    toward = {"recipient": few[:, 0], "donor": few[:, 1], "third": third}
-    request = claim.put_in(trial, trial.logits, toward, states, arm)
-    (sweep,) = sweep_together(trial.decoder, [request], {"exchange": exchange}, blocks=[1])
-    found = {name: values[0, 0] for name, values in sweep.measures.items()}
-    for row, (x, y) in enumerate(few):
-        edited = recompute(trial, x, place(trial, x, arm), 1, states[row])
-        for name, k in (("recipient", x), ("donor", y), ("third", third[row])):
-            expected = kl(clean(trial, k), edited)
-            assert found[name][row] == pytest.approx(expected, rel=1e-3, abs=1e-6)
-
-
-@pytest.mark.parametrize("arm", NAMES)
-def test_states_are_those_of_the_whole_prompt(trial, arm):
-    found = claim.states_at(trial, arm, [0, 2])
-    for row in range(0, trial.task.n_prompts, 5):
-        own = block_states(trial.decoder.model, trial.decoder.blocks, trial.task.tokens[row])
-        assert torch.allclose(found[:, row], own[[0, 2], place(trial, row, arm)], atol=1e-4)
-
-
-def test_transfer_of_the_donor_is_that_of_the_exchange(trial, contents):
-    pairs = choose_pairs(trial)
-    arms = claim.measure_arms({"tiny": trial}, {"tiny": pairs})["tiny"]
-    blocks = claim.carrying_blocks(trial.decoder.n_blocks)
-    expected = [float(arms.estimates[arm].at(block)) for arm, block in blocks.items()]
-    assert contents["tiny"].transfer["donor"].value == pytest.approx(expected, abs=1e-4)
-    assert contents["tiny"].transfer["donor"].units == arms.estimates["context arm"].units
-
-
-def test_self_donor_changes_nothing(contents, embedded):
-    assert contents["tiny"].self_donor <= 1e-5
-    tasks = load_tasks(embedded, ["capitals", "months-sequence"])
-    few = {
-        name: needed_prompts(task, exchange_pairs(task, n_donors=1).where(np.arange(4)))
-        for name, task in tasks.items()
-    }
-    real = read_tasks(embedded, {name: task for name, (task, _) in few.items()})
-    found = claim.measure_content(real, {name: own for name, (_, (own,)) in few.items()})
-    assert max(one.self_donor for one in found.values()) <= 1e-5
-
-
-def test_nulls_are_measured_beyond_chance(tiny, trial, contents):
-    """By the loop: T towards the donor less, if above 0, T towards all donors of third answers."""
-    small, (own, _) = claim._narrow(trial, choose_pairs(trial))
-    other = claim._narrow(tiny["other"], choose_pairs(tiny["other"]))[0]
-    answers, template = small.task.answer_index, small.task.prompts["template"].to_numpy()
-    logs = [clean(small, row) for row in range(small.task.n_prompts)]
-    for index, (arm, block) in enumerate(claim.carrying_blocks(4).items()):
-        states = claim.states_at(small, arm, [block])[0]
-        others = claim.states_at(other, arm, [block])[0]
-        put = claim.control_states(small.task, own, states, others, arm)
-        for name in claim.CONTROLS:
-            sums = np.zeros((2, 2))
-            for row, (x, y) in enumerate(own.prompts):
-                edited = recompute(small, x, place(small, x, arm), block, put[name][row])
-                third = [
-                    z
-                    for z in range(small.task.n_prompts)
-                    if template[z] == template[y] and answers[z] not in (answers[x], answers[y])
-                ]
-                sums[0] += kl(logs[y], edited), kl(logs[y], logs[x])
-                sums[1] += np.mean(
-                    [(kl(logs[z], edited), kl(logs[z], logs[x])) for z in third], axis=0
-                )
-            near, far = 1 - sums[:, 0] / sums[:, 1]
-            found = contents["tiny"]
-            assert found.transfer[name].value[index] == pytest.approx(near, abs=2e-3)
-            beyond = found.beyond_chance[name].value[index]
-            assert beyond == pytest.approx(near - max(far, 0), abs=4e-3)
-            if name == "covariance_matched":
-                margin = found.transfer["donor"].value[index] - near
-                assert found.margin.value[index] == pytest.approx(margin, abs=2e-3)
-
-
-def test_transfer_of_a_control_is_drawn_over_subjects(trial):
-    """Ten prompts of every subject with the same outcome say no more than one."""
-    rng = np.random.default_rng(4)
-    after, before, unit = rng.exponential(size=12), rng.exponential(2, size=12), np.arange(12)
-    one = claim._transfer(trial.task, after, before, unit)
-    ten = claim._transfer(trial.task, *(np.tile(values, 10) for values in (after, before, unit)))
-    assert float(one) == pytest.approx(1 - after.sum() / before.sum())
-    assert ten.n_units == 12
-    assert ten.draws == pytest.approx(one.draws)
-
-
-def test_donors_of_the_same_answer_have_it(trial, pairs):
-    alike = claim.same_answer_pairs(trial.task, pairs)
-    prompts = trial.task.prompts
-    for (x, y), unit in zip(alike.prompts, alike.unit, strict=True):
-        assert prompts["answer"][x] == prompts["answer"][y]
-        assert prompts["template"][x] == prompts["template"][y]
-        assert prompts["unit"][x] == unit != prompts["unit"][y]
-
-
-def test_groups_are_kept_apart_in_controls_third_answers_and_donors_of_the_same_answer(tiny):
-    """What stands beside a donor shares its group (the offset), as its template."""
-    sums = as_sums(tiny["tiny"].decoder)
-    pairs = exchange_pairs(sums.task, n_donors=1)
-    group, answer = sums.task.prompts["group"].to_numpy(), sums.task.answer_index
-    alike = claim.same_answer_pairs(sums.task, pairs)
-    assert len(alike) == len(pairs)
-    assert (group[alike.prompts[:, 0]] == group[alike.prompts[:, 1]]).all()
-    log_p, _ = claim.third_answers(sums.task, pairs, sums.logits)
-    x, y = pairs.prompts[0]
-    rows = np.flatnonzero((group == group[y]) & (answer != answer[x]) & (answer != answer[y]))
-    mean = torch.stack([clean(sums, row).exp() for row in rows]).mean(0)
-    assert torch.allclose(log_p[0].double().exp(), mean, atol=1e-4)
-    marked = torch.as_tensor(np.unique(group, return_inverse=True)[1])[:, None].float() * 10
-    own = claim.states_at(sums, "prediction arm", [1])[0]
-    states = torch.cat([own, marked.expand(-1, 1)], dim=1)
-    drawn = claim.control_states(sums.task, pairs, states, states, "prediction arm")
-    matched = drawn["covariance_matched"][:, -1]
-    assert torch.allclose(matched, states[torch.as_tensor(pairs.prompts[:, 1]), -1], atol=1e-3)
-
-
-def test_disturbance_ratio_is_one_of_sums_over_subjects(trial):
-    rng = np.random.default_rng(2)
-    alike_unit, unit = rng.integers(0, 12, 30), np.repeat(np.arange(10), 3)
-    alike, other = rng.exponential(size=30), rng.exponential(size=30)
-    found = claim.disturbance_ratio(trial.task, alike, alike_unit, other, unit)
-    both = sorted(set(alike_unit) & set(unit))
-    sums = [
-        sum(values[own == one].mean() for one in both)
-        for values, own in ((alike, alike_unit), (other, unit))
-    ]
-    assert float(found) == pytest.approx(sums[0] / sums[1])
-    assert found.n_units == len(both)
-
-
-def test_disturbance_by_the_same_answer_is_over_that_by_the_donor_from_the_recipient(
-    trial, contents
-):
-    """By the loop: KL(p_x ‖ p_edited) of donors of the same answer over that of the donors."""
-    small, (own, alike) = claim._narrow(trial, choose_pairs(trial))
-    for index, (arm, block) in enumerate(claim.carrying_blocks(4).items()):
-        states = claim.states_at(small, arm, [block])[0]
-        sums = [
-            sum(
-                kl(clean(small, x), recompute(small, x, place(small, x, arm), block, states[y]))
-                for x, y in pairs.prompts
-            )
-            for pairs in (alike, own)
-        ]
-        assert set(alike.unit) == set(own.unit)  # one pair a subject of either kind
-        found = contents["tiny"].same_answer.value[index]
-        assert found == pytest.approx(sums[0] / sums[1], rel=2e-3)
-
-
-def test_one_subject_an_answer_cannot_be_tested_for_the_same_answer(tiny, trial):
-    decoder = trial.decoder
-    answers = [f"t{i}" for i in range(6)] + ANSWERS
-    templates = ["a0 {subject} a1", "a2 {subject} a0"]
-    task = tiny_task(decoder, "single", SUBJECTS[:10], answers, templates)
-    both = {**read_tasks(decoder, {"single": task}), "tiny": trial}
-    found = claim.measure_content(both, choose_all(both))
-    assert found["single"].same_answer.reason == "donors of the same answer for 0 subjects"
-    assert isinstance(found["tiny"].same_answer, Estimate)
-
-
-def test_two_answers_leave_no_third(tiny, trial):
-    task = tiny_task(trial.decoder, "two", answers=ANSWERS[:2])
-    both = {**read_tasks(trial.decoder, {"two": task}), "tiny": trial}
-    found = claim.measure_content(both, choose_all(both))
-    reasons = {one.reason for one in found["two"].beyond_chance.values()}
-    assert reasons == {"2 answers leave no third one for some pairs"}
-
-
-@pytest.mark.parametrize("arm", NAMES)
-def test_control_states_are_what_they_are_called(tiny, trial, pairs, arm):
-    many = Pairs(np.repeat(pairs.prompts[:1], 4000, axis=0), np.repeat(pairs.unit[:1], 4000))
-    own = claim.states_at(trial, arm, [2])[0]
-    others = claim.states_at(tiny["other"], arm, [2])[0]
-    found = claim.control_states(trial.task, many, own, others, arm)
-    donor = own[pairs.prompts[0, 1]]
-    norms = found["random_direction"].norm(dim=-1)
-    assert torch.allclose(norms, donor.norm().expand_as(norms), rtol=1e-4)
-    assert float((found["random_direction"] / norms[:, None]).mean(0).norm()) < 0.05
-    template = trial.task.prompts["template"].to_numpy()
-    cell = own[torch.as_tensor(np.flatnonzero(template == template[pairs.prompts[0, 1]]))].numpy()
-    drawn = found["covariance_matched"].numpy()
-    assert np.abs(drawn.mean(0) - cell.mean(0)).max() < 0.1 * cell.std(0).max()
-    error = np.linalg.norm(np.cov(drawn.T) - np.cov(cell.T))
-    assert error < 0.1 * np.linalg.norm(np.cov(cell.T))
-    gap = torch.cdist(found["other_task"].double(), others.double()).min(dim=1).values
-    assert float(gap.max()) < 1e-6
-
-
-def test_the_other_task_does_not_depend_on_the_order_of_tasks():
-    names = ["a", "b", "c", "d"]
-    for name in names:
-        assert claim.other_task(name, names) == claim.other_task(name, names[::-1]) != name
-    assert claim.carrying_blocks(30) == {"context arm": 12, "prediction arm": 25}
-
-
 # --- steering -------------------------------------------------------------------------------------
 
 
@@ -618,9 +345,9 @@ def test_width_gap_is_positive_where_the_geometry_rises_more_slowly():
     assert gap.interval().low > 0
 
 
-def test_groups_are_aligned_apart(tiny):
+def test_groups_are_aligned_apart(tiny_trials):
     """In month arithmetic: prompts of one template and one offset, and the mean over these."""
-    sums = as_sums(tiny["tiny"].decoder)
+    sums = as_sums(tiny_trials["tiny"].decoder)
     pairs = exchange_pairs(sums.task, n_donors=3)
     arms = claim.measure_arms({"": sums}, {"": pairs}, [1])[""]
     found = claim.alignment(sums, arms.transfers["prediction arm"])
@@ -663,8 +390,8 @@ def test_a_task_with_groups_needs_one_that_passes_the_gate(trial, monkeypatch):
     assert len(choose_pairs(failing)) == len(choose_pairs(trial))
 
 
-def test_only_groups_that_the_model_masters_are_exchanged(tiny, monkeypatch):
-    sums = as_sums(tiny["tiny"].decoder)
+def test_only_groups_that_the_model_masters_are_exchanged(tiny_trials, monkeypatch):
+    sums = as_sums(tiny_trials["tiny"].decoder)
     monkeypatch.setattr(type(sums), "able_groups", property(lambda _self: ["t1"]))
     pairs = choose_pairs(sums)
     assert len(pairs) == 12
@@ -676,8 +403,8 @@ def test_a_task_without_groups_needs_no_right_answer(trial):
     assert len(choose_pairs(trial)) == 12
 
 
-def test_the_second_operand_is_exchanged_at_its_own_token(tiny):
-    decoder = tiny["tiny"].decoder
+def test_the_second_operand_is_exchanged_at_its_own_token(tiny_trials):
+    decoder = tiny_trials["tiny"].decoder
     sums = as_sums(decoder)
     task = sums.task
     pairs = exchange_pairs(task, n_donors=3)
@@ -697,8 +424,8 @@ def test_the_second_operand_is_exchanged_at_its_own_token(tiny):
         assert found == pytest.approx(kl(clean(sums, y), edited), rel=1e-3, abs=1e-6)
 
 
-def test_every_recipient_gets_the_next_offset_in_its_own_template_and_month(tiny):
-    sums = as_sums(tiny["tiny"].decoder)
+def test_every_recipient_gets_the_next_offset_in_its_own_template_and_month(tiny_trials):
+    sums = as_sums(tiny_trials["tiny"].decoder)
     pairs = exchange_pairs(sums.task, n_donors=3)
     _, own = claim.second_operand(sums, pairs)
     assert set(own.prompts[:, 0]) == set(pairs.prompts[:, 0])
@@ -721,12 +448,12 @@ def every_statistic(arms, twins):
         L,
         arms,
         {
-            name: claim.Content(
+            name: Content(
                 {
                     "donor": about(np.ones(2), name),
                     "covariance_matched": about(np.full(2, 0.3), name),
                 },
-                {c: about(np.zeros(2), name) for c in claim.CONTROLS},
+                {c: about(np.zeros(2), name) for c in CONTROLS},
                 about(np.full(2, 0.1), name),
                 0.0,
             )

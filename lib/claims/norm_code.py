@@ -24,8 +24,9 @@ from lib.engine.extraction import logit_lens, tokenize
 from lib.engine.models import Decoder
 from lib.engine.readouts import DistributionMeasure
 from lib.engine.store import recall_residuals, recall_sweep
+from lib.evidence.content import Divergences
 from lib.evidence.criteria import TEXTS
-from lib.evidence.transfer import DivergenceFromDonor, Trial, certainty, divergence
+from lib.evidence.transfer import Trial, certainty, divergence
 from lib.science.correlation import correlate
 from lib.science.decoding import decoding_gain, residuals, thirds
 from lib.science.estimate import (
@@ -231,27 +232,6 @@ def _partial(states: Tensor, logits: Tensor, blocks: Sequence[int], units: str) 
     )
 
 
-@dataclass(frozen=True, eq=False)
-class TwoDivergences:
-    """A measure: KL(p_y ‖ q) from the donor and KL(p_x ‖ q) from the recipient, in nats.
-
-    Attributes:
-        logits: next-token logits of all items `[n_items, d_vocab]`.
-        pairs: recipient and donor of each pair `[n_pairs, 2]`.
-    """
-
-    logits: Tensor
-    pairs: np.ndarray
-
-    def __call__(self, edited: Tensor, pair: Tensor) -> dict[str, Tensor]:
-        """Return `from_donor` and `from_recipient` `[n_rows]` of logits `[n_rows, d_vocab]`."""
-        donor, recipient = (DivergenceFromDonor(self.logits, self.pairs[:, k]) for k in (1, 0))
-        return {
-            "from_donor": donor(edited, pair)["kl_nats"],
-            "from_recipient": recipient(edited, pair)["kl_nats"],
-        }
-
-
 @dataclass(frozen=True)
 class NormExchange:
     """What an exchange of norms does on texts.
@@ -282,6 +262,7 @@ def exchange_norms(reading: Reading, late: Sequence[int], blocks: Sequence[int])
         "turn": TurnLikeNormExchange(),
         "direction": exchange_direction,
     }
+    toward = {"from_donor": pairs[:, 1], "from_recipient": pairs[:, 0]}
     sweep = recall_sweep(
         reading.decoder,
         reading.tokens,
@@ -290,7 +271,7 @@ def exchange_norms(reading: Reading, late: Sequence[int], blocks: Sequence[int])
         positions="last",
         donors=reading.states[list(blocks)],
         blocks=list(blocks),
-        measure=TwoDivergences(reading.logits, pairs),
+        measure=Divergences(reading.logits, toward),
         description="texts: norm exchange",
     )
     n_texts = len(reading.tokens)

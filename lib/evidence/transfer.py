@@ -155,9 +155,15 @@ def choose_pairs(
     return pairs
 
 
+def needed_rows(*pairs: Pairs) -> np.ndarray:
+    """Return the prompts of the pairs, each once, ascending."""
+    found: np.ndarray = np.unique(np.concatenate([own.prompts for own in pairs]))
+    return found
+
+
 def needed_prompts(task: Task, *pairs: Pairs) -> tuple[Task, list[Pairs]]:
     """Return the task with only the prompts that the pairs need, and the pairs numbered in it."""
-    rows = np.unique(np.concatenate([own.prompts for own in pairs]))
+    rows = needed_rows(*pairs)
     prompts = task.prompts.iloc[rows].reset_index(drop=True)
     return replace(task, prompts=prompts), [
         replace(own, prompts=np.searchsorted(rows, own.prompts)) for own in pairs
@@ -228,20 +234,21 @@ class Transfer:
             return Untested("the predictions are all alike")
         above = sums_by_unit(self.after, unit, len(units))
         both = np.broadcast_to(below[:, None], above.shape)
-        return ratio_of_sums(both - above, both, self._named(units))
+        return ratio_of_sums(both - above, both, name_units(self, units))
 
     def flip_rate(self) -> Measured:
         """Return the share of pairs whose choice became the donor's answer, a mean over units."""
         units, unit = np.unique(self.unit, return_inverse=True)
         counts = np.bincount(unit)
         flipped = sums_by_unit(self.choice == self.target, unit, len(units)) / counts[:, None]
-        return mean_over_units(flipped, self._named(units), share=True)
+        return mean_over_units(flipped, name_units(self, units), share=True)
 
-    def _named(self, units: np.ndarray) -> str:
-        """Name the units; a part of them is told from the whole, and from other parts."""
-        if len(units) == self.n_units:
-            return self.units
-        return f"{self.units} ({hashlib.sha256(units.tobytes()).hexdigest()[:8]})"
+
+def name_units(whole: Task | Transfer, units: np.ndarray) -> str:
+    """Return what units are called; a part of them is told from the whole, and from other parts."""
+    if len(units) == whole.n_units:
+        return whole.units
+    return f"{whole.units} ({hashlib.sha256(units.tobytes()).hexdigest()[:8]})"
 
 
 def measure_transfer(
