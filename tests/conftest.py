@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from steered import BLOCK, WORDS, able_trials
 from tiny import build
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lib.engine import store
 from lib.engine.models import Decoder, load_decoder
+from lib.evidence.by_task import each
+from lib.evidence.steering import Steering, prepare_steering
+from lib.evidence.transfer import Trial
 
 ARCHITECTURES = (
     "llama",
@@ -81,6 +85,27 @@ def decoder(request: pytest.FixtureRequest) -> Decoder:
 @pytest.fixture(scope="session")
 def llama() -> Decoder:
     return load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def trials() -> dict[str, Trial]:
+    """Two tasks that a tiny decoder is able to do."""
+    return able_trials(load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer(WORDS)))
+
+
+@pytest.fixture(scope="session")
+def trial(trials: dict[str, Trial]) -> Trial:
+    return trials["tiny"]
+
+
+@pytest.fixture(scope="session")
+def steerings(trials: dict[str, Trial]) -> dict[str, Any]:
+    return each(trials, lambda one: prepare_steering(one, BLOCK))
+
+
+@pytest.fixture(scope="session")
+def steering(steerings: dict[str, Any]) -> Steering:
+    return steerings["tiny"]
 
 
 @pytest.fixture(scope="session")
