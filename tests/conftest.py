@@ -6,14 +6,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import steered
+import tiny_tasks
 import torch
 from tiny import build
-from tiny_tasks import WORDS, tiny_task
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lib.engine import store
 from lib.engine.models import Decoder, load_decoder
+from lib.evidence.by_task import each
+from lib.evidence.steering import Steering, prepare_steering
 from lib.evidence.transfer import Trial, read_tasks
 from lib.science.estimate import Untested
 
@@ -92,9 +95,31 @@ def llama() -> Decoder:
 @pytest.fixture(scope="session")
 def tiny_trials() -> dict[str, Trial | Untested]:
     """Two tasks, "tiny" and "other", as a tiny random network reads them."""
-    decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer(WORDS))
-    other = tiny_task(decoder, "other", templates=["t4 {subject} t1"])
-    return read_tasks(decoder, {"tiny": tiny_task(decoder), "other": other})
+    decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer(tiny_tasks.WORDS))
+    other = tiny_tasks.tiny_task(decoder, "other", templates=["t4 {subject} t1"])
+    return read_tasks(decoder, {"tiny": tiny_tasks.tiny_task(decoder), "other": other})
+
+
+@pytest.fixture(scope="session")
+def trials() -> dict[str, Trial]:
+    """Two tasks that a tiny decoder is able to do."""
+    words = tiny_tokenizer(steered.WORDS)
+    return steered.able_trials(load_decoder(tiny_model("llama"), tokenizer=words))
+
+
+@pytest.fixture(scope="session")
+def trial(trials: dict[str, Trial]) -> Trial:
+    return trials["tiny"]
+
+
+@pytest.fixture(scope="session")
+def steerings(trials: dict[str, Trial]) -> dict[str, Any]:
+    return each(trials, lambda one: prepare_steering(one, steered.BLOCK))
+
+
+@pytest.fixture(scope="session")
+def steering(steerings: dict[str, Any]) -> Steering:
+    return steerings["tiny"]
 
 
 @pytest.fixture(scope="session")

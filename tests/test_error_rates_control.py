@@ -12,17 +12,18 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import expit
-from test_causal_control import bare
+from steered import bare
 
 from lib.claims import causal_control as claim
-from lib.claims.causal_control import Control, Doses
+from lib.claims.causal_control import Control
 from lib.evidence.criteria import criteria, judge
+from lib.evidence.steering import RANDOM, ROTATE, Doses, share_at_half
 from lib.evidence.transfer import Transfer
 
 N_ANSWERS, DOSES = 5, np.arange(1, 9) / 8
 MIDDLE, SPREAD = 0.6, 0.15  # of the doses at which recipients flip
 BLOCKS = (24, 26, 28)
-AT_HALF, RANDOM = 0.5, 0.3  # shares passed at flip rate one half: both criteria's thresholds
+AT_HALF, IN_PLANE = 0.5, 0.3  # shares passed at flip rate one half: both criteria's thresholds
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Truth:
     rotation: float = 0.8
     null: float = 0.1
     share: float = AT_HALF
-    random: float = RANDOM
+    random: float = IN_PLANE
 
 
 SEEN = Truth(0.99, 0.01, 0.87, 0.1, 0.98, 0.01, 0.35, 0.0)
@@ -91,7 +92,7 @@ def turned(rng, steering, truth):
     return Control(steering, rotation, nulls, np.full(n, -1))
 
 
-def graded(rng, steering, random=RANDOM):
+def graded(rng, steering, random=IN_PLANE):
     """Recipients that flip at doses of their own, and pass on more the further they are turned."""
     n = len(steering.source)
     at = rng.normal(MIDDLE, SPREAD, n)
@@ -103,9 +104,9 @@ def graded(rng, steering, random=RANDOM):
     plane = 0.2 * size * DOSES[:, None]
     return Doses(
         steering,
-        {claim.ROTATE: flipped, claim.RANDOM: 0 * flipped},
-        {claim.ROTATE: share * moved, claim.RANDOM: (random + rng.normal(0, 0.15, n)) * plane},
-        {claim.ROTATE: moved, claim.RANDOM: plane},
+        {ROTATE: flipped, RANDOM: 0 * flipped},
+        {ROTATE: share * moved, RANDOM: (random + rng.normal(0, 0.15, n)) * plane},
+        {ROTATE: moved, RANDOM: plane},
     )
 
 
@@ -114,9 +115,8 @@ def truth_at_half():
     """The shares of a task of very many subjects, which the straight lines between doses bend."""
     rng = np.random.default_rng(0)
     doses = graded(rng, steered(rng, 40_000, "all"))
-    table = np.stack([doses.flipped[claim.ROTATE], doses.passed[claim.ROTATE]])
-    table = np.concatenate([table, doses.moved[claim.ROTATE][None]]).mean(axis=-1)
-    return float(claim.share_at_half(table[None])[0])
+    curves = np.stack([of[ROTATE] for of in (doses.flipped, doses.passed, doses.moved)])
+    return float(share_at_half(curves.mean(axis=-1)[None])[0])
 
 
 def book(seed, truth=Truth(), n_tasks=8, n_subjects=50):
@@ -142,7 +142,7 @@ def shifted(doses, share):
     """Put the truth at one half exactly: what is passed, less what the lines' bend adds."""
     off = share - truth_at_half()
     passed = dict(doses.passed)
-    passed[claim.ROTATE] = passed[claim.ROTATE] + off * doses.moved[claim.ROTATE]
+    passed[ROTATE] = passed[ROTATE] + off * doses.moved[ROTATE]
     return Doses(doses.steering, doses.flipped, passed, doses.moved)
 
 

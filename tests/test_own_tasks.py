@@ -21,6 +21,7 @@ from lib.evidence.content import other_task
 from lib.evidence.criteria import claim_verdict, judge
 from lib.evidence.own_tasks import contents, own_tasks
 from lib.evidence.records import read_records, shown
+from lib.evidence.steering import Steering
 from lib.evidence.tasks import Task, load_tasks
 from lib.evidence.transfer import choose_pairs, measure_transfer, read_tasks
 from lib.reading.figures import book_rows
@@ -118,7 +119,7 @@ def test_a_readers_own_task_is_no_stranger_to_the_books(files, reader):
     files(kin, [*TEXTS, *(("sib", text) for _, text in TEXTS)])
     tasks = load_tasks(reader, ["own: kin", "own: sib"], own=own_tasks())
     trials = list(read_tasks(reader, tasks).values())
-    one, other = (object.__new__(causal_control.Steering) for _ in trials)
+    one, other = (object.__new__(Steering) for _ in trials)
     for steering, trial in zip((one, other), trials, strict=True):
         object.__setattr__(steering, "trial", trial)
     assert causal_control.find_stranger(one, {"a": one, "b": other}) is other

@@ -1,0 +1,34 @@
+"""By task: functions of what was found of every task, where what is untested stays so."""
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from lib.science.estimate import Untested
+
+Found = TypeVar("Found")
+Other = TypeVar("Other")
+Result = TypeVar("Result")
+
+
+def each(
+    found: Mapping[str, Found | Untested], function: Callable[[Found], Result | Untested]
+) -> dict[str, Result | Untested]:
+    """Return a function of every task's entry; what is untested stays so."""
+    return {
+        name: one if isinstance(one, Untested) else function(one) for name, one in found.items()
+    }
+
+
+def both(
+    found: Mapping[str, Found | Untested],
+    others: Mapping[str, Other | Untested],
+    function: Callable[[Found, Other], Result | Untested],
+) -> dict[str, Result | Untested]:
+    """Return a function of every task's two entries; what is untested in either stays so."""
+    return {
+        name: one
+        if isinstance(one, Untested)
+        else (other if isinstance(other, Untested) else function(one, other))
+        for name, one in found.items()
+        for other in (others[name],)
+    }
