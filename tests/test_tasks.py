@@ -13,6 +13,7 @@ from lib.evidence.tasks import (
     Task,
     build_task,
     exchange_pairs,
+    few_subjects,
     load_tasks,
     load_texts,
     read_csv,
@@ -219,6 +220,15 @@ def test_a_large_network_has_few_subjects_of_every_answer_and_a_small_one_has_al
         if len(task.answers) <= 6:  # none is so rare that it falls between two that are taken
             assert set(own.answers) == set(task.answers)
     assert few["capitals"].n_units >= 20
+
+
+def test_few_subjects_are_spread_over_the_answers_whatever_their_order():
+    answers = ["y" if row in (1, 2) else "x" for row in range(60)]  # rows 1, 2 fall between
+    table = pd.DataFrame({"subject": [f"s{row}" for row in range(60)], "answer": answers})
+    kept = few_subjects(pd.concat([table.assign(group="a"), table.assign(group="b")]))
+    assert kept["subject"].nunique() == 24
+    assert set(kept["answer"]) == {"x", "y"}
+    assert (kept.groupby("subject")["group"].nunique() == 2).all()
 
 
 def test_the_material_is_as_registered():
