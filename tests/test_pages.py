@@ -14,6 +14,7 @@ from bs4 import BeautifulSoup
 from claimed import invented, number
 
 from executable_book import comparison, first_registration, front_page, metadata, results, scorecard
+from lib.engine.catalogue import catalogue
 from lib.evidence import records
 from lib.evidence.criteria import criteria
 from lib.evidence.records import shown
@@ -81,6 +82,14 @@ def test_models_of_other_runs_stand_beside_this_builds(monkeypatch):
     assert list(found) == ["m", "other"]
     colours = {scorecard.colour_of(model, list(found)) for model in found}
     assert len(colours) == 2
+
+
+def test_recorded_models_stand_in_the_catalogues_order(monkeypatch):
+    rows = invented("why-angles")
+    labels = [weights.label for weights in catalogue().values()]
+    kept = [{"model": one, "records": rows} for one in ("another", *sorted(labels, reverse=True))]
+    monkeypatch.setattr(results, "read_runs", lambda: kept)
+    assert list(results.all_records(rows)) == ["m", *labels, "another"]
 
 
 def run(model: str, n_blocks: int, block: float) -> dict:

@@ -9,6 +9,7 @@ from myst_nb.sphinx_ import NbMetadataCollector
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
+from lib.engine.catalogue import catalogue
 from lib.engine.files import write_atomically
 from lib.evidence.criteria import Record
 from lib.evidence.records import (
@@ -57,11 +58,12 @@ def collect(env: BuildEnvironment) -> list[Record]:
 
 
 def all_records(own: Sequence[Record]) -> dict[str, list[Record]]:
-    """Return this build's records by model, followed by those kept of other models' runs."""
+    """Return this build's records by model, then those kept of others, in the catalogue's order."""
+    labels = [weights.label for weights in catalogue().values()]
     found: dict[str, list[Record]] = {}
     for row in own:
         found.setdefault(row["model"], []).append(row)
-    for run in read_runs():
+    for run in sorted(read_runs(), key=lambda run: [*labels, run["model"]].index(run["model"])):
         if run["model"] not in found and run["records"]:
             found[run["model"]] = run["records"]
     return found
