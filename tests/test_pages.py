@@ -133,6 +133,9 @@ def test_what_models_agree_on_and_differ_on_is_said():
     part = first["records"][0]["part"]
     (said,) = comparison.agreement([first, second])
     assert said.startswith("On all 2 models supported: phase transition: switch, ")
+    without = run("c", 11, 4.0) | {"records": invented("norm-code", "c")}
+    both = comparison.agreement([first, second, without])
+    assert any(line.startswith("On all 2 models supported: phase transition") for line in both)
     for verdict, words in (
         ("refuted", "Supported on one, refuted on another"),
         ("undecided", "Decided on some alone"),

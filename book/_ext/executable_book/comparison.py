@@ -9,9 +9,10 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from executable_book.displays import table
-from executable_book.results import all_records, collect
+from executable_book.results import all_records, collect, ordered_runs
+from executable_book.scorecard import short_name
 from lib.evidence.criteria import MODEL, POOLED, TEXTS, Record, claim_verdict, criteria
-from lib.evidence.records import SIGNS, read_runs
+from lib.evidence.records import SIGNS
 from lib.evidence.transition import CLAIM, STATISTIC
 from lib.reading.words import number_text, record_text, signed
 from lib.science.estimate import is_own
@@ -28,10 +29,10 @@ class ModelComparison(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Return the tables, or a sentence where there is nothing to compare."""
         own = all_records([row for row in collect(self.env) if not is_own(row["place"])])
-        runs = [{**run, "records": own.get(run["model"], [])} for run in read_runs()]
+        runs = [{**run, "records": own.get(run["model"], [])} for run in ordered_runs()]
         if not runs:
             return [nodes.paragraph("", NONE)]
-        models = [run["model"] for run in runs]
+        models = [short_name(run["model"]) for run in runs]
         head = ["Model", "Source", "Revision", "Dtype", "Device", "Blocks", "Versions"]
         told = ("model", "source", "revision", "dtype", "device", "n_blocks")
         facts = [
@@ -78,8 +79,9 @@ def agreement(runs: Sequence[Mapping[str, Any]]) -> list[str]:
         if not label.startswith(_INDENT):
             claim = label.replace("-", " ")
             continue
-        verdicts = {cell.split(" ", 1)[-1] for cell in cells}
-        kind = f"On all {len(runs)} models {next(iter(verdicts))}"
+        told = [cell for cell in cells if cell != "–"]  # of the models on which the claim was run
+        verdicts = {cell.split(" ", 1)[-1] for cell in told}
+        kind = f"On all {len(told)} models {next(iter(verdicts))}"
         if {"supported", "refuted"} <= verdicts:
             kind = "Supported on one, refuted on another"
         elif len(verdicts) > 1:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from docutils import nodes
 from myst_nb.sphinx_ import NbMetadataCollector
@@ -59,14 +60,19 @@ def collect(env: BuildEnvironment) -> list[Record]:
 
 def all_records(own: Sequence[Record]) -> dict[str, list[Record]]:
     """Return this build's records by model, then those kept of others, in the catalogue's order."""
-    labels = [weights.label for weights in catalogue().values()]
     found: dict[str, list[Record]] = {}
     for row in own:
         found.setdefault(row["model"], []).append(row)
-    for run in sorted(read_runs(), key=lambda run: [*labels, run["model"]].index(run["model"])):
+    for run in ordered_runs():
         if run["model"] not in found and run["records"]:
             found[run["model"]] = run["records"]
     return found
+
+
+def ordered_runs() -> list[dict[str, Any]]:
+    """Return the runs kept, in the order of the catalogue; models that are not in it come last."""
+    labels = [weights.label for weights in catalogue().values()]
+    return sorted(read_runs(), key=lambda run: [*labels, run["model"]].index(run["model"]))
 
 
 def keep_in_step(env: BuildEnvironment, page: str) -> None:
