@@ -90,6 +90,8 @@ def test_recorded_models_stand_in_the_catalogues_order(monkeypatch):
     kept = [{"model": one, "records": rows} for one in ("another", *sorted(labels, reverse=True))]
     monkeypatch.setattr(results, "read_runs", lambda: kept)
     assert list(results.all_records(rows)) == ["m", *labels, "another"]
+    beside_small = [*labels, "small decoders"]
+    assert len({scorecard.colour_of(one, beside_small) for one in beside_small}) == len(labels) + 1
 
 
 def run(model: str, n_blocks: int, block: float) -> dict:

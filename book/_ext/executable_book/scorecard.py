@@ -16,7 +16,8 @@ from lib.reading.words import record_text, signed
 
 COMING = "chapter to come"
 NO_RESULT = "no result"
-MODEL_COLOURS, TWIN = ("#0173b2", "#d55e00", "#029e73", "#cc78bc"), "#7f7f7f"
+MODEL_COLOURS, TWIN = ("#0173b2", "#d55e00", "#029e73", "#cc78bc", "#a56e28"), "#7f7f7f"
+"""As many as the catalogue has models, and one for the small networks."""
 AXIS = (-0.25, 1.25)
 """Ends of the forest's axis; a number beyond them is drawn at the end that it passes."""
 _WIDTH, _LINE = 130, 16
