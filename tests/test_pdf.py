@@ -70,6 +70,37 @@ def test_summary_ends_with_the_answer_at_a_glance(landing):
         pdf.summary(landing)
 
 
+SCORECARD = """<p class="scorecard-legend"><span class="key">m</span> signs</p>
+<table class="scorecard"><thead><tr><th>Claim, effect</th><th><svg></svg></th>
+<th>Number [interval]</th><th>Wanted</th><th>Verdict</th></tr></thead><tbody>
+<tr class="claim"><th colspan="2">It is so.</th>
+<td colspan="3"><div>one: ● supported</div><div>two: ○ refuted</div></td></tr>
+<tr><th>effect</th><td><svg></svg></td>
+<td><div>one: 0.9 [0.8, 1]</div><div class="twin">twins: 0.1 [0, 0.2]</div><div>two: –</div></td>
+<td>≥ 0.5</td><td><div>● supported</div><div class="twin">○ refuted</div><div>– not testable</div>
+</td></tr>
+<tr><th>small</th><td></td><td><div>trained: 0.3 [0.2, 0.4]</div></td><td>≥ 1</td>
+<td><div>○ refuted</div></td></tr></tbody></table>"""
+
+
+def test_summary_gives_each_model_a_column_with_number_sign_and_twins(landing):
+    page = (landing / "first.html").read_text()
+    table = BeautifulSoup(page, "html.parser").select_one("table.scorecard")
+    (landing / "first.html").write_text(page.replace(str(table), SCORECARD))
+    whole = BeautifulSoup(pdf.summary(landing), "html.parser")
+    rows = [
+        [cell.get_text(" ", strip=True) for cell in row.find_all(["th", "td"])]
+        for row in whole.select("table.scorecard tr")
+    ]
+    assert rows == [
+        ["Claim, effect", "Wanted", "one", "two"],
+        ["It is so.", "", "● supported", "○ refuted"],
+        ["effect", "≥ 0.5", "0.9 [0.8, 1] ● twins: 0.1 [0, 0.2] ○", "– –"],
+        ["small", "≥ 1", "0.3 [0.2, 0.4] ○", ""],
+    ]
+    assert whole.select_one(".scorecard-legend").get_text(strip=True) == "signs"
+
+
 @pytest.mark.browser
 def test_summary_is_one_sheet_however_long(landing):
     html = pdf.summary(landing)

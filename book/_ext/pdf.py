@@ -98,7 +98,47 @@ def summary(site: Path = SITE) -> str:
         raise FileNotFoundError(f"{first} has no section {ANSWER}. Run `make book` first.")
     for later in answer.find_next_siblings():
         later.decompose()
+    for table in whole.select("table.scorecard"):
+        _put_models_side_by_side(whole, table)
+    for colour in whole.select(".scorecard-legend .key"):
+        colour.decompose()
+    whole.head.append(whole.new_tag("style", string=".whole-book figure img { width: 62% }"))
     return str(whole)
+
+
+def _put_models_side_by_side(whole: Any, table: Any) -> None:
+    """Gives each model a column, its number, verdict's sign and twins in a cell: a sheet is wide.
+
+    The drawing of intervals goes: its lines belong to lines of text.
+    """
+    rows = table.select("tbody tr")
+    told = [one.get_text() for row in rows for one in row.select("td div:not(.twin)")]
+    models = list(dict.fromkeys(one.split(": ")[0] for one in told if ": " in one))
+    models = [one for one in models if one != "trained"] or models
+    if not models:
+        return
+    head = table.select_one("thead tr")
+    kept = [one for one in head.find_all("th") if one.get_text() in ("Claim, effect", "Wanted")]
+    head.clear()
+    head.extend([*kept, *(whole.new_tag("th", string=model) for model in models)])
+    for row in rows:
+        first, *others = row.find_all(["th", "td"], recursive=False)
+        lines = others[-3 if len(others) > 2 else 0].find_all("div")
+        signs = others[-1].find_all("div") if len(others) > 2 else [None] * len(lines)
+        wanted = others[-2] if len(others) > 2 else whole.new_tag("td")
+        cells = {model: whole.new_tag("td") for model in models}
+        own = next(iter(cells.values()))
+        for line, sign in zip(lines, signs, strict=True):
+            model, _, text = line.get_text().partition(": ")
+            if "twin" not in line.get("class", []):
+                own = cells.get(model, own)
+                line.string = text or model
+            if sign is not None:
+                line.append(f" {sign.get_text().split()[0]}")
+            own.append(line.extract())
+        first.attrs.pop("colspan", None)
+        row.clear()
+        row.extend([first, wanted, *cells.values()])
 
 
 def _anchor(name: str, fragment: str = "") -> str:
@@ -139,12 +179,13 @@ def print_pdf(html: str, pdf: Path = PDF, *, one_sheet: bool = False) -> None:
         page = browser.new_page(color_scheme="light")
         page.goto(source.as_uri())
         page.evaluate("window.MathJax?.startup?.promise")
+        margin = "10mm" if one_sheet else "18mm"
         for scale in SCALES:
             page.pdf(
                 path=pdf,
                 format="A4",
                 scale=scale,
-                margin={"top": "18mm", "bottom": "18mm", "left": "18mm", "right": "18mm"},
+                margin=dict.fromkeys(("top", "bottom", "left", "right"), margin),
                 display_header_footer=not one_sheet,
                 header_template="<span></span>",
                 footer_template=FOOTER,
