@@ -25,7 +25,7 @@ SITE = ROOT / "_build" / "html"
 PDF = ROOT / "_build" / "prediction-geometry.pdf"
 SUMMARY = ROOT / "_build" / "summary.pdf"
 ANSWER = "the-answer-at-a-glance"  # the first page's section with the table
-SCALES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+SCALES = (1.0, 0.9, 0.8, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 LEFT_OUT = ".headerlink, .copybtn, details.hide, .depth-map .controls, script"
 FOOTER = (
@@ -185,7 +185,7 @@ def print_pdf(html: str, pdf: Path = PDF, *, one_sheet: bool = False) -> None:
                 path=pdf,
                 format="A4",
                 scale=scale,
-                margin=dict.fromkeys(("top", "bottom", "left", "right"), margin),
+                margin={"top": margin, "bottom": margin, "left": margin, "right": margin},
                 display_header_footer=not one_sheet,
                 header_template="<span></span>",
                 footer_template=FOOTER,
