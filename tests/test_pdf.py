@@ -1,5 +1,6 @@
 import pytest
 from bs4 import BeautifulSoup
+from PIL import Image
 
 import pdf
 
@@ -57,6 +58,7 @@ LANDING = """<html><head></head><body><article class="bd-article"><section id="b
 @pytest.fixture
 def landing(tmp_path, monkeypatch):
     (tmp_path / "first.html").write_text(LANDING.format(text="<p>long</p>" * 90))
+    Image.new("RGB", (300, 100)).save(tmp_path / "x.png")
     monkeypatch.setattr(pdf, "pages", lambda root: ["first"])
     return tmp_path
 

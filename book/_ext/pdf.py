@@ -102,7 +102,9 @@ def summary(site: Path = SITE) -> str:
         _put_models_side_by_side(whole, table)
     for colour in whole.select(".scorecard-legend .key"):
         colour.decompose()
-    whole.head.append(whole.new_tag("style", string=".whole-book figure img { width: 62% }"))
+    # A length beside the share, so that the picture shrinks with the text where the sheet is full.
+    style = ".whole-book figure img { width: min(62%, 800px); height: auto }"
+    whole.head.append(whole.new_tag("style", string=style))
     return str(whole)
 
 
