@@ -1,5 +1,6 @@
 """The chapters' text: an answer first, short, and no number of a result typed by hand."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -127,6 +128,27 @@ jupytext: {text_representation: {extension: .md, format_name: myst}}
 kernelspec: {display_name: Python 3, language: python, name: python3}
 ---
 """
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_twin_is_let_go_before_the_next_is_made(chapter):
+    """Of a network of a billion parameters a machine holds the trained one and one twin."""
+    cells = jupytext.read(ROOT / f"{chapter}.md").cells
+    parsed = [ast.parse(cell.source) for cell in cells if cell.cell_type == "code"]
+    for loop in (one for cell in parsed for one in ast.walk(cell) if isinstance(one, ast.For)):
+        held = {
+            one.targets[0].id
+            for one in ast.walk(loop)
+            if isinstance(one, ast.Assign) and "untrained=True" in ast.unparse(one.value)
+            if ast.unparse(one.value).startswith("load_decoder(")
+        }
+        gone = {
+            ast.unparse(name)
+            for one in loop.body
+            if isinstance(one, ast.Delete)
+            for name in one.targets
+        }
+        assert held <= gone, ast.unparse(loop)
 
 
 def test_typed_numbers_are_found_wherever_they_are_read():
