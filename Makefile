@@ -40,7 +40,7 @@ TESTS_READY := $(VENV)/tests.stamp
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help book test test-reading test-colab test-atlas pdf summary picture floors atlas verify lint audit mutate bench model \
-  architectures error-rates notebooks lock clean
+  architectures error-rates profile notebooks lock clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -105,6 +105,9 @@ notebooks: $(BOOK_READY)  ## write the notebooks for Colab, without outputs, fro
 
 bench: $(BENCH_VENV)/bench.stamp  ## time the engine beside other libraries; QUICK=1 only tries them
 	@$(BENCH_VENV)/bin/python -m benchmarks $(if $(filter-out 0,$(QUICK)),--quick)
+
+profile: model  ## see where the chapters' time goes, into benchmarks/chapters.json
+	@$(BIN)/python -m benchmarks.chapters
 
 error-rates: $(TESTS_READY)  ## simulate how often verdicts err, into lib/data/error-rates.csv
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/error_rates.py

@@ -1,7 +1,7 @@
 """The results as tables and sentences, from the JSON that the driver writes."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ OURS = "this book"
 RECOMPUTE = "full recompute"
 
 
-def read_results(file: Path = RESULTS) -> dict[str, Any] | None:
-    """Return what the driver wrote, or None if there is no such file."""
+def read_results(file: Path = RESULTS) -> Any:
+    """Return what was written there, or None if there is no such file."""
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
@@ -154,6 +154,39 @@ def half_precision(results: Mapping[str, Any] | None) -> pd.DataFrame:
             for row in rows
         ],
         columns=["workload", "seconds", "speed-up", "largest logit difference", "same argmax"],
+    )
+
+
+def chapters(rows: Sequence[Mapping[str, Any]] | None) -> pd.DataFrame:
+    """Return what `benchmarks.chapters` recorded, a row a chapter and one for all, for the page.
+
+    Columns: seconds, the share of each kind of work, and the rate at which networks multiplied by
+    that of large matrix products (the last row: by the median of the chapters' rates).
+    """
+    if not rows:
+        return pd.DataFrame()
+    seconds = pd.DataFrame([one["by_kind"] for one in rows], [one["chapter"] for one in rows])
+    macs = pd.Series([one["macs"] for one in rows], seconds.index, dtype=float)
+    rate = pd.Series([one["rate"] for one in rows], seconds.index, dtype=float)
+    seconds.loc["all"], macs["all"], rate["all"] = seconds.sum(), macs.sum(), rate.median()
+    whole = seconds.sum(axis=1)
+    reached = (macs / rate / seconds["networks"]).where(seconds["networks"] > 0.01 * whole)
+    shares = seconds.div(whole, axis=0).map("{:.0%}".format)
+    shares.insert(0, "seconds", whole.map("{:.0f}".format))
+    of_rate = reached.map("{:.0%}".format, na_action="ignore").fillna("–")
+    return shares.assign(**{"rate of networks": of_rate}).rename_axis("chapter").reset_index()
+
+
+def where_time_goes(table: pd.DataFrame) -> str:
+    """Return a sentence on the row of `chapters` that sums over them."""
+    if not len(table):
+        return "Nothing is recorded yet; `make profile` records it."
+    row = table.set_index("chapter").loc["all"]
+    return (
+        f"Of {row['seconds']} seconds of the chapters, {row['networks']} pass in networks, at "
+        f"{row['rate of networks']} of the machine's rate; {row['training']} go to training small "
+        f"ones, {row['statistics']} to statistics, {row['edits, measures, checks']} to the rest of "
+        f"the engine, and {row['figures']} to figures."
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as driver
-from benchmarks import figures, tables, worker
+from benchmarks import chapters, figures, tables, worker
 from benchmarks.bound import Shape, minimum_macs
 from benchmarks.contenders import HALF, MODULES, base, engine, recompute
 from benchmarks.workloads import EDITS, LOADS, ExtractLoad, SweepLoad, ordered, ring, shrink
@@ -368,3 +368,73 @@ def test_recorded_results_are_whole_and_name_no_machine() -> None:
     assert set(pd.DataFrame(recorded["rows"])["workload"]) == set(LOADS)
     assert set(recorded["machine"]) == {"cpu", "cores", "threads", "system"}
     assert tables.RESULTS.stat().st_size < 100_000
+
+
+# The chapters' time
+
+
+def test_a_moment_is_what_the_innermost_reason_for_it_is() -> None:
+    torch_linear = "/x/site-packages/torch/nn/modules/linear.py"
+    kinds = {
+        "networks": ["/r/lib/claims/a.py", "/r/lib/engine/sweeps.py", torch_linear],
+        "edits, measures, checks": ["/r/lib/claims/a.py", "/r/lib/engine/sweeps.py", "/numpy/x.py"],
+        "training": ["/r/lib/engine/small_decoders.py", torch_linear],
+        "loading": ["/r/lib/engine/models.py", "/r/lib/engine/loading.py", torch_linear],
+        "figures": ["/r/lib/reading/figures.py", "/x/scipy/stats.py"],
+        "statistics": ["/r/lib/science/estimate.py", "/numpy/x.py"],
+        "rest": ["/python3/threading.py"],
+    }
+    for kind, files in kinds.items():
+        assert chapters.kind_of(files) == kind
+
+
+PAGE = """---
+kernelspec: {display_name: Python 3, language: python, name: python3}
+---
+
+```{code-cell} ipython3
+import time, torch
+from lib.engine.files import BUILD
+layer, x = torch.nn.Linear(64, 256), torch.randn(3, 1000, 64)
+layer(x)  # keeps a gradient: not counted
+torch.set_grad_enabled(False)
+layer(x), layer(x)
+kept = BUILD.name
+time.sleep(1)
+```
+
+```{code-cell} ipython3
+assert kept == "kept"
+```
+"""
+
+
+def test_a_page_s_work_is_counted_and_its_time_all_told(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    found = chapters.run(page, tmp_path / "kept")
+    assert found["chapter"] == "page"
+    assert found["macs"] == 2 * 3 * 1000 * 64 * 256
+    assert found["seconds"] == pytest.approx(sum(found["by_kind"].values()))
+    assert found["by_kind"]["rest"] > 0.9 and found["rate"] > 1e8
+    page.write_text(PAGE.replace('"kept"', '"elsewhere"'))
+    with pytest.raises(Exception, match="AssertionError"):
+        chapters.run(page, tmp_path / "kept")
+
+
+def test_table_of_chapters_sums_seconds_and_takes_networks_rate_alone() -> None:
+    nothing = dict.fromkeys([*chapters.KINDS, chapters.REST], 0.0)
+    rows = [
+        {"chapter": "a", "seconds": 10, "macs": 5e9, "rate": 1e9,
+         "by_kind": {**nothing, "networks": 8.0, "statistics": 2.0}},
+        {"chapter": "b", "seconds": 30, "macs": 0, "rate": 1e9,
+         "by_kind": {**nothing, "training": 30.0}},
+    ]  # fmt: skip
+    table = tables.chapters(rows).set_index("chapter")
+    assert list(table["seconds"]) == ["10", "30", "40"]
+    assert list(table["networks"]) == ["80%", "0%", "20%"]
+    assert list(table["training"]) == ["0%", "100%", "75%"]
+    assert list(table["rate of networks"]) == ["62%", "–", "62%"]
+    said = tables.where_time_goes(table.reset_index())
+    assert said.startswith("Of 40 seconds of the chapters, 20% pass in networks, at 62% of")
+    assert "make profile" in tables.where_time_goes(tables.chapters(None))

@@ -39,6 +39,8 @@ ENVIRONMENT_FILES = ("requirements.txt", "environment.yml")
 PAGE_FILES = {
     "book/benchmarks": (
         "benchmarks/results.json",
+        "benchmarks/chapters.json",
+        "benchmarks/chapters.py",
         "benchmarks/tables.py",
         "benchmarks/figures.py",
     )
