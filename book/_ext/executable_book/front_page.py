@@ -155,7 +155,7 @@ def answer(claim: str, words: str, rows: Sequence[Record]) -> str:
         for row in rows
         if row["verdict"] == verdict and row["estimate"] is not None
     ]
-    why = "" if verdict == "supported" or not failed else f": {'; '.join(failed)}"
+    why = "" if verdict == "supported" or not failed else f"; {verdict}: {'; '.join(failed)}"
     n_judged = sum(row["verdict"] != "not testable" for row in rows)
     n_met = sum(row["verdict"] == "supported" for row in rows)
     return (
