@@ -131,24 +131,19 @@ kernelspec: {display_name: Python 3, language: python, name: python3}
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
-def test_a_twin_is_let_go_before_the_next_is_made(chapter):
+def test_no_twin_has_a_name_that_outlives_its_measurement(chapter):
     """Of a network of a billion parameters a machine holds the trained one and one twin."""
     cells = jupytext.read(ROOT / f"{chapter}.md").cells
-    parsed = [ast.parse(cell.source) for cell in cells if cell.cell_type == "code"]
-    for loop in (one for cell in parsed for one in ast.walk(cell) if isinstance(one, ast.For)):
-        held = {
-            one.targets[0].id
-            for one in ast.walk(loop)
-            if isinstance(one, ast.Assign) and "untrained=True" in ast.unparse(one.value)
-            if ast.unparse(one.value).startswith("load_decoder(")
-        }
-        gone = {
-            ast.unparse(name)
-            for one in loop.body
-            if isinstance(one, ast.Delete)
-            for name in one.targets
-        }
-        assert held <= gone, ast.unparse(loop)
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    named = [
+        ast.unparse(one)
+        for part in ast.parse(code).body
+        if not isinstance(part, ast.FunctionDef)
+        for one in ast.walk(part)
+        if isinstance(one, ast.Assign) and "untrained=True" in ast.unparse(one)
+        if ast.unparse(one.value).startswith("load_decoder(")
+    ]
+    assert named == []
 
 
 def test_typed_numbers_are_found_wherever_they_are_read():

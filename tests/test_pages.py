@@ -170,7 +170,7 @@ def test_an_answer_quotes_numbers_by_name_and_names_what_was_not_met():
         if (row["statistic"], row["place"]) == ("norm_exchange_transfer", "texts"):
             row |= {"verdict": "refuted", "estimate": 0.35}
     said = front_page.answer("norm-code", words, rows)
-    assert "and moves 0.35. ○ Refuted, 5 of 6 criteria met; refuted: transfer of a norm exchange" in said
+    assert "moves 0.35. ○ Refuted, 5 of 6 criteria met; refuted: transfer of a norm" in said
     assert said.endswith(" (0.35, wanted ≤ 0.05).")
     small = [row for row in invented("why-angles") if not row["untrained"]]
     said = front_page.answer("why-angles", "The gap is {partial_gap_normed}.", small)
