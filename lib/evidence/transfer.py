@@ -27,6 +27,7 @@ from lib.science.estimate import (
     Measured,
     Untested,
     mean_over_units,
+    means_by_unit,
     ratio_of_sums,
     sums_by_unit,
 )
@@ -226,22 +227,20 @@ class Transfer:
 
     def estimate(self) -> Measured:
         """Return T at each block, drawn over units."""
-        units, unit = np.unique(self.unit, return_inverse=True)
-        below = sums_by_unit(self.before, unit, len(units))
+        units = np.unique(self.unit)
+        below = sums_by_unit(self.before, self.unit)
         if len(units) < 3:
             return Untested(f"pairs of {len(units)} subjects")
         if below.sum() < LEAST_DIVERGENCE * len(self.before):
             return Untested("the predictions are all alike")
-        above = sums_by_unit(self.after, unit, len(units))
+        above = sums_by_unit(self.after, self.unit)
         both = np.broadcast_to(below[:, None], above.shape)
         return ratio_of_sums(both - above, both, name_units(self, units))
 
     def flip_rate(self) -> Measured:
         """Return the share of pairs whose choice became the donor's answer, a mean over units."""
-        units, unit = np.unique(self.unit, return_inverse=True)
-        counts = np.bincount(unit)
-        flipped = sums_by_unit(self.choice == self.target, unit, len(units)) / counts[:, None]
-        return mean_over_units(flipped, name_units(self, units), share=True)
+        flipped = means_by_unit(self.choice == self.target, self.unit)
+        return mean_over_units(flipped, name_units(self, np.unique(self.unit)), share=True)
 
 
 def name_units(whole: Task | Transfer, units: np.ndarray) -> str:

@@ -261,12 +261,18 @@ def ratio_of_sums(numerators: ArrayLike, denominators: ArrayLike, units: str) ->
     return above / below
 
 
-def sums_by_unit(values: ArrayLike, unit: ArrayLike, n_units: int) -> FloatArray:
-    """Return the sum over each unit's pairs, `[n_units, ...]` of values `[..., n_pairs]`."""
+def sums_by_unit(values: ArrayLike, unit: ArrayLike) -> FloatArray:
+    """Return each unit's sum, units ascending, `[n_units, ...]` of values `[..., n_pairs]`."""
+    units, place = np.unique(unit, return_inverse=True)
     table = np.moveaxis(np.asarray(values, dtype=np.float64), -1, 0)
-    result = np.zeros((n_units, *table.shape[1:]))
-    np.add.at(result, np.asarray(unit), table)
+    result = np.zeros((len(units), *table.shape[1:]))
+    np.add.at(result, place, table)
     return result
+
+
+def means_by_unit(values: ArrayLike, unit: ArrayLike) -> FloatArray:
+    """Return each unit's mean, units ascending, `[n_units, ...]` of values `[..., n_pairs]`."""
+    return sums_by_unit(values, unit) / sums_by_unit(np.ones(np.shape(values)), unit)
 
 
 def share_limits(n_units: int, level: float = 0.95) -> tuple[float, float]:
