@@ -135,9 +135,7 @@ def read_tasks(
     return result
 
 
-def choose_pairs(
-    trial: Trial | Untested, *, n_donors: int = 1, same_answer: bool = False
-) -> Pairs | Untested:
+def choose_pairs(trial: Trial | Untested, *, n_donors: int = 1) -> Pairs | Untested:
     """Return the task's pairs, of all prompts, or of the groups that pass the gate.
 
     Transfer needs no right answers. But a task with groups (the offsets of month arithmetic) is
@@ -149,10 +147,9 @@ def choose_pairs(
     if grouped and trial.gate is not None:
         return trial.gate
     groups = trial.able_groups if grouped else None
-    pairs = exchange_pairs(trial.task, n_donors=n_donors, same_answer=same_answer, groups=groups)
+    pairs = exchange_pairs(trial.task, n_donors=n_donors, groups=groups)
     if (n_units := len(np.unique(pairs.unit))) < FEWEST_UNITS:
-        kind = "of the same answer" if same_answer else "of another answer"
-        return Untested(f"donors {kind} for {n_units} subjects")
+        return Untested(f"donors of another answer for {n_units} subjects")
     return pairs
 
 
@@ -254,24 +251,9 @@ def measure_transfer(
     trial: Trial,
     pairs: Pairs,
     site: Site,
-    *,
-    edit: Edit = exchange,
-    donors: Tensor | None = None,
-    blocks: Sequence[int] | None = None,
-    description: str | None = None,
 ) -> Transfer:
-    """Return what an edit at `site` does to every pair, after each block: `measure_transfers`."""
-    given = None if donors is None else {"": donors}
-    found = measure_transfers(
-        {"": trial},
-        {"": pairs},
-        site,
-        edit=edit,
-        donors=given,
-        blocks=blocks,
-        description=description,
-    )
-    return found[""]
+    """Return what an exchange at `site` does to every pair, after each block."""
+    return measure_transfers({"": trial}, {"": pairs}, site)[""]
 
 
 def measure_transfers(

@@ -275,13 +275,13 @@ def means_by_unit(values: ArrayLike, unit: ArrayLike) -> FloatArray:
     return sums_by_unit(values, unit) / sums_by_unit(np.ones(np.shape(values)), unit)
 
 
-def share_limits(n_units: int, level: float = 0.95) -> tuple[float, float]:
+def share_limits(n_units: int) -> tuple[float, float]:
     """Return what n units can tell of a share of them, before anything is measured.
 
-    The half-width of the interval around one half, where it is widest, and the interval's lower end
-    where all units agree (Clopper and Pearson).
+    Of 95 % intervals the half-width around one half, where it is widest, and the lower end where
+    all units agree (Clopper and Pearson).
     """
-    tail = (1 - level) / 2
+    tail = (1 - 0.95) / 2
     n = max(n_units, 2)
     return 0.5 * float(-student_t.ppf(tail, n - 1)) / math.sqrt(n - 1), tail ** (1 / n)
 
