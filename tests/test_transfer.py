@@ -6,14 +6,12 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
-from conftest import tiny_model, tiny_tokenizer
-from oracle import block_states, forward, patched_logits
-from scipy.special import log_softmax, softmax
+from oracle import block_states, forward, kl, patched_logits
 
 from lib.engine import store
 from lib.engine.edits import exchange, exchange_direction
 from lib.engine.extraction import extract_residuals
-from lib.engine.models import Decoder, load_decoder
+from lib.engine.models import Decoder
 from lib.evidence.tasks import Pairs, Task, build_task, exchange_pairs
 from lib.evidence.transfer import (
     DivergenceFromDonor,
@@ -27,12 +25,6 @@ from lib.science.estimate import Untested
 
 
 @pytest.fixture(scope="module")
-def reader() -> Decoder:
-    words = ["?", *(f"w{k}" for k in range(1, 57)), "of", "comes", "the", "word", "has", "then"]
-    return load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer(words))
-
-
-@pytest.fixture(scope="module")
 def trial(reader: Decoder) -> Trial:
     """A toy task some of whose subjects are two tokens long, so that prompts differ in length."""
     subjects = [f"w{10 + k}" for k in range(12)] + ["w30 w31", "w32 w33"]
@@ -42,13 +34,6 @@ def trial(reader: Decoder) -> Trial:
     found = read_tasks(reader, {"toy": task})["toy"]
     assert isinstance(found, Trial)
     return found
-
-
-def kl(p_logits: np.ndarray, q_logits: np.ndarray) -> np.ndarray:
-    log_p, log_q = (
-        log_softmax(np.asarray(x, dtype=np.float64), axis=-1) for x in (p_logits, q_logits)
-    )
-    return (softmax(np.asarray(p_logits, dtype=np.float64), axis=-1) * (log_p - log_q)).sum(-1)
 
 
 def by_hand(trial: Trial, pairs: Pairs, places, block: int) -> tuple[np.ndarray, np.ndarray]:
