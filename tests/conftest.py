@@ -17,7 +17,8 @@ from lib.engine import store
 from lib.engine.models import Decoder, load_decoder
 from lib.evidence.by_task import each
 from lib.evidence.steering import Steering, prepare_steering
-from lib.evidence.transfer import Trial, read_tasks
+from lib.evidence.tasks import Pairs
+from lib.evidence.transfer import Trial, choose_pairs, read_tasks
 from lib.science.estimate import Untested
 
 N_BOOKS = int(os.environ.get("N_BOOKS", "200"))
@@ -81,6 +82,19 @@ def tiny_tokenizer(words: list[str] | None = None) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=next(iter(vocabulary)))
 
 
+def count_tokens(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by the number of tokens of each pass over the model."""
+    passes: list[int] = []
+    forward = decoder.model.base_model.forward
+
+    def counting(input_ids: torch.Tensor, **options: object) -> object:
+        passes.append(input_ids.numel())
+        return forward(input_ids, **options)
+
+    monkeypatch.setattr(decoder.model.base_model, "forward", counting)
+    return passes
+
+
 @pytest.fixture(scope="session", params=sorted(ARCHITECTURES))
 def decoder(request: pytest.FixtureRequest) -> Decoder:
     """A tiny random decoder, once per architecture."""
@@ -101,6 +115,23 @@ def tiny_trials() -> dict[str, Trial | Untested]:
 
 
 @pytest.fixture(scope="session")
+def trial(tiny_trials: dict[str, Trial]) -> Trial:
+    return tiny_trials["tiny"]
+
+
+@pytest.fixture(scope="session")
+def pairs(trial: Trial) -> Pairs | Untested:
+    return choose_pairs(trial, n_donors=3)
+
+
+@pytest.fixture(scope="session")
+def reader() -> Decoder:
+    """A tiny random decoder that knows words enough for prompts in English."""
+    words = ["?", *(f"w{k}" for k in range(1, 57)), "of", "comes", "the", "word", "has", "then"]
+    return load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer(words))
+
+
+@pytest.fixture(scope="session")
 def trials() -> dict[str, Trial]:
     """Two tasks that a tiny decoder is able to do."""
     words = tiny_tokenizer(steered.WORDS)
@@ -108,7 +139,7 @@ def trials() -> dict[str, Trial]:
 
 
 @pytest.fixture(scope="session")
-def trial(trials: dict[str, Trial]) -> Trial:
+def able(trials: dict[str, Trial]) -> Trial:
     return trials["tiny"]
 
 

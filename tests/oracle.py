@@ -6,7 +6,10 @@ Shares no code with lib, so that agreement means something.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
+from scipy.special import log_softmax
 from torch import Tensor
 
 
@@ -28,6 +31,14 @@ def forward(model: Any, prompts: Sequence[Sequence[int]]) -> Tensor:
             inputs["position_ids"] = position_ids
     with torch.no_grad():
         return model(**inputs, use_cache=False).logits[:, -1]
+
+
+def kl(p_logits: ArrayLike, q_logits: ArrayLike) -> np.ndarray:
+    """Return KL(p ‖ q) in nats of logits, over the last axis."""
+    log_p, log_q = (
+        log_softmax(np.asarray(x, dtype=np.float64), axis=-1) for x in (p_logits, q_logits)
+    )
+    return (np.exp(log_p) * (log_p - log_q)).sum(-1)
 
 
 def block_states(model: Any, blocks: Any, prompt: Sequence[int]) -> Tensor:

@@ -4,18 +4,16 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import torch
 from oracle import patched_logits
+from tiny_tasks import SUBJECTS, tiny_task
 
 from lib.evidence.steering import Steering
-from lib.evidence.tasks import Pairs, build_task
+from lib.evidence.tasks import Pairs
 from lib.evidence.transfer import Trial, read_tasks
 
 N_ANSWERS, BLOCK = 4, 2
-SUBJECTS = [f"s{i}" for i in range(12)]
 WORDS = ["?", *SUBJECTS, *[f"a{i}" for i in range(8)], *[f"t{i}" for i in range(6)]]
-TEMPLATES = ["t0 t1 {subject} t2", "t3 {subject} t4 t5", "t5 t2 {subject} t0"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,15 +25,12 @@ class Able(Trial):
         return np.arange(self.task.n_prompts) > 0
 
 
-def tiny_task(decoder, name, first_answer):
-    rows = [(s, f"a{first_answer + i % N_ANSWERS}", "") for i, s in enumerate(SUBJECTS)]
-    items = pd.DataFrame(rows, columns=["subject", "answer", "group"])
-    return build_task(name, items, TEMPLATES, decoder)
-
-
 def able_trials(decoder):
     """Two tasks without an answer in common."""
-    tasks = {name: tiny_task(decoder, name, first) for name, first in (("tiny", 0), ("other", 4))}
+    tasks = {
+        name: tiny_task(decoder, name, answers=[f"a{first + k}" for k in range(N_ANSWERS)])
+        for name, first in (("tiny", 0), ("other", 4))
+    }
     read = read_tasks(decoder, tasks)
     return {name: Able(one.task, one.decoder, one.last_states) for name, one in read.items()}
 

@@ -36,21 +36,21 @@ def test_edits_are_made_after_the_transition_and_never_after_the_last_block():
     assert claim.thinned_late_blocks(18, 11.5) == [12, 14, 16]
 
 
-def test_pairs_that_need_few_prompts_keep_their_texts(trial):
-    pairs = claim.few_pairs(trial, 4)
-    task, (renumbered,) = needed_prompts(trial.task, pairs)
+def test_pairs_that_need_few_prompts_keep_their_texts(able):
+    pairs = claim.few_pairs(able, 4)
+    task, (renumbered,) = needed_prompts(able.task, pairs)
     assert len(pairs) == 4 and task.n_prompts <= 8
     for before, after in zip(pairs.prompts.ravel(), renumbered.prompts.ravel(), strict=True):
-        assert trial.task.prompts["text"][before] == task.prompts["text"][after]
+        assert able.task.prompts["text"][before] == task.prompts["text"][after]
 
 
 # --- parts of a state ----------------------------------------------------------------------------
 
 
-def test_parts_of_a_donors_state_do_what_full_passes_say(trial):
-    pairs = claim.few_pairs(trial)
-    parts = claim.measure_parts({"tiny": trial}, {"tiny": pairs}, [1, BLOCK])["tiny"]
-    states = states_of(trial)
+def test_parts_of_a_donors_state_do_what_full_passes_say(able):
+    pairs = claim.few_pairs(able)
+    parts = claim.measure_parts({"tiny": able}, {"tiny": pairs}, [1, BLOCK])["tiny"]
+    states = states_of(able)
     for pair, (x, y) in enumerate(pairs.prompts):
         h, given = states[x], states[y]
         edited = {
@@ -58,9 +58,9 @@ def test_parts_of_a_donors_state_do_what_full_passes_say(trial):
             "direction": unit(given) * np.linalg.norm(h),
             "norm": unit(h) * np.linalg.norm(given),
         }
-        donor = log_softmax(trial.logits[y].double().numpy())
+        donor = log_softmax(able.logits[y].double().numpy())
         for name, state in edited.items():
-            after = log_softmax(recompute(trial, x, state).astype(float))
+            after = log_softmax(recompute(able, x, state).astype(float))
             kl = (np.exp(donor) * (donor - after)).sum()
             assert parts[name].after[1, pair] == pytest.approx(kl, abs=1e-4)
 
@@ -96,44 +96,44 @@ def test_no_share_is_spoken_of_where_the_whole_state_does_nothing():
 # --- few dimensions ------------------------------------------------------------------------------
 
 
-def test_the_basis_spans_the_other_templates_centroid_differences_and_nothing_else(trial):
-    task, states = trial.task, trial.states("last")[BLOCK]
+def test_the_basis_spans_the_other_templates_centroid_differences_and_nothing_else(able):
+    task, states = able.task, able.states("last")[BLOCK]
     template = task.prompts["template"].to_numpy()
     for held_out in range(3):
         basis = claim.answer_basis(states, task.answer_index, template, held_out).numpy()
         assert basis.shape == (N_ANSWERS - 1, states.shape[1])
-        means = [mean_state(trial, a, held_out, right=False) for a in range(N_ANSWERS)]
+        means = [mean_state(able, a, held_out, right=False) for a in range(N_ANSWERS)]
         for one in means[1:]:
             difference = one - means[0]
             assert np.allclose(difference @ basis.T @ basis, difference, atol=1e-5)
 
 
-def test_a_span_is_exchanged_with_the_basis_of_the_templates_that_the_pair_is_not_of(trial):
-    pairs = claim.few_pairs(trial)
-    spans = claim.measure_span({"tiny": trial}, {"tiny": pairs}, BLOCK)["tiny"]
+def test_a_span_is_exchanged_with_the_basis_of_the_templates_that_the_pair_is_not_of(able):
+    pairs = claim.few_pairs(able)
+    spans = claim.measure_span({"tiny": able}, {"tiny": pairs}, BLOCK)["tiny"]
     assert list(spans) == ["span 1", "span 2", "span 3", "complement"]
-    states, template = states_of(trial), trial.task.prompts["template"].to_numpy()
+    states, template = states_of(able), able.task.prompts["template"].to_numpy()
     for pair, (x, y) in enumerate(pairs.prompts):
-        means = np.array([mean_state(trial, a, template[x], right=False) for a in range(N_ANSWERS)])
+        means = np.array([mean_state(able, a, template[x], right=False) for a in range(N_ANSWERS)])
         q, _ = np.linalg.qr((means[1:] - means[0]).T)
         inside = q @ q.T @ (states[y] - states[x])
-        donor = log_softmax(trial.logits[y].double().numpy())
+        donor = log_softmax(able.logits[y].double().numpy())
         for name, state in (("span 3", states[x] + inside), ("complement", states[y] - inside)):
-            after = log_softmax(recompute(trial, x, state).astype(float))
+            after = log_softmax(recompute(able, x, state).astype(float))
             kl = (np.exp(donor) * (donor - after)).sum()
             assert spans[name].after[0, pair] == pytest.approx(kl, abs=1e-3)
 
 
-def test_spans_are_judged_on_tasks_of_few_answers(trial):
-    spans = claim.measure_span({"tiny": trial}, {"tiny": claim.few_pairs(trial)}, BLOCK)["tiny"]
-    found = claim.few_dimensions(trial, spans)
+def test_spans_are_judged_on_tasks_of_few_answers(able):
+    spans = claim.measure_span({"tiny": able}, {"tiny": claim.few_pairs(able)}, BLOCK)["tiny"]
+    found = claim.few_dimensions(able, spans)
     assert float(found["span_transfer"]) == float(spans["span 3"].estimate().at(0))
     assert float(found["complement_transfer"]) == float(spans["complement"].estimate().at(0))
-    many = replace(trial.task, answers=tuple(f"a{i}" for i in range(10)))
-    wide = Able(many, trial.decoder, trial.last_states)
+    many = replace(able.task, answers=tuple(f"a{i}" for i in range(10)))
+    wide = Able(many, able.decoder, able.last_states)
     assert "10 answers" in claim.few_dimensions(wide, spans).reason
-    alone = replace(trial.task, prompts=trial.task.prompts[trial.task.prompts["template"] == 0])
-    one = Able(alone, trial.decoder, trial.last_states)
+    alone = replace(able.task, prompts=able.task.prompts[able.task.prompts["template"] == 0])
+    one = Able(alone, able.decoder, able.last_states)
     found = claim.measure_span({"tiny": one}, {"tiny": claim.few_pairs(one)}, BLOCK)
     assert found["tiny"] == ONE_TEMPLATE
 
@@ -141,23 +141,23 @@ def test_spans_are_judged_on_tasks_of_few_answers(trial):
 # --- rotations and their nulls -------------------------------------------------------------------
 
 
-def test_rotations_the_whole_way_choose_what_full_passes_say(trial, steering, control):
-    states, template = states_of(trial), trial.task.prompts["template"].to_numpy()
+def test_rotations_the_whole_way_choose_what_full_passes_say(able, steering, control):
+    states, template = states_of(able), able.task.prompts["template"].to_numpy()
     for pair, x in enumerate(steering.pairs.prompts[:, 0]):
         for answer, found in (
             (steering.target[pair], control.rotation[pair]),
             (control.aimed[pair], control.nulls["another answer"][0, pair]),
         ):
-            to = mean_state(trial, answer, template[x])
-            logits = recompute(trial, x, unit(to) * np.linalg.norm(states[x]))
-            assert found == logits[trial.task.answer_ids].argmax()
+            to = mean_state(able, answer, template[x])
+            logits = recompute(able, x, unit(to) * np.linalg.norm(states[x]))
+            assert found == logits[able.task.answer_ids].argmax()
     assert ((control.aimed != steering.source) & (control.aimed != steering.target)).all()
     assert control.nulls["covariance matched"].shape == (claim.N_DRAWN, len(steering.pairs))
     expected = np.mean(control.rotation == steering.target)
     assert float(control.flips()) == pytest.approx(expected)
 
 
-def test_the_null_of_another_task_turns_towards_that_tasks_centroids(steerings, trial, steering):
+def test_the_null_of_another_task_turns_towards_that_tasks_centroids(steerings, able, steering):
     """Of a stranger all of whose centroids are one vector the outcome of each pair is known."""
     other = steerings["other"]
     vector = 3 * torch.randn(32, generator=torch.Generator().manual_seed(4))
@@ -165,8 +165,8 @@ def test_the_null_of_another_task_turns_towards_that_tasks_centroids(steerings, 
     found = claim.measure_control({"tiny": steering, "other": stranger})["tiny"]
     expected = []
     for x in steering.pairs.prompts[:, 0]:
-        turned = unit(vector.double().numpy()) * np.linalg.norm(states_of(trial)[x])
-        expected.append(recompute(trial, x, turned)[trial.task.answer_ids].argmax())
+        turned = unit(vector.double().numpy()) * np.linalg.norm(states_of(able)[x])
+        expected.append(recompute(able, x, turned)[able.task.answer_ids].argmax())
     assert found.nulls["another task"].tolist() == [expected]
     for rest in (found.rotation, *found.nulls["another answer"]):
         assert rest.tolist() != expected
@@ -282,17 +282,15 @@ def test_a_random_plane_is_compared_at_the_rotations_dose():
 
 
 def test_all_statistics_are_judged_and_twins_only_where_no_right_answer_is_needed(
-    trial, control, steering
+    able, control, steering
 ):
-    pairs = claim.few_pairs(trial)
+    pairs = claim.few_pairs(able)
     lost = Untested("too short")
-    parts = claim.measure_parts(
-        {"tiny": trial, "lost": lost}, {"tiny": pairs, "lost": lost}, [1, 2]
-    )
-    spans = claim.measure_span({"tiny": trial}, {"tiny": pairs}, BLOCK)["tiny"]
+    parts = claim.measure_parts({"tiny": able, "lost": lost}, {"tiny": pairs, "lost": lost}, [1, 2])
+    spans = claim.measure_span({"tiny": able}, {"tiny": pairs}, BLOCK)["tiny"]
     trained = claim.statistics(
         parts,
-        {"tiny": claim.few_dimensions(trial, spans), "lost": lost},
+        {"tiny": claim.few_dimensions(able, spans), "lost": lost},
         {"tiny": control, "lost": lost},
         measure_doses({"tiny": steering, "lost": lost}),
     )
@@ -300,15 +298,15 @@ def test_all_statistics_are_judged_and_twins_only_where_no_right_answer_is_neede
     records = judge(claim.CLAIM, "m", trained, twins)
     assert len(records) == 2 * 8 * 3
     own = {(r["statistic"], r["place"], r["untrained"]): r for r in records}
-    assert own["norm_transfer", "tiny", False]["n"] == trial.task.n_units
+    assert own["norm_transfer", "tiny", False]["n"] == able.task.n_units
     assert {own[name, "lost", False]["reason"] for name in trained} == {"too short"}
     assert own["rotation_flips", "tiny", True]["verdict"] == "not testable"
     assert "right answers" in own["rotation_flips", "tiny", True]["reason"]
     assert claim_verdict(records, claim.CLAIM, "m", untrained=True).verdict != "supported"
 
 
-def test_each_statistic_bears_the_number_that_it_is_named_after(trial, control):
-    parts = claim.measure_parts({"tiny": trial}, {"tiny": claim.few_pairs(trial)}, [1, 2])["tiny"]
+def test_each_statistic_bears_the_number_that_it_is_named_after(able, control):
+    parts = claim.measure_parts({"tiny": able}, {"tiny": claim.few_pairs(able)}, [1, 2])["tiny"]
     spans = dict.fromkeys(claim.SPANS, Untested("not measured"))
     found = claim.statistics({"t": parts}, {"t": spans}, {"t": control}, {"t": planted()})
     assert set(found) == {*claim.PARTS, *claim.SPANS, *claim.CONTROL}
@@ -322,18 +320,18 @@ def test_each_statistic_bears_the_number_that_it_is_named_after(trial, control):
     assert float(found["norm_transfer"]["t"]) == pytest.approx(moved)
 
 
-def test_a_twins_numbers_are_those_of_its_own_weights(trial):
+def test_a_twins_numbers_are_those_of_its_own_weights(able):
     torch.manual_seed(11)
     model = tiny_model("llama")
     for parameter in model.parameters():
         parameter.data += 0.3 * parameter.std() * torch.randn_like(parameter)
     twin = load_decoder(model, tokenizer=tiny_tokenizer(WORDS))
-    found = claim.measure_twin(twin, {"tiny": trial, "lost": Untested("why")}, [1], 6)
+    found = claim.measure_twin(twin, {"tiny": able, "lost": Untested("why")}, [1], 6)
     assert found["lost"] == Untested("why")
-    own = replace(trial, decoder=twin)
-    for pair, (x, y) in enumerate(claim.few_pairs(trial, 6).prompts):
-        given = block_states(model, twin.blocks, trial.task.tokens[y])[1, -1]
-        logs = [forward(model, [trial.task.tokens[row]])[0].double() for row in (x, y)]
+    own = replace(able, decoder=twin)
+    for pair, (x, y) in enumerate(claim.few_pairs(able, 6).prompts):
+        given = block_states(model, twin.blocks, able.task.tokens[y])[1, -1]
+        logs = [forward(model, [able.task.tokens[row]])[0].double() for row in (x, y)]
         before, donor = (log_softmax(one.numpy()) for one in logs)
         after = log_softmax(recompute(own, x, given, 1).astype(float))
         for part, q in (("after", after), ("before", before)):
@@ -342,12 +340,12 @@ def test_a_twins_numbers_are_those_of_its_own_weights(trial):
             assert measured == pytest.approx(kl, rel=1e-3, abs=1e-4)
 
 
-def test_a_twins_number_is_one_and_the_seeds_are_the_units(trial):
-    pairs = claim.few_pairs(trial)
+def test_a_twins_number_is_one_and_the_seeds_are_the_units(able):
+    pairs = claim.few_pairs(able)
     by_seed = [
-        claim.measure_twin(trial.decoder, {"tiny": trial}, [1], most) for most in (6, 8, 10, 12)
+        claim.measure_twin(able.decoder, {"tiny": able}, [1], most) for most in (6, 8, 10, 12)
     ]
-    whole = claim.measure_parts({"tiny": trial}, {"tiny": pairs}, [1])["tiny"]["norm"]
+    whole = claim.measure_parts({"tiny": able}, {"tiny": pairs}, [1])["tiny"]["norm"]
     assert by_seed[-1]["tiny"]["norm"].after == pytest.approx(whole.after, abs=1e-5)
     found = claim.twin_statistics(by_seed)["norm_transfer"]["tiny"]
     each = [float(claim.direction_and_norm(one["tiny"])["norm_transfer"]) for one in by_seed]

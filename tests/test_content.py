@@ -14,16 +14,6 @@ from lib.evidence.transfer import ARMS, choose_pairs, measure_transfer, needed_p
 from lib.science.estimate import Estimate
 
 
-@pytest.fixture(scope="module")
-def trial(tiny_trials):
-    return tiny_trials["tiny"]
-
-
-@pytest.fixture(scope="module")
-def pairs(trial):
-    return choose_pairs(trial, n_donors=3)
-
-
 def choose_all(trials):
     return {name: choose_pairs(one) for name, one in trials.items()}
 

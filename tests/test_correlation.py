@@ -141,15 +141,13 @@ def test_mantels_p_is_uniform_under_the_null():
 
 
 def test_a_p_value_counts_the_observed_among_the_permutations():
-    assert permutation_p_value(0.5, np.array([0.1, 0.5, -0.9]), "greater") == pytest.approx(0.5)
-    assert permutation_p_value(0.5, np.array([0.1, 0.5, -0.9]), "two-sided") == pytest.approx(0.75)
-    assert permutation_p_value(0.5, np.array([0.1, 0.5, -0.9]), "less") == pytest.approx(1.0)
+    assert permutation_p_value(0.5, np.array([0.1, 0.5, -0.9])) == pytest.approx(0.75)
 
 
-def test_mantels_test_tells_its_null_and_its_sizes():
+def test_mantels_test_tells_its_null():
     first, second = cloud(3), cloud(4)
     found, _ = mantel_tests(
-        [first, second], second, n_permutations=40, rng=np.random.default_rng(5), alternative="less"
+        [first, second], second, n_permutations=40, rng=np.random.default_rng(5)
     )
     rng = np.random.default_rng(5)
     upper = np.triu_indices(12, 1)
@@ -157,11 +155,9 @@ def test_mantels_test_tells_its_null_and_its_sizes():
     for _ in range(40):
         order = rng.permutation(12)
         null.append(spearmanr(first[upper], second[np.ix_(order, order)][upper]).statistic)
-    assert (found.n_permutations, found.n_items) == (40, 12)
-    low, high = np.quantile(null, [0.025, 0.975])
-    assert (found.null_low, found.null_high) == pytest.approx((low, high))
-    below = np.sum(np.array(null) <= found.correlation + 1e-12)
-    assert found.p_value == pytest.approx((1 + below) / 41)
+    assert found.null_high == pytest.approx(np.quantile(null, 0.975))
+    beyond = np.sum(np.abs(null) >= abs(found.correlation) - 1e-12)
+    assert found.p_value == pytest.approx((1 + beyond) / 41)
 
 
 def test_a_p_value_is_two_sided_unless_said_otherwise():

@@ -11,6 +11,7 @@ from lib.science.estimate import (
     generator,
     independent_difference,
     mean_over_units,
+    means_by_unit,
     pool,
     ratio_of_sums,
     stack,
@@ -115,9 +116,10 @@ def test_a_ratio_of_sums_equals_the_plain_one_in_each_draw():
     assert isinstance(ratio_of_sums(above, np.zeros(15), "fifteen"), Untested)
 
 
-def test_sums_go_to_the_unit_of_each_pair():
-    found = sums_by_unit([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]], [1, 0, 1], 3)
-    assert found.tolist() == [[2.0, 16.0], [5.0, 40.0], [0.0, 0.0]]
+def test_sums_and_means_go_to_the_unit_of_each_pair():
+    values, unit = [[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]], [7, 3, 7]
+    assert sums_by_unit(values, unit).tolist() == [[2.0, 16.0], [5.0, 40.0]]
+    assert means_by_unit(values, unit).tolist() == [[2.0, 16.0], [2.5, 20.0]]
 
 
 def test_a_pooled_number_is_the_mean_of_tasks_and_its_draws_the_mean_of_theirs():
@@ -215,10 +217,10 @@ def test_the_difference_of_independent_numbers_is_that_of_their_values_and_sprea
 def test_sums_over_pairs_keep_the_axes_before_them():
     values = np.random.default_rng(3).normal(size=(2, 3, 5))
     unit = np.array([0, 1, 0, 1, 1])
-    found = sums_by_unit(values, unit, 2)
+    found = sums_by_unit(values, unit)
     assert found.shape == (2, 2, 3)
     assert np.allclose(found[1], values[:, :, unit == 1].sum(axis=-1))
-    assert np.array_equal(sums_by_unit([1, 2], [0, 0], 1), [3.0])
+    assert np.array_equal(sums_by_unit([1, 2], [0, 0]), [3.0])
 
 
 def test_numbers_are_reckoned_with_draw_by_draw():

@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
+from conftest import count_tokens, tiny_model, tiny_tokenizer
 
 from lib.engine import passes as forward_passes
 from lib.engine.edits import exchange
@@ -68,18 +68,6 @@ def test_prompts_that_begin_alike_equal_each_prompt_alone(decoder: Decoder) -> N
         for row, prompt in enumerate(BEGIN_ALIKE):
             expected = oracle.block_states(decoder.model, decoder.blocks, prompt)[:, where[row]]
             assert torch.allclose(found[:, row], expected, atol=1e-4, rtol=1e-4)
-
-
-def count_tokens(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    passes: list[int] = []
-    forward = decoder.model.base_model.forward
-
-    def counting(input_ids: torch.Tensor, **options: object) -> object:
-        passes.append(input_ids.numel())
-        return forward(input_ids, **options)
-
-    monkeypatch.setattr(decoder.model.base_model, "forward", counting)
-    return passes
 
 
 def test_a_shared_beginning_is_run_once(llama: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
+from tiny_tasks import tiny_task
 
 from lib.claims import inside_the_switch as claim
 from lib.claims.inside_the_switch import Chosen, Halves, Opened
@@ -19,20 +20,13 @@ from lib.science.estimate import Untested, mean_over_units
 
 SUBJECTS, ANSWERS = [f"s{i}" for i in range(24)], [f"a{i}" for i in range(6)]
 WORDS = ["?", *SUBJECTS, *ANSWERS, *[f"t{i}" for i in range(6)]]
-TEMPLATES = ["t0 t1 {subject} t2", "t3 {subject} t4 t5", "t5 t2 {subject} t0"]
 PLANTED = (1, 2)
 N_HEADS = 4
 
 
-def tiny_task(decoder, name="tiny", n_subjects=24):
-    rows = [(s, ANSWERS[i % 6], "") for i, s in enumerate(SUBJECTS[:n_subjects])]
-    return build_task(
-        name, pd.DataFrame(rows, columns=["subject", "answer", "group"]), TEMPLATES, decoder
-    )
-
-
-def as_trial(decoder, name="tiny", **options):
-    return read_tasks(decoder, {name: tiny_task(decoder, name, **options)})[name]
+def as_trial(decoder, name="tiny", n_subjects=24):
+    task = tiny_task(decoder, name, SUBJECTS[:n_subjects], ANSWERS)
+    return read_tasks(decoder, {name: task})[name]
 
 
 @pytest.fixture(scope="module")

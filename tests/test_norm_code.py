@@ -4,13 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
-from oracle import block_states, forward, patched_logits
-from scipy.special import log_softmax, softmax
+from oracle import block_states, forward, kl, patched_logits
+from scipy.special import softmax
 from scipy.stats import rankdata
 
 from lib.claims import norm_code
-from lib.engine.models import Decoder, load_decoder
+from lib.engine.models import Decoder
 from lib.evidence.criteria import claim_verdict, judge
 from lib.evidence.tasks import build_task
 from lib.evidence.transfer import Trial, read_tasks
@@ -20,12 +19,6 @@ from lib.science.estimate import Estimate, Untested, generator, mean_over_units,
 from lib.science.geometry import angles, jeffreys_divergence, log_norm_differences
 
 LATE = [1, 2]
-
-
-@pytest.fixture(scope="module")
-def reader() -> Decoder:
-    words = ["?", *(f"w{k}" for k in range(1, 57)), "of", "comes", "the", "word", "has", "then"]
-    return load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer(words))
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +34,6 @@ def trial(reader: Decoder) -> Trial:
     items = pd.DataFrame({"subject": subjects, "answer": answers, "group": ""})
     templates = ["of {subject} comes then", "the word {subject} has", "then {subject} comes"]
     return read_tasks(reader, {"toy": build_task("toy", items, templates, reader)})["toy"]
-
-
-def kl(p_logits: np.ndarray, q_logits: np.ndarray) -> float:
-    p = softmax(np.asarray(p_logits, dtype=np.float64))
-    log_p, log_q = (log_softmax(np.asarray(x, dtype=np.float64)) for x in (p_logits, q_logits))
-    return float((p * (log_p - log_q)).sum())
 
 
 def test_an_exchange_of_norms_equals_one_hooked_pass_a_pair(reading: norm_code.Reading):

@@ -9,12 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from claimed import invented, number
-from conftest import tiny_model, tiny_tokenizer
 
 from executable_book import freshness
 from lib.claims import causal_control, inside_the_switch, phase_transition
 from lib.engine.files import ROOT
-from lib.engine.models import Decoder, load_decoder
 from lib.evidence import own_tasks as module
 from lib.evidence import records, transition, verify
 from lib.evidence.content import other_task
@@ -56,12 +54,6 @@ def files(tmp_path, monkeypatch):
     monkeypatch.delenv("TEMPLATES", raising=False)
     monkeypatch.setenv("TASKS", str(tmp_path / "mine.csv"))
     return write
-
-
-@pytest.fixture(scope="module")
-def reader() -> Decoder:
-    words = ["?", *(f"w{k}" for k in range(1, 55)), "of", "comes", "the", "word", "has", "then"]
-    return load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer(words))
 
 
 def test_two_files_go_from_loading_to_verdicts_as_the_books_tasks_do(files, reader):

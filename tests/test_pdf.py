@@ -1,8 +1,12 @@
 import pytest
 from bs4 import BeautifulSoup
+from claimed import invented
 from PIL import Image
 
 import pdf
+from executable_book import scorecard
+from lib.evidence.criteria import criteria, judged
+from lib.reading.words import record_text
 
 PAGE = """<html><head><script src="../_static/x.js"></script></head><body><nav>left out</nav>
 <article class="bd-article"><h1 id="method">{title}</h1>{text}
@@ -74,21 +78,30 @@ def test_summary_ends_with_the_answer_at_a_glance(landing):
 
 SCORECARD = """<p class="scorecard-legend"><span class="key">m</span> signs</p>
 <table class="scorecard"><thead><tr><th>Claim, effect</th><th><svg></svg></th>
-<th>Number [interval]</th><th>Wanted</th><th>Verdict</th></tr></thead><tbody>
-<tr class="claim"><th colspan="2">It is so.</th>
-<td colspan="3"><div>one: ● supported</div><div>two: ○ refuted</div></td></tr>
-<tr><th>effect</th><td><svg></svg></td>
-<td><div>one: 0.9 [0.8, 1]</div><div class="twin">twins: 0.1 [0, 0.2]</div><div>two: –</div></td>
-<td>≥ 0.5</td><td><div>● supported</div><div class="twin">○ refuted</div><div>– not testable</div>
-</td></tr>
-<tr><th>small</th><td></td><td><div>trained: 0.3 [0.2, 0.4]</div></td><td>≥ 1</td>
-<td><div>○ refuted</div></td></tr></tbody></table>"""
+<th>Number [interval]</th><th class="wanted">Wanted</th><th>Verdict</th></tr></thead><tbody>{}
+</tbody></table>"""
 
 
 def test_summary_gives_each_model_a_column_with_number_sign_and_twins(landing):
+    effect, of_small = criteria("phase-transition")[0], criteria("why-angles")[0]
+    runs = {
+        "one": invented("phase-transition", "one"),
+        "two": invented("phase-transition", "two", met=False),
+        "small": invented("why-angles", "small"),
+    }
+    (own, twins), (lost, _), (alone, others) = (
+        [row for row in rows if row["statistic"] == one.statistic and judged(row)]
+        for one, rows in zip((effect, effect, of_small), runs.values(), strict=True)
+    )
+    lost |= {"estimate": None, "verdict": "not testable"}
+    shown = [
+        scorecard._claim_row("phase-transition", "It is so.", None, runs),
+        *scorecard._effect_rows(effect, None, runs),
+        *scorecard._effect_rows(of_small, None, runs),
+    ]
     page = (landing / "first.html").read_text()
-    table = BeautifulSoup(page, "html.parser").select_one("table.scorecard")
-    (landing / "first.html").write_text(page.replace(str(table), SCORECARD))
+    table = str(BeautifulSoup(page, "html.parser").select_one("table.scorecard"))
+    (landing / "first.html").write_text(page.replace(table, SCORECARD.format("".join(shown))))
     whole = BeautifulSoup(pdf.summary(landing), "html.parser")
     rows = [
         [cell.get_text(" ", strip=True) for cell in row.find_all(["th", "td"])]
@@ -97,8 +110,18 @@ def test_summary_gives_each_model_a_column_with_number_sign_and_twins(landing):
     assert rows == [
         ["Claim, effect", "Wanted", "one", "two"],
         ["It is so.", "", "● supported", "○ refuted"],
-        ["effect", "≥ 0.5", "0.9 [0.8, 1] ● twins: 0.1 [0, 0.2] ○", "– –"],
-        ["small", "≥ 1", "0.3 [0.2, 0.4] ○", ""],
+        [
+            f"{effect.text} (all tasks)",
+            effect.wanted,
+            f"{record_text(own)} ● twins: {record_text(twins)} ○",
+            f"– – twins: {record_text(twins)} ○",
+        ],
+        [
+            of_small.text,
+            of_small.wanted,
+            f"{record_text(alone)} ● twins: {record_text(others)} ○",
+            "",
+        ],
     ]
     assert whole.select_one(".scorecard-legend").get_text(strip=True) == "signs"
 

@@ -31,16 +31,6 @@ L = 30
 NAMES = ("context arm", "prediction arm")
 
 
-@pytest.fixture(scope="module")
-def trial(tiny_trials):
-    return tiny_trials["tiny"]
-
-
-@pytest.fixture(scope="module")
-def pairs(trial):
-    return choose_pairs(trial, n_donors=3)
-
-
 # --- made curves ----------------------------------------------------------------------------------
 
 

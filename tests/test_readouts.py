@@ -9,7 +9,7 @@ from scipy.stats import entropy as scipy_entropy
 
 from lib.engine.edits import add, exchange
 from lib.engine.models import Decoder
-from lib.engine.readouts import DistributionMeasure, fit_temperature
+from lib.engine.readouts import DistributionMeasure
 from lib.engine.sweeps import sweep_blocks
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -71,19 +71,21 @@ def test_temperature_of_tempered_logits_is_found_and_leaves_nothing() -> None:
 
 def test_fitted_temperature_equals_a_search() -> None:
     p = torch.softmax(CLEAN.double(), -1)
-    fitted, left = fit_temperature(EDITED[:5], p)
+    measure = DistributionMeasure(CLEAN, np.arange(5), temperature=True)
+    found = measure(EDITED[:5], torch.arange(5))
+    fitted, left = found["temperature"], found["kl_left_nats"]
     for row in range(5):
 
         def divergence(log_t: float, row: int = row) -> float:
             log_q = torch.log_softmax(np.exp(log_t) * EDITED[row].double(), -1)
             return float((p[row] * (p[row].log() - log_q)).sum())
 
-        found = minimize_scalar(
+        best = minimize_scalar(
             divergence, bounds=(np.log(0.01), np.log(100)), method="bounded",
             options={"xatol": 1e-9},
         )  # fmt: skip
-        assert left[row].item() == pytest.approx(found.fun, abs=1e-8)
-        assert fitted[row].item() == pytest.approx(np.exp(found.x), rel=1e-3)
+        assert left[row].item() == pytest.approx(best.fun, abs=1e-8)
+        assert fitted[row].item() == pytest.approx(np.exp(best.x), rel=1e-3)
 
 
 def test_what_a_temperature_leaves_is_never_more_than_the_divergence() -> None:
@@ -93,9 +95,10 @@ def test_what_a_temperature_leaves_is_never_more_than_the_divergence() -> None:
 
 
 def test_opposed_logits_stop_at_the_lowest_temperature() -> None:
-    fitted, left = fit_temperature(-CLEAN, torch.softmax(CLEAN.double(), -1))
-    assert (fitted >= 0.01).all() and (fitted < 0.02).all()
-    assert torch.isfinite(left).all()
+    measure = DistributionMeasure(CLEAN, np.arange(len(CLEAN)), temperature=True)
+    found = measure(-CLEAN, torch.arange(len(CLEAN)))
+    assert (found["temperature"] >= 0.01).all() and (found["temperature"] < 0.02).all()
+    assert torch.isfinite(found["kl_left_nats"]).all()
 
 
 def test_rest_divergence_leaves_out_the_excluded_tokens() -> None:

@@ -16,24 +16,24 @@ from lib.evidence.transfer import Trial
 # --- steering to an answer -----------------------------------------------------------------------
 
 
-def test_vectors_come_from_rightly_answered_prompts_of_other_templates_alone(trial, steering):
-    template = trial.task.prompts["template"].to_numpy()
+def test_vectors_come_from_rightly_answered_prompts_of_other_templates_alone(able, steering):
+    template = able.task.prompts["template"].to_numpy()
     for pair, (x, y) in enumerate(steering.pairs.prompts):
-        answer = trial.task.answer_index[y]
-        expected = mean_state(trial, answer, template[x])
+        answer = able.task.answer_index[y]
+        expected = mean_state(able, answer, template[x])
         found = steering.centroid(steering.target)[pair].numpy()
         assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_recipients_are_answered_rightly_and_their_targets_are_other_answers(trial, steering):
-    assert trial.correct[steering.pairs.prompts[:, 0]].all()
+def test_recipients_are_answered_rightly_and_their_targets_are_other_answers(able, steering):
+    assert able.correct[steering.pairs.prompts[:, 0]].all()
     assert (steering.source != steering.target).all()
     assert len(np.unique(steering.pairs.unit)) == len(steering.pairs)
 
 
-def test_what_the_right_answer_holds_is_its_probability_before_any_edit(trial, steering):
-    tokens = trial.task.answer_ids[steering.source]
-    logits = trial.logits.double().numpy()
+def test_what_the_right_answer_holds_is_its_probability_before_any_edit(able, steering):
+    tokens = able.task.answer_ids[steering.source]
+    logits = able.logits.double().numpy()
     p = [
         softmax(logits[x])[token]
         for x, token in zip(steering.pairs.prompts[:, 0], tokens, strict=True)
@@ -41,24 +41,24 @@ def test_what_the_right_answer_holds_is_its_probability_before_any_edit(trial, s
     assert float(steering.held()) == pytest.approx(np.mean(p))
 
 
-def test_a_task_below_the_gate_is_untested_with_its_accuracy(trial):
-    plain = Trial(trial.task, trial.decoder, trial.last_states)
+def test_a_task_below_the_gate_is_untested_with_its_accuracy(able):
+    plain = Trial(able.task, able.decoder, able.last_states)
     assert "0.8 is needed" in module.prepare_steering(plain, BLOCK).reason
 
 
 # --- doses ---------------------------------------------------------------------------------------
 
 
-def test_each_method_at_each_dose_does_what_full_passes_say(trial, steering):
+def test_each_method_at_each_dose_does_what_full_passes_say(able, steering):
     doses = module.measure_doses({"tiny": steering}, list(module.METHODS), (0.25, 0.6, 1.0))["tiny"]
-    states, template = states_of(trial), trial.task.prompts["template"].to_numpy()
-    ids = trial.task.answer_ids
+    states, template = states_of(able), able.task.prompts["template"].to_numpy()
+    ids = able.task.answer_ids
     for pair, x in enumerate(steering.pairs.prompts[:, 0]):
         h, length = states[x], np.linalg.norm(states[x])
-        to = mean_state(trial, steering.target[pair], template[x])
-        away = mean_state(trial, steering.source[pair], template[x])
+        to = mean_state(able, steering.target[pair], template[x])
+        away = mean_state(able, steering.source[pair], template[x])
         whole = np.arccos(unit(h) @ unit(to))
-        before = softmax(trial.logits[x].double().numpy())
+        before = softmax(able.logits[x].double().numpy())
         for number, dose in enumerate((0.25, 0.6, 1.0)):
             angle = dose * whole
             edited = {
@@ -69,7 +69,7 @@ def test_each_method_at_each_dose_does_what_full_passes_say(trial, steering):
                 side = unit(towards - (towards @ unit(h)) * unit(h))
                 edited[name] = length * (np.cos(angle) * unit(h) + np.sin(angle) * side)
             for name, state in edited.items():
-                logits = recompute(trial, x, state).astype(float)
+                logits = recompute(able, x, state).astype(float)
                 change = softmax(logits) - before
                 source, target = ids[steering.source[pair]], ids[steering.target[pair]]
                 passed = min(change[target], -change[source])
@@ -80,7 +80,7 @@ def test_each_method_at_each_dose_does_what_full_passes_say(trial, steering):
                 assert doses.flipped[name][number, pair] == chosen
 
 
-def test_the_logit_edit_raises_the_targets_logit_on_the_sources(trial, steering):
+def test_the_logit_edit_raises_the_targets_logit_on_the_sources(able, steering):
     small = module.measure_doses({"tiny": steering}, ["logit edit"], (0.02,))["tiny"]
     assert (small.passed["logit edit"] > 0).mean() > 0.8
 
@@ -119,34 +119,34 @@ def test_an_unknown_method_is_named_with_the_known_ones(steering):
         module.measure_doses({"tiny": steering}, ["push"])
 
 
-def test_rotation_to_the_donor_ends_at_its_direction(trial, steering):
+def test_rotation_to_the_donor_ends_at_its_direction(able, steering):
     found = module.measure_doses({"tiny": steering}, ["rotate to donor"], (0.5,))["tiny"]
-    states = states_of(trial)
+    states = states_of(able)
     for pair, (x, y) in enumerate(steering.pairs.prompts):
-        to = mean_state(trial, steering.target[pair], trial.task.prompts["template"][x])
+        to = mean_state(able, steering.target[pair], able.task.prompts["template"][x])
         u, v = unit(states[x]), unit(states[y])
         angle, side = np.arccos(u @ unit(to)) / 2, unit(v - (u @ v) * u)
         state = np.linalg.norm(states[x]) * (np.cos(angle) * u + np.sin(angle) * side)
-        chosen = recompute(trial, x, state)[trial.task.answer_ids].argmax()
+        chosen = recompute(able, x, state)[able.task.answer_ids].argmax()
         assert found.flipped["rotate to donor"][0, pair] == (chosen == steering.target[pair])
 
 
 # --- behind ordinary text ------------------------------------------------------------------------
 
 
-def test_behind_text_the_same_vectors_steer_the_last_token(trial, steering):
+def test_behind_text_the_same_vectors_steer_the_last_token(able, steering):
     found = module.measure_behind({"tiny": steering}, ["t1 t2 s3"] * len(steering.pairs))["tiny"]
-    template, flips, right = trial.task.prompts["template"], [], []
-    decoder = trial.decoder
+    template, flips, right = able.task.prompts["template"], [], []
+    decoder = able.decoder
     for pair, x in enumerate(steering.pairs.prompts[:, 0]):
-        text = f"t1 t2 s3\n\n{trial.task.prompts['text'][x]}"
+        text = f"t1 t2 s3\n\n{able.task.prompts['text'][x]}"
         (tokens,) = tokenize(decoder, [text])
         state = extract_residuals(decoder, [tokens]).states[BLOCK, 0].double().numpy()
-        to = mean_state(trial, steering.target[pair], template[x])
+        to = mean_state(able, steering.target[pair], template[x])
         turned = unit(to) * np.linalg.norm(state)
         logits = recompute_tokens(decoder, tokens, turned)
-        flips.append(logits[trial.task.answer_ids].argmax() == steering.target[pair])
-        plain = forward(decoder.model, [tokens])[0][trial.task.answer_ids]
+        flips.append(logits[able.task.answer_ids].argmax() == steering.target[pair])
+        plain = forward(decoder.model, [tokens])[0][able.task.answer_ids]
         right.append(int(plain.argmax()) == steering.source[pair])
     assert found["flipped"] == pytest.approx(np.array(flips, dtype=float))
     assert found["right unedited"] == pytest.approx(np.array(right, dtype=float))

@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
+from conftest import count_tokens, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from lib.engine import sweeps
@@ -266,19 +266,6 @@ def test_prompts_share_passes_across_requests(
     assert passes == [12]
 
 
-def count_tokens(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list that grows by the number of tokens of each pass over the model."""
-    passes: list[int] = []
-    forward = decoder.model.base_model.forward
-
-    def counting(input_ids: Tensor, **options: object) -> object:
-        passes.append(input_ids.numel())
-        return forward(input_ids, **options)
-
-    monkeypatch.setattr(decoder.model.base_model, "forward", counting)
-    return passes
-
-
 def test_a_prompt_that_gives_and_receives_is_run_once(
     llama: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,18 +295,21 @@ def test_donors_that_receive_nothing_give_the_states_of_all_positions(llama: Dec
     assert np.abs(sweep.logits - expected.numpy()).max() < 1e-4
 
 
-def test_a_replay_that_loses_the_edit_is_noticed_and_not_used(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
+@pytest.fixture
+def losing(monkeypatch: pytest.MonkeyPatch) -> Decoder:
+    """A decoder whose replays lose the edit."""
 
     def unedited(_decoder: Decoder, prefix: Prefix, blocks: list[int], _rows: Tensor) -> Tensor:
         return prefix.states[-1][:, None, -1].expand(-1, len(blocks), -1)
 
     monkeypatch.setattr("lib.engine.sweeps.replay_rows", unedited)
-    sweep, logits = full(decoder, "last")
+    return load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
+
+
+def test_a_replay_that_loses_the_edit_is_noticed_and_not_used(losing: Decoder) -> None:
+    sweep, logits = full(losing, "last")
     assert sweep.path == "full recompute"
-    expected = by_full_recompute(decoder, [[len(prompt) - 1] for prompt in PROMPTS])
+    expected = by_full_recompute(losing, [[len(prompt) - 1] for prompt in PROMPTS])
     assert np.abs(logits - expected.numpy()).max() < 1e-4
 
 
@@ -512,17 +502,9 @@ def test_a_measure_that_gives_no_number_is_named_with_edit_block_and_pair(llama:
             sweep_blocks(llama, PROMPTS, PAIRS, EDITS, positions="last", measure=measure)
 
 
-def test_whether_replay_is_exact_is_found_with_an_edit_that_shows_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_whether_replay_is_exact_is_found_with_an_edit_that_shows_it(losing: Decoder) -> None:
     """Not with the caller's own, which may change nothing."""
-    decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
-
-    def unedited(_decoder: Decoder, prefix: Prefix, blocks: list[int], _rows: Tensor) -> Tensor:
-        return prefix.states[-1][:, None, -1].expand(-1, len(blocks), -1)
-
-    monkeypatch.setattr("lib.engine.sweeps.replay_rows", unedited)
-    kept = sweep_blocks(decoder, PROMPTS, PAIRS, {"keep": keep}, positions="last", read_ids=READ)
+    kept = sweep_blocks(losing, PROMPTS, PAIRS, {"keep": keep}, positions="last", read_ids=READ)
     assert kept.path == "full recompute"
 
 

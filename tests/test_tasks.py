@@ -98,14 +98,6 @@ def test_an_answer_of_most_subjects_is_never_exchanged_for_itself(reader: Decode
     assert 0 < len(pairs) < 3 * 14
 
 
-def test_pairs_of_one_answer_agree_in_it_and_differ_in_subject(task: Task):
-    pairs = exchange_pairs(task, n_donors=1, same_answer=True)
-    assert len(pairs) == 14
-    recipient, donor = pairs.prompts.T
-    assert (task.answer_index[recipient] == task.answer_index[donor]).all()
-    assert (task.unit[recipient] != task.unit[donor]).all()
-
-
 def test_thinned_pairs_are_spread_from_the_first_to_the_last(task: Task):
     pairs = exchange_pairs(task)
     few = pairs.thin(4)

@@ -6,29 +6,22 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
-from conftest import tiny_model, tiny_tokenizer
-from oracle import block_states, forward, patched_logits
-from scipy.special import log_softmax, softmax
+from oracle import block_states, forward, kl, patched_logits
 
 from lib.engine import store
-from lib.engine.edits import exchange_direction
+from lib.engine.edits import exchange, exchange_direction
 from lib.engine.extraction import extract_residuals
-from lib.engine.models import Decoder, load_decoder
+from lib.engine.models import Decoder
 from lib.evidence.tasks import Pairs, Task, build_task, exchange_pairs
 from lib.evidence.transfer import (
     DivergenceFromDonor,
     Trial,
     measure_sites,
     measure_transfer,
+    measure_transfers,
     read_tasks,
 )
 from lib.science.estimate import Untested
-
-
-@pytest.fixture(scope="module")
-def reader() -> Decoder:
-    words = ["?", *(f"w{k}" for k in range(1, 57)), "of", "comes", "the", "word", "has", "then"]
-    return load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer(words))
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +34,6 @@ def trial(reader: Decoder) -> Trial:
     found = read_tasks(reader, {"toy": task})["toy"]
     assert isinstance(found, Trial)
     return found
-
-
-def kl(p_logits: np.ndarray, q_logits: np.ndarray) -> np.ndarray:
-    log_p, log_q = (
-        log_softmax(np.asarray(x, dtype=np.float64), axis=-1) for x in (p_logits, q_logits)
-    )
-    return (softmax(np.asarray(p_logits, dtype=np.float64), axis=-1) * (log_p - log_q)).sum(-1)
 
 
 def by_hand(trial: Trial, pairs: Pairs, places, block: int) -> tuple[np.ndarray, np.ndarray]:
@@ -113,13 +99,15 @@ def test_given_donors_belong_to_their_pairs_and_their_blocks(trial: Trial):
         trial.decoder, trial.task.tokens, positions=ends, blocks=[2, 3]
     ).states
     donors = states[:, pairs.prompts[:, 1]]
-    given = measure_transfer(trial, pairs, "last", donors=donors, blocks=[2, 3])
-    own = measure_transfer(trial, pairs, "last", blocks=[2, 3])
-    assert given.after == pytest.approx(own.after, abs=1e-5)
-    turned = measure_transfer(
-        trial, pairs, "last", donors=donors, blocks=[2, 3], edit=exchange_direction
+    own = measure_transfer(trial, pairs, "last").after[2:]
+    given, turned = (
+        measure_transfers(
+            {"": trial}, {"": pairs}, "last", donors={"": donors}, blocks=[2, 3], edit=edit
+        )[""].after
+        for edit in (exchange, exchange_direction)
     )
-    assert np.abs(turned.after - own.after).max() > 1e-3
+    assert given == pytest.approx(own, abs=1e-5)
+    assert np.abs(turned - own).max() > 1e-3
 
 
 def test_both_arms_together_are_what_each_is_alone_and_run_every_prompt_once(
@@ -172,11 +160,11 @@ def test_a_donor_that_is_the_recipient_changes_nothing_and_one_at_the_end_brings
     own = Pairs(np.repeat(pairs.prompts[:, :1], 2, axis=1), pairs.unit)
     for site in ("subject", "last"):
         assert np.abs(measure_transfer(trial, own, site).after).max() <= 1e-5
-    last = measure_transfer(trial, pairs, "last", blocks=[trial.decoder.n_blocks - 1]).estimate()
-    assert last.value[0] == pytest.approx(1.0, abs=1e-4)
-    untouched = measure_transfer(trial, pairs, "subject", blocks=[trial.decoder.n_blocks - 1])
-    assert untouched.estimate().value[0] == pytest.approx(0.0, abs=1e-4)
-    assert untouched.after[0] == pytest.approx(untouched.before, abs=1e-5)
+    last = measure_transfer(trial, pairs, "last").estimate()
+    assert last.value[-1] == pytest.approx(1.0, abs=1e-4)
+    untouched = measure_transfer(trial, pairs, "subject")
+    assert untouched.estimate().value[-1] == pytest.approx(0.0, abs=1e-4)
+    assert untouched.after[-1] == pytest.approx(untouched.before, abs=1e-5)
 
 
 def test_transfer_is_one_less_the_ratio_of_sums_over_the_pairs_of_the_units_drawn(trial: Trial):
@@ -190,15 +178,10 @@ def test_transfer_is_one_less_the_ratio_of_sums_over_the_pairs_of_the_units_draw
 
 
 def test_pairs_of_one_unit_are_drawn_together(trial: Trial):
-    found = measure_transfer(trial, exchange_pairs(trial.task), "last", blocks=[1])
-    doubled = Pairs(
-        *(
-            np.concatenate([part, part])
-            for part in (exchange_pairs(trial.task).prompts, exchange_pairs(trial.task).unit)
-        )
-    )
-    twice = measure_transfer(trial, doubled, "last", blocks=[1])
-    one, two = (np.ptp(np.quantile(t.estimate().draws, [0.025, 0.975])) for t in (found, twice))
+    pairs = exchange_pairs(trial.task)
+    doubled = Pairs(*(np.concatenate([part, part]) for part in (pairs.prompts, pairs.unit)))
+    found, twice = (measure_transfer(trial, one, "last").estimate() for one in (pairs, doubled))
+    one, two = (np.ptp(np.quantile(t.at(1).draws, [0.025, 0.975])) for t in (found, twice))
     assert two == pytest.approx(one, rel=1e-6)
 
 
@@ -211,7 +194,7 @@ def test_flips_are_the_share_of_choices_that_became_the_donors_answer(trial: Tri
 
 
 def test_predictions_that_are_all_alike_leave_nothing_to_transfer(trial: Trial):
-    found = measure_transfer(trial, exchange_pairs(trial.task), "last", blocks=[0])
+    found = measure_transfer(trial, exchange_pairs(trial.task), "last")
     flat = replace(found, before=np.zeros_like(found.before))
     assert flat.estimate() == Untested("the predictions are all alike")
 
@@ -229,7 +212,9 @@ def test_a_task_that_the_model_cannot_do_says_so_and_a_group_that_it_can_is_name
 
 def test_edits_of_several_tokens_other_than_an_exchange_are_refused(trial: Trial):
     with pytest.raises(ValueError, match="only an exchange of the donor's own states"):
-        measure_transfer(trial, exchange_pairs(trial.task), "between", edit=exchange_direction)
+        measure_transfers(
+            {"": trial}, {"": exchange_pairs(trial.task)}, "between", edit=exchange_direction
+        )
 
 
 def test_an_untested_task_stays_untested(reader: Decoder):

@@ -109,38 +109,25 @@ def summary(site: Path = SITE) -> str:
 
 
 def _put_models_side_by_side(whole: Any, table: Any) -> None:
-    """Gives each model a column, its number, verdict's sign and twins in a cell: a sheet is wide.
+    """Gives each model a column of what the scorecard tells of it: a sheet is wide.
 
-    The drawing of intervals goes: its lines belong to lines of text.
+    A model that stands alone in its row, such as small networks, is put in the first.
     """
-    rows = table.select("tbody tr")
-    told = [one.get_text() for row in rows for one in row.select("td div:not(.twin)")]
-    models = list(dict.fromkeys(one.split(": ")[0] for one in told if ": " in one))
-    models = [one for one in models if one != "trained"] or models
+    told = dict.fromkeys(line["data-model"] for line in table.select("[data-model]"))
+    models = [model for model in told if model != "trained"] or list(told)
     if not models:
         return
-    head = table.select_one("thead tr")
-    kept = [one for one in head.find_all("th") if one.get_text() in ("Claim, effect", "Wanted")]
-    head.clear()
-    head.extend([*kept, *(whole.new_tag("th", string=model) for model in models)])
-    for row in rows:
-        first, *others = row.find_all(["th", "td"], recursive=False)
-        lines = others[-3 if len(others) > 2 else 0].find_all("div")
-        signs = others[-1].find_all("div") if len(others) > 2 else [None] * len(lines)
-        wanted = others[-2] if len(others) > 2 else whole.new_tag("td")
+    for row in table.select("tr"):
+        claim, wanted = row.th, row.select_one(".wanted") or whole.new_tag("td")
         cells = {model: whole.new_tag("td") for model in models}
-        own = next(iter(cells.values()))
-        for line, sign in zip(lines, signs, strict=True):
-            model, _, text = line.get_text().partition(": ")
-            if "twin" not in line.get("class", []):
-                own = cells.get(model, own)
-                line.string = text or model
-            if sign is not None:
-                line.append(f" {sign.get_text().split()[0]}")
-            own.append(line.extract())
-        first.attrs.pop("colspan", None)
+        for line in row.select("[data-model]"):
+            line.string = line["data-told"]
+            cells.get(line["data-model"], cells[models[0]]).append(line.extract())
+        if row.parent.name == "thead":
+            cells = {model: whole.new_tag("th", string=model) for model in models}
+        claim.attrs.pop("colspan", None)
         row.clear()
-        row.extend([first, wanted, *cells.values()])
+        row.extend([claim, wanted, *cells.values()])
 
 
 def _anchor(name: str, fragment: str = "") -> str:

@@ -360,15 +360,12 @@ def beyond_twins(trained: Statistics, twins: Statistics) -> Statistics:
 # --- shown beside them ---------------------------------------------------------------------------
 
 
-def correlate_different(
-    items: Items, labels: ArrayLike, dissimilarity: Dissimilarity = angles
-) -> Measured:
-    """Return ρ at each block over the pairs of items with different labels (answers) alone.
+def correlate_different(items: Items, labels: ArrayLike) -> Measured:
+    """Return ρ(θ, J) at each block over the pairs of items with different labels (answers) alone.
 
     Args:
         items: of one template.
         labels: one an item `[n_items]`.
-        dissimilarity: of states.
     """
     label = np.asarray(labels)
     kept = (label[:, None] != label[None, :]).astype(float)
@@ -394,7 +391,7 @@ def correlate_different(
     mean_second, variance_second = mean(second), mean(second * second)
     curve = []
     for states in items.states:
-        first = centred_ranks(dissimilarity(states))
+        first = centred_ranks(angles(states))
         a, b = mean(first), mean_second
         spread = (mean(first * first) - a * a) * (variance_second - b * b)
         if not (spread > 1e-12).all():

@@ -39,6 +39,7 @@ from lib.science.estimate import (
     generator,
     is_own,
     mean_over_units,
+    means_by_unit,
     over_seeds,
     ratio_of_sums,
     sums_by_unit,
@@ -427,15 +428,13 @@ class KnockOut:
     def share(self, group: str, of: str) -> Measured:
         """Return a group's loss as a share of another's, a ratio of sums over units."""
         above, below = (self.lost[self.groups.index(name)] for name in (group, of))
-        units, unit = np.unique(self.unit, return_inverse=True)
-        lost, whole = (sums_by_unit(values, unit, len(units)) for values in (above, below))
+        lost, whole = (sums_by_unit(values, self.unit) for values in (above, below))
         return ratio_of_sums(lost, whole, self.units)
 
     def accuracy(self, group: str) -> Measured:
         """Return the share of right answers that a group's blindness leaves."""
-        units, unit = np.unique(self.unit, return_inverse=True)
-        right = sums_by_unit(self.correct[self.groups.index(group)], unit, len(units))
-        return mean_over_units(right / np.bincount(unit), self.units, share=True)
+        right = means_by_unit(self.correct[self.groups.index(group)], self.unit)
+        return mean_over_units(right, self.units, share=True)
 
 
 def knock_out(
@@ -489,12 +488,12 @@ def writes_answer(trial: Trial, pairs: Pairs, heads: Sequence[Head]) -> dict[Hea
     last = trial.last_states[torch.as_tensor(rows)]
     ids = task.answer_ids.tolist()
     whole = logit_lens(trial.decoder, last, ids)
-    units, unit = np.unique(task.unit[rows], return_inverse=True)
+    unit = task.unit[rows]
+    named = f"{task.units} ({len(np.unique(unit))} read)"
     found: dict[Head, Measured] = {}
     for head, output in zip(heads, written, strict=True):
         direct = (whole - logit_lens(trial.decoder, last - output, ids)).double()
         choice = (direct - direct.mean(dim=0)).argmax(-1).numpy()
-        right = sums_by_unit(choice == task.answer_index[rows], unit, len(units))
-        named = f"{task.units} ({len(units)} read)"
-        found[head] = mean_over_units(right / np.bincount(unit), named, share=True)
+        right = means_by_unit(choice == task.answer_index[rows], unit)
+        found[head] = mean_over_units(right, named, share=True)
     return found

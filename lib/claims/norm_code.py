@@ -34,6 +34,7 @@ from lib.science.estimate import (
     Measured,
     Untested,
     generator,
+    means_by_unit,
     over_seeds,
     pool,
     ratio_of_sums,
@@ -150,10 +151,7 @@ def task_attribute(
 
 def _means(values: np.ndarray, label: np.ndarray) -> np.ndarray:
     """Return each item's mean over the items of its label `[n_items, n_columns]`."""
-    sums = np.zeros((int(label.max()) + 1, values.shape[1]))
-    np.add.at(sums, label, values)
-    found: np.ndarray = (sums / np.maximum(np.bincount(label), 1)[:, None])[label]
-    return found
+    return means_by_unit(values.T, label)[np.unique(label, return_inverse=True)[1]]
 
 
 def _elsewhere(values: np.ndarray, unit: np.ndarray, template: np.ndarray) -> np.ndarray:
@@ -274,15 +272,10 @@ def exchange_norms(reading: Reading, late: Sequence[int], blocks: Sequence[int])
         measure=Divergences(reading.logits, toward),
         description="texts: norm exchange",
     )
-    n_texts = len(reading.tokens)
     before = divergence(reading.logits, pairs[:, 1], pairs[:, 0])
-    whole = sums_by_unit(np.tile(before, (len(blocks), 1)), pairs[:, 0], n_texts)
-    norm, _, direction = (
-        sums_by_unit(one, pairs[:, 0], n_texts) for one in sweep.measures["from_donor"]
-    )
-    cost, turn, _ = (
-        sums_by_unit(one, pairs[:, 0], n_texts) for one in sweep.measures["from_recipient"]
-    )
+    whole = sums_by_unit(np.tile(before, (len(blocks), 1)), pairs[:, 0])
+    norm, _, direction = (sums_by_unit(one, pairs[:, 0]) for one in sweep.measures["from_donor"])
+    cost, turn, _ = (sums_by_unit(one, pairs[:, 0]) for one in sweep.measures["from_recipient"])
     return NormExchange(
         transfer=ratio_of_sums(whole - norm, whole, TEXTS),
         cost_ratio=ratio_of_sums(cost, turn, TEXTS),

@@ -232,23 +232,20 @@ def measure_exchanges(decoder: Decoder, questions: pd.DataFrame) -> pd.DataFrame
     return pd.DataFrame({**columns, "norm_cost": norm / direction})
 
 
-def measure_doses(
-    decoder: Decoder, questions: pd.DataFrame, *, block: int | None = None
-) -> pd.DataFrame:
-    """Return what scaling the last token's state by c does.
+def measure_doses(decoder: Decoder, questions: pd.DataFrame) -> pd.DataFrame:
+    """Return what scaling the last token's state after the last block but one by c does.
 
     Args:
         decoder: the network.
         questions: what it is asked.
-        block: after which the state is scaled; by default the one before the last.
 
     Returns:
         A row a c: `block`, `factor`, `kl_nats`, the mean KL(p ‖ p_edited); `sharpening`, the mean
         of −log T in nats, T the temperature that best turns the edited prediction back into the
-        unedited one (`lib.engine.readouts.fit_temperature`): above zero where the edit made the
+        unedited one (`lib.engine.readouts.DistributionMeasure`): above zero where the edit made the
         prediction more certain.
     """
-    block = decoder.n_blocks - 2 if block is None else block
+    block = decoder.n_blocks - 2
     pairs = np.stack([np.arange(len(questions))] * 2, axis=1)
     logits = _read(decoder, questions)[1]
     sweep = sweep_blocks(

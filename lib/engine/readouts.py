@@ -32,8 +32,8 @@ class DistributionMeasure:
     - `entropy_change_nats`: entropy of q less that of p; above 0 q is less sure.
     - `argmax`: q's most probable token over the full vocabulary, its id.
     - `argmax_kept`: 1 where it is p's, else 0.
-    - with `temperature`, `temperature` and `kl_left_nats` of `fit_temperature`: how much of the KL
-      no temperature accounts for; at most `kl_nats`.
+    - with `temperature`, `temperature`, the T by which the edit divided the logits, as near as one
+      number tells, and `kl_left_nats`, how much of the KL no T accounts for; at most `kl_nats`.
     - with `excluded`, `rest_kl_nats`: KL of the distributions over all other tokens, renormalised.
 
     Attributes:
@@ -102,9 +102,7 @@ class DistributionMeasure:
         return result
 
 
-def fit_temperature(
-    logits: Tensor, p: Tensor, entropy_p: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _fit_temperature(z: Tensor, wanted: Tensor, entropy_p: Tensor) -> tuple[Tensor, Tensor]:
     """Return the temperature that an edit amounts to, and the KL that it leaves unexplained.
 
     If the edited logits are z/T, z those of p, then softmax(T · edited logits) is p again. The
@@ -114,22 +112,13 @@ def fit_temperature(
     never more. T is kept within [0.01, 100].
 
     Args:
-        logits: the edited logits or their log-softmax `[n, d_vocab]`.
-        p: the unedited probabilities `[n, d_vocab]`, float64.
-        entropy_p: their entropies `[n]`, if known.
+        z: the edited logits less each row's largest `[n, d_vocab]`, float64.
+        wanted: their mean under p, the unedited prediction `[n]`.
+        entropy_p: the entropy of p `[n]`.
 
     Returns:
         Temperatures `[n]` and the KL left over `[n]` in nats, float64.
     """
-    z = logits.double()
-    z = z - z.amax(-1, keepdim=True)
-    if entropy_p is None:
-        entropy_p = torch.special.entr(p).sum(-1)
-    return _fit_temperature(z, (p * z).sum(-1), entropy_p)
-
-
-def _fit_temperature(z: Tensor, wanted: Tensor, entropy_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `fit_temperature` of logits whose largest is 0, given their mean under p."""
     fitted, left = torch.empty_like(wanted), torch.empty_like(wanted)
     for row, goal in enumerate(wanted.tolist()):  # rows differ in the number of steps they need
         fitted[row] = _fit_row(z[row], goal)

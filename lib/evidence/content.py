@@ -33,6 +33,7 @@ from lib.science.estimate import (
     Untested,
     generator,
     is_own,
+    means_by_unit,
     ratio_of_sums,
     stack,
     sums_by_unit,
@@ -141,10 +142,9 @@ def _both_arms(one: Content, other: Content) -> Content:
 
 def _transfer(task: Task, after: np.ndarray, before: np.ndarray, unit: np.ndarray) -> Measured:
     """Return T of pairs `[n_pairs]`, drawn over units."""
-    units, place = np.unique(unit, return_inverse=True)
-    below = sums_by_unit(before, place, len(units))
-    above = below - sums_by_unit(after, place, len(units))
-    return ratio_of_sums(above, below, name_units(task, units))
+    below = sums_by_unit(before, unit)
+    above = below - sums_by_unit(after, unit)
+    return ratio_of_sums(above, below, name_units(task, np.unique(unit)))
 
 
 def disturbance_ratio(
@@ -165,15 +165,10 @@ def disturbance_ratio(
     if len(both) < FEWEST_UNITS:
         return Untested(f"donors of the same answer for {len(both)} subjects")
     above, below = (
-        _mean_by_unit(values, own, both) for values, own in ((alike, alike_unit), (other, unit))
+        means_by_unit(values[np.isin(own, both)], own[np.isin(own, both)])
+        for values, own in ((alike, alike_unit), (other, unit))
     )
     return ratio_of_sums(above, below, name_units(task, both))
-
-
-def _mean_by_unit(values: np.ndarray, unit: np.ndarray, units: np.ndarray) -> np.ndarray:
-    kept = np.isin(unit, units)
-    place = np.searchsorted(units, unit[kept])
-    return sums_by_unit(values[kept], place, len(units)) / np.bincount(place)
 
 
 # --- where, and which prompts ---------------------------------------------------------------------

@@ -30,7 +30,7 @@ from lib.science.estimate import (
     Untested,
     generator,
     mean_over_units,
-    sums_by_unit,
+    means_by_unit,
 )
 
 IntArray = NDArray[np.int64]
@@ -100,11 +100,8 @@ class Steering:
 
     def mean(self, values: FloatArray, *, share: bool = False) -> Measured:
         """Return the mean over subjects of numbers of pairs `[..., n_pairs]`."""
-        units, unit = np.unique(self.pairs.unit, return_inverse=True)
-        sums = sums_by_unit(values, unit, len(units))
-        counts = np.bincount(unit).reshape(-1, *[1] * (sums.ndim - 1))
         name = f"rightly answered {self.trial.task.units}"
-        return mean_over_units(sums / counts, name, share=share)
+        return mean_over_units(means_by_unit(values, self.pairs.unit), name, share=share)
 
 
 def prepare_steering(trial: Trial, block: int) -> Steering | Untested:

@@ -26,8 +26,6 @@ ITEM_COLUMNS = ("task", "subject", "answer", "group")
 TEMPLATE_COLUMNS = ("task", "template", "text")
 Tables = tuple[pd.DataFrame, pd.DataFrame]
 """Items (task, subject, answer, group) and templates (task, text), as they lie in files."""
-SEEN = frozenset({"months-sequence", "capitals"})
-"""Tasks that were looked at while the criteria were chosen; all others are held out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,23 +261,21 @@ def exchange_pairs(
     task: Task,
     *,
     n_donors: int = N_DONORS,
-    same_answer: bool = False,
     groups: Sequence[str] | None = None,
 ) -> Pairs:
     """Return pairs in which every subject has `n_donors` donors, spread over templates and groups.
 
-    Recipient and donor share template and group and differ in subject; their answers differ, or
-    agree with `same_answer`. Subjects are laid in a circle by answer, in an order drawn from the
-    task's name, and each takes the subjects at the same distances: so every subject is a donor as
-    often as a recipient. A subject whose donor at some distance does not fit goes without it.
+    Recipient and donor share template and group and differ in subject and answer. Subjects are laid
+    in a circle by answer, in an order drawn from the task's name, and each takes the subjects at
+    the same distances: so every subject is a donor as often as a recipient. A subject whose donor
+    at some distance does not fit goes without it.
 
     Args:
         task: the task.
         n_donors: donors of a subject.
-        same_answer: donors of the same answer: what is left of an exchange if the answer decides.
         groups: only prompts of these groups.
     """
-    rng = generator("pairs", task.name, "same answer" if same_answer else "")
+    rng = generator("pairs", task.name, "")
     prompts = task.prompts
     kept = sorted(set(prompts["group"]) if groups is None else set(groups) & set(prompts["group"]))
     cells = [(t, g) for t in sorted(set(prompts["template"])) for g in kept]
@@ -294,7 +290,7 @@ def exchange_pairs(
         circle.sort(key=lambda unit: answer_of[group, unit])
         for donor_number in range(n_donors):
             for index, unit in enumerate(circle):
-                donor = _donor(circle, index, donor_number, n_donors, group, answer_of, same_answer)
+                donor = _donor(circle, index, donor_number, n_donors, group, answer_of)
                 template = own[(index + donor_number) % len(own)][0]
                 if donor is not None:
                     pairs.append((place[template, group, unit], place[template, group, donor]))
@@ -311,20 +307,9 @@ def _donor(
     n_donors: int,
     group: str,
     answer_of: dict[tuple[str, int], int],
-    same_answer: bool,
 ) -> int | None:
     """Return the subject at the distance that belongs to a donor's number; None if none fits."""
     answers = [answer_of[group, unit] for unit in circle]
-    if same_answer:
-        alike = [
-            unit for unit, answer in zip(circle, answers, strict=True) if answer == answers[index]
-        ]
-        distance = number + 1
-        return (
-            alike[(alike.index(circle[index]) + distance) % len(alike)]
-            if distance < len(alike)
-            else None
-        )
     widest = int(np.bincount(answers).max())
     first, last = widest, len(circle) - widest  # at these distances no subject meets its own answer
     if first > last:

@@ -27,6 +27,7 @@ from lib.science.estimate import (
     Measured,
     Untested,
     mean_over_units,
+    means_by_unit,
     ratio_of_sums,
     sums_by_unit,
 )
@@ -134,9 +135,7 @@ def read_tasks(
     return result
 
 
-def choose_pairs(
-    trial: Trial | Untested, *, n_donors: int = 1, same_answer: bool = False
-) -> Pairs | Untested:
+def choose_pairs(trial: Trial | Untested, *, n_donors: int = 1) -> Pairs | Untested:
     """Return the task's pairs, of all prompts, or of the groups that pass the gate.
 
     Transfer needs no right answers. But a task with groups (the offsets of month arithmetic) is
@@ -148,10 +147,9 @@ def choose_pairs(
     if grouped and trial.gate is not None:
         return trial.gate
     groups = trial.able_groups if grouped else None
-    pairs = exchange_pairs(trial.task, n_donors=n_donors, same_answer=same_answer, groups=groups)
+    pairs = exchange_pairs(trial.task, n_donors=n_donors, groups=groups)
     if (n_units := len(np.unique(pairs.unit))) < FEWEST_UNITS:
-        kind = "of the same answer" if same_answer else "of another answer"
-        return Untested(f"donors {kind} for {n_units} subjects")
+        return Untested(f"donors of another answer for {n_units} subjects")
     return pairs
 
 
@@ -226,22 +224,20 @@ class Transfer:
 
     def estimate(self) -> Measured:
         """Return T at each block, drawn over units."""
-        units, unit = np.unique(self.unit, return_inverse=True)
-        below = sums_by_unit(self.before, unit, len(units))
+        units = np.unique(self.unit)
+        below = sums_by_unit(self.before, self.unit)
         if len(units) < 3:
             return Untested(f"pairs of {len(units)} subjects")
         if below.sum() < LEAST_DIVERGENCE * len(self.before):
             return Untested("the predictions are all alike")
-        above = sums_by_unit(self.after, unit, len(units))
+        above = sums_by_unit(self.after, self.unit)
         both = np.broadcast_to(below[:, None], above.shape)
         return ratio_of_sums(both - above, both, name_units(self, units))
 
     def flip_rate(self) -> Measured:
         """Return the share of pairs whose choice became the donor's answer, a mean over units."""
-        units, unit = np.unique(self.unit, return_inverse=True)
-        counts = np.bincount(unit)
-        flipped = sums_by_unit(self.choice == self.target, unit, len(units)) / counts[:, None]
-        return mean_over_units(flipped, name_units(self, units), share=True)
+        flipped = means_by_unit(self.choice == self.target, self.unit)
+        return mean_over_units(flipped, name_units(self, np.unique(self.unit)), share=True)
 
 
 def name_units(whole: Task | Transfer, units: np.ndarray) -> str:
@@ -255,24 +251,9 @@ def measure_transfer(
     trial: Trial,
     pairs: Pairs,
     site: Site,
-    *,
-    edit: Edit = exchange,
-    donors: Tensor | None = None,
-    blocks: Sequence[int] | None = None,
-    description: str | None = None,
 ) -> Transfer:
-    """Return what an edit at `site` does to every pair, after each block: `measure_transfers`."""
-    given = None if donors is None else {"": donors}
-    found = measure_transfers(
-        {"": trial},
-        {"": pairs},
-        site,
-        edit=edit,
-        donors=given,
-        blocks=blocks,
-        description=description,
-    )
-    return found[""]
+    """Return what an exchange at `site` does to every pair, after each block."""
+    return measure_transfers({"": trial}, {"": pairs}, site)[""]
 
 
 def measure_transfers(

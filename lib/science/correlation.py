@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,7 +17,6 @@ from scipy.stats import rankdata
 from lib.science.estimate import FEWEST_UNITS, Estimate, Measured, Untested, unit_weights
 
 FloatArray = NDArray[np.float64]
-Alternative = Literal["two-sided", "greater", "less"]
 
 _PERMUTATIONS_AT_ONCE = 16
 _UNDETERMINED = 1e-9
@@ -189,13 +187,16 @@ def partial_correlation(correlations: ArrayLike) -> FloatArray:
 
 @dataclass(frozen=True)
 class MantelResult:
-    """A correlation of two dissimilarity matrices beside its permutation null."""
+    """A correlation of two dissimilarity matrices beside its permutation null.
+
+    Attributes:
+        correlation: the rank correlation.
+        p_value: two-sided.
+        null_high: the 97.5 % quantile of the correlation under permutation.
+    """
 
     correlation: float
     p_value: float
-    n_permutations: int
-    n_items: int
-    null_low: float  # 2.5 % and 97.5 % quantiles of the correlation under permutation
     null_high: float
 
 
@@ -205,7 +206,6 @@ def mantel_tests(
     *,
     n_permutations: int,
     rng: np.random.Generator,
-    alternative: Alternative = "two-sided",
 ) -> list[MantelResult]:
     """Return rank correlations with a matrix and their p-values when its items are shuffled.
 
@@ -218,7 +218,6 @@ def mantel_tests(
         second: The one whose items are permuted.
         n_permutations: N, 1,000 or more for a p-value that is reported.
         rng: Source of the permutations.
-        alternative: ``two-sided`` compares absolute values.
 
     Raises:
         ValueError: Sizes that differ, a matrix that is constant, as `rank_matrix`.
@@ -235,10 +234,7 @@ def mantel_tests(
     return [
         MantelResult(
             correlation=float(observed[b]),
-            p_value=permutation_p_value(observed[b], null[:, b], alternative),
-            n_permutations=n_permutations,
-            n_items=orders.shape[1],
-            null_low=float(np.quantile(null[:, b], 0.025)),
+            p_value=permutation_p_value(observed[b], null[:, b]),
             null_high=float(np.quantile(null[:, b], 0.975)),
         )
         for b in range(len(firsts))
@@ -272,15 +268,8 @@ def _permuted_products(
     return result
 
 
-def permutation_p_value(
-    observed: float, null: FloatArray, alternative: Alternative = "two-sided"
-) -> float:
-    """Return (1 + b) / (1 + N), b of the N values under permutation at least as extreme."""
+def permutation_p_value(observed: float, null: FloatArray) -> float:
+    """Return (1 + b) / (1 + N), b of the N values under permutation at least as far from 0."""
     tolerance = 1e-12  # The same permutation must not lose to itself by rounding.
-    if alternative == "two-sided":
-        extreme = np.abs(null) >= abs(observed) - tolerance
-    elif alternative == "greater":
-        extreme = null >= observed - tolerance
-    else:
-        extreme = null <= observed + tolerance
+    extreme = np.abs(null) >= abs(observed) - tolerance
     return float((1 + extreme.sum()) / (1 + len(null)))

@@ -10,7 +10,7 @@ from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import SplineTransformer, StandardScaler
 
-from lib.science.estimate import Estimate, Measured, Untested, mean_over_units
+from lib.science.estimate import Estimate, Measured, Untested, mean_over_units, means_by_unit
 
 FloatArray = NDArray[np.float64]
 
@@ -39,8 +39,7 @@ class Decoded:
         Items that are tested in turn share most of what was fitted, so a bootstrap over units alone
         is too narrow (Bengio and Grandvalet 2004, JMLR 5): its draws are spread to the null's.
         """
-        of_unit = np.asarray(unit, dtype=np.int64)
-        found = mean_over_units(np.bincount(of_unit, self.gain) / np.bincount(of_unit), units)
+        found = mean_over_units(means_by_unit(self.gain, unit), units)
         if isinstance(found, Untested):
             return found
         narrow = float(found.draws.std())

@@ -261,21 +261,27 @@ def ratio_of_sums(numerators: ArrayLike, denominators: ArrayLike, units: str) ->
     return above / below
 
 
-def sums_by_unit(values: ArrayLike, unit: ArrayLike, n_units: int) -> FloatArray:
-    """Return the sum over each unit's pairs, `[n_units, ...]` of values `[..., n_pairs]`."""
+def sums_by_unit(values: ArrayLike, unit: ArrayLike) -> FloatArray:
+    """Return each unit's sum, units ascending, `[n_units, ...]` of values `[..., n_pairs]`."""
+    units, place = np.unique(unit, return_inverse=True)
     table = np.moveaxis(np.asarray(values, dtype=np.float64), -1, 0)
-    result = np.zeros((n_units, *table.shape[1:]))
-    np.add.at(result, np.asarray(unit), table)
+    result = np.zeros((len(units), *table.shape[1:]))
+    np.add.at(result, place, table)
     return result
 
 
-def share_limits(n_units: int, level: float = 0.95) -> tuple[float, float]:
+def means_by_unit(values: ArrayLike, unit: ArrayLike) -> FloatArray:
+    """Return each unit's mean, units ascending, `[n_units, ...]` of values `[..., n_pairs]`."""
+    return sums_by_unit(values, unit) / sums_by_unit(np.ones(np.shape(values)), unit)
+
+
+def share_limits(n_units: int) -> tuple[float, float]:
     """Return what n units can tell of a share of them, before anything is measured.
 
-    The half-width of the interval around one half, where it is widest, and the interval's lower end
-    where all units agree (Clopper and Pearson).
+    Of 95 % intervals the half-width around one half, where it is widest, and the lower end where
+    all units agree (Clopper and Pearson).
     """
-    tail = (1 - level) / 2
+    tail = (1 - 0.95) / 2
     n = max(n_units, 2)
     return 0.5 * float(-student_t.ppf(tail, n - 1)) / math.sqrt(n - 1), tail ** (1 / n)
 

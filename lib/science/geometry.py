@@ -34,16 +34,12 @@ def _finite_rows(values: ArrayLike, name: str, *, minimum: int = 1) -> FloatArra
     return rows
 
 
-def _checked_norms(states: FloatArray, name: str = "states") -> FloatArray:
+def _checked_norms(states: FloatArray) -> FloatArray:
     norms: FloatArray = np.linalg.norm(states, axis=1)
     if not norms.all():
         item = int(np.argmin(norms))
-        raise ValueError(f"{name}: item {item} has norm 0, so it has no direction; leave it out.")
+        raise ValueError(f"states: item {item} has norm 0, so it has no direction; leave it out.")
     return norms
-
-
-def _directions(states: FloatArray, name: str = "states") -> FloatArray:
-    return states / _checked_norms(states, name)[:, None]
 
 
 def angles(states: ArrayLike) -> FloatArray:
@@ -63,7 +59,8 @@ def angles(states: ArrayLike) -> FloatArray:
     Raises:
         ValueError: Fewer than three items, a zero state, a value that is not finite.
     """
-    directions = _directions(_finite_rows(states, "states", minimum=3))
+    finite = _finite_rows(states, "states", minimum=3)
+    directions = finite / _checked_norms(finite)[:, None]
     cosines = directions @ directions.T
     cosines = (cosines + cosines.T) / 2
     result = 2 * np.arctan2(

@@ -62,7 +62,7 @@ class Scorecard(SphinxDirective):
             '<div class="table-scroll" role="region" tabindex="0" aria-label="The answer at a '
             'glance"><table class="scorecard"><thead><tr><th scope="col">Claim, effect</th>'
             f'<th scope="col">{_scale()}</th><th scope="col">Number [interval]</th>'
-            '<th scope="col">Wanted</th><th scope="col">Verdict</th></tr></thead>'
+            '<th scope="col" class="wanted">Wanted</th><th scope="col">Verdict</th></tr></thead>'
             f"<tbody>{''.join(rows)}</tbody></table></div>"
         )
         return [nodes.raw("", _legend(list(runs)) + html, format="html")]
@@ -77,8 +77,9 @@ def _claim_row(claim: str, words: str, href: str | None, runs: dict[str, list[Re
     ]
     for model in models:
         verdict = claim_verdict(runs[model], claim, model).verdict
-        named = f"{escape(short_name(model))}: " if len(models) > 1 else ""
-        lines.append(f"<div>{named}{signed(verdict)}</div>")
+        who = short_name(model) if len(models) > 1 else "trained"
+        named = "" if who == "trained" else f"{escape(who)}: "
+        lines.append(f"<div{_told(who, signed(verdict))}>{named}{signed(verdict)}</div>")
     shown = "".join(lines) or (NO_RESULT if href else COMING)
     words = escape(words)
     head = f'<a href="{href}">{words}</a>' if href else words
@@ -111,21 +112,22 @@ def _effect_rows(
         numbers, verdicts = [], []
         for row in own:
             trained = "trained" if n_models == 1 else short_name(row["model"])
-            who = "twins" if row["untrained"] else trained
-            shade = ' class="twin"' if row["untrained"] else ""
-            numbers.append(f"<div{shade}>{escape(who)}: {_number(row)}</div>")
+            who, shade = ("twins", ' class="twin"') if row["untrained"] else (trained, "")
+            number = "–" if row["estimate"] is None else record_text(row)
+            told = f"{'twins: ' if shade else ''}{number} {SIGNS[row['verdict']]}"
+            numbers.append(f"<div{shade}{_told(trained, told)}>{escape(f'{who}: {number}')}</div>")
             verdicts.append(f"<div{shade}>{_verdict(row)}</div>")
         result.append(
             f'<tr><th scope="row">{head}</th><td>{_forest(own, criterion, list(runs))}</td>'
-            f"<td>{''.join(numbers)}</td><td>{escape(criterion.wanted)}</td>"
+            f'<td>{"".join(numbers)}</td><td class="wanted">{escape(criterion.wanted)}</td>'
             f"<td>{''.join(verdicts)}</td></tr>"
         )
     return result
 
 
-def _number(row: Record) -> str:
-    """Return a record's number with its interval; a dash where it is not testable."""
-    return "–" if row["estimate"] is None else escape(record_text(row))
+def _told(model: str, text: str) -> str:
+    """Return, as attributes of a line, what the summary shows of it in a model's column."""
+    return f' data-model="{escape(model)}" data-told="{escape(text)}"'
 
 
 def _verdict(row: Record) -> str:
