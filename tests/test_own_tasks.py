@@ -182,6 +182,12 @@ def test_cells_are_trimmed_and_columns_beyond_those_needed_do_no_harm(files):
     assert set(trimmed["group"]) == {""}
 
 
+def test_the_name_of_a_wordings_task_is_trimmed(files):
+    files(texts=[(f" {task} ", text) for task, text in TEXTS])
+    _, texts = own_tasks()
+    assert set(texts["task"]) == {"own: kin"}
+
+
 def test_without_a_file_named_there_are_no_own_tasks(monkeypatch):
     monkeypatch.setenv("TASKS", "")
     assert own_tasks() is None and contents() == b""

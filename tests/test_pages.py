@@ -12,6 +12,8 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 from claimed import invented, number
+from docutils import nodes
+from docutils.parsers.rst import DirectiveError
 
 from executable_book import comparison, first_registration, front_page, metadata, results, scorecard
 from lib.engine.catalogue import catalogue
@@ -73,6 +75,112 @@ def test_numbers_beyond_the_axis_are_drawn_at_its_end_and_untested_ones_not_at_a
     gone = far | {"estimate": None, "verdict": "not testable", "reason": "no <pair>"}
     html = scorecard._forest([gone], CONTEXT, ["m"])
     assert "<circle" not in html and "no &lt;pair&gt;" in html
+
+
+@pytest.mark.parametrize(
+    ("verdict", "filled", "halved"),
+    [("supported", True, False), ("refuted", False, False), ("undecided", False, True)],
+)
+def test_the_forest_tells_verdicts_by_shape(verdict, filled, halved):
+    row = next(r for r in invented("phase-transition") if r["statistic"] == CONTEXT.statistic)
+    html = scorecard._forest([row | {"verdict": verdict}], CONTEXT, ["m"])
+    colour = scorecard.colour_of("m", ["m"])
+    assert (f'r="4.5" fill="{colour}"' in html) == filled
+    assert ("<path" in html) == halved
+
+
+def test_an_absence_has_both_its_margins_drawn():
+    absence = next(one for one in criteria("norm-code") if one.relation == "within")
+    html = scorecard._forest([], absence, ["m"])
+    drawn = re.findall(r'class="threshold" x1="([\d.]+)"', html)
+    margins = (absence.threshold, -absence.threshold)
+    assert [float(x) for x in drawn] == [scorecard._x(margin) for margin in margins]
+
+
+def scorecard_of(monkeypatch, runs, *lines: str) -> BeautifulSoup:
+    addresses = {one.claim: f"{one.claim}.html" for one in criteria()}
+    del addresses["angular-code"]
+    monkeypatch.setattr(scorecard, "collect", lambda _env: [])
+    monkeypatch.setattr(scorecard, "all_records", lambda _own: runs)
+    monkeypatch.setattr(scorecard, "chapter_addresses", lambda _env: addresses)
+    monkeypatch.setattr(scorecard.Scorecard, "env", None)
+    directive = object.__new__(scorecard.Scorecard)
+    directive.content = ["", *lines]
+    (made,) = directive.run()
+    return BeautifulSoup(made.astext(), "html.parser")
+
+
+def lines_of(cell) -> list[str]:
+    return [line.get_text() for line in cell.find_all("div")]
+
+
+def test_the_scorecard_sets_numbers_what_is_wanted_and_verdicts_of_models_side_by_side(monkeypatch):
+    gap = criteria("why-angles")[0]
+    runs = {
+        "one": invented("why-angles", "one") + invented("phase-transition", "one"),
+        "two": invented("why-angles", "two", met=False),
+        "three": invented("norm-code", "three"),
+    }
+    for row in runs["one"]:
+        if row["claim"] == "phase-transition" and row["untrained"]:
+            row |= {"estimate": None, "low": None, "high": None, "verdict": "not testable"}
+    page = scorecard_of(
+        monkeypatch,
+        runs,
+        f"why-angles | Norms do it. | {gap.statistic}#gaps, norm_cost_bare",
+        f"phase-transition | Depth switches. | {CONTEXT.statistic}",
+        "causal-control | It steers. |",
+        "angular-code | Angles <code>. |",
+    )
+    head, *rows = ([*row.find_all(["th", "td"])] for row in page.find_all("tr"))
+    assert [cell.get_text() for cell in (head[0], *head[2:])] == [
+        *("Claim, effect", "Number [interval]", "Wanted", "Verdict")
+    ]
+    claim, effect, other, alone, shown_alone, empty, coming = rows
+    assert lines_of(claim[1]) == ["one: ● supported", "two: ○ refuted"]
+    assert [line.split(": ")[0] for line in lines_of(effect[2])] == ["one", "twins", "two", "twins"]
+    assert lines_of(effect[2])[0].startswith("one: 0.80 [0.")
+    assert (effect[0].get_text(), effect[3].get_text()) == (gap.text, gap.wanted)
+    assert lines_of(effect[4]) == ["● supported", "○ refuted", "○ refuted", "○ refuted"]
+    assert [one["class"] for one in effect[4].find_all("div", class_=True)] == [["twin"]] * 2
+    assert lines_of(alone[1]) == ["● supported"]
+    assert shown_alone[0].get_text() == f"{CONTEXT.text} (all tasks)"
+    (number_there,), (verdict_there,) = lines_of(shown_alone[2]), lines_of(shown_alone[4])
+    assert number_there.startswith("trained: ") and verdict_there == "● supported"
+    assert [empty[1].get_text(), coming[1].get_text()] == [scorecard.NO_RESULT, scorecard.COMING]
+    links = [row[0].a and row[0].a["href"] for row in (claim, effect, other, coming)]
+    assert links == ["why-angles.html", "why-angles.html#gaps", "why-angles.html", None]
+
+
+def test_the_scorecards_legend_names_models_by_colour_and_the_four_verdicts(monkeypatch):
+    runs = {model: invented("why-angles", model) for model in ("one", "two")}
+    legend = scorecard_of(monkeypatch, runs, "why-angles | Norms do it. |").p
+    keys = legend.select(".key")
+    assert [key.get_text(strip=True) for key in keys] == ["one", "two", "untrained twins"]
+    assert len({key.span["style"] for key in keys}) == 3
+    assert "● supported, ○ refuted, ◐ undecided, – not testable; ⚑" in legend.get_text()
+
+
+def test_no_model_has_the_colour_of_the_twins():
+    models = [*catalogue(), "small decoders"]
+    assert scorecard.TWIN not in {scorecard.colour_of(model, models) for model in models}
+
+
+def test_only_what_is_supported_can_bear_the_flag_of_architecture():
+    row = invented("why-angles")[0] | {"architecture": True}
+    assert scorecard._verdict(row) == "● supported ⚑"
+    assert scorecard._verdict(row | {"verdict": "refuted"}) == "○ refuted"
+    assert scorecard._verdict(row | {"architecture": False}) == "● supported"
+
+
+def test_a_scorecard_that_names_what_is_not_judged_stops_the_build(monkeypatch):
+    for line, words in (
+        ("why-angles | Norms do it. | gain", "why-angles has no statistic 'gain'"),
+        ("why-angles | Norms do it.", "Expected 'claim | words | statistics'"),
+    ):
+        with pytest.raises(DirectiveError) as caught:
+            scorecard_of(monkeypatch, {}, line)
+        assert words in caught.value.msg
 
 
 def test_models_of_other_runs_stand_beside_this_builds(monkeypatch):
@@ -148,6 +256,29 @@ def test_what_models_agree_on_and_differ_on_is_said():
         ]
         said = comparison.agreement([first, second | {"records": changed}])
         assert f"{words}: phase transition: {part}." in said
+
+
+def test_a_claim_of_which_a_model_only_shows_numbers_is_not_judged_on_it():
+    judged, unjudged = run("a", 31, 24.0), run("b", 11, 4.0)
+    unjudged["records"] = [row for row in unjudged["records"] if not row["criterion"]]
+    assert comparison.agreement([judged, unjudged]) == comparison.agreement([judged])
+    assert "–" in comparison.verdict_rows([judged, unjudged])[0]
+    runs = {one["model"]: one["records"] for one in (judged, unjudged)}
+    assert front_page.elsewhere("phase-transition", judged["records"], runs) == ""
+
+
+def test_the_models_page_has_its_columns_in_the_catalogues_order(monkeypatch):
+    names = {weights.label: name for name, weights in catalogue().items()}
+    facts = dict.fromkeys(("source", "revision", "dtype", "device"), "x") | {"versions": {}}
+    models = ["another", *sorted(names, reverse=True)]
+    kept = [run(model, 11, 4.0) | facts for model in models]
+    monkeypatch.setattr(results, "read_runs", lambda: kept)
+    monkeypatch.setattr(comparison, "collect", lambda _env: [])
+    monkeypatch.setattr(comparison.ModelComparison, "env", None)
+    _, *tables = object.__new__(comparison.ModelComparison).run()
+    head = next(tables[0].findall(nodes.thead))
+    wanted = ["Claim, part", *names.values(), "another"]
+    assert [cell.astext() for cell in head.findall(nodes.entry)] == wanted
 
 
 def test_the_model_of_this_build_shows_what_its_chapters_glued(monkeypatch):

@@ -126,6 +126,33 @@ def test_summary_gives_each_model_a_column_with_number_sign_and_twins(landing):
     assert whole.select_one(".scorecard-legend").get_text(strip=True) == "signs"
 
 
+ONE_MODEL = """<table class="scorecard"><thead><tr><th>Claim, effect</th><th><svg></svg></th>
+<th>Number [interval]</th><th>Wanted</th><th>Verdict</th></tr></thead><tbody>
+<tr class="claim"><th colspan="2">It is so.</th>
+<td colspan="3"><div>● supported</div></td></tr>
+<tr><th>effect</th><td><svg></svg></td>
+<td><div>trained: 0.9 [0.8, 1]</div><div class="twin">twins: 0.1 [0, 0.2]</div></td>
+<td>≥ 0.5</td><td><div>● supported</div><div class="twin">○ refuted</div></td></tr>
+</tbody></table>"""
+
+
+def test_summary_of_one_model_has_one_column_and_no_cell_spans_two(landing):
+    page = (landing / "first.html").read_text()
+    table = BeautifulSoup(page, "html.parser").select_one("table.scorecard")
+    (landing / "first.html").write_text(page.replace(str(table), ONE_MODEL))
+    whole = BeautifulSoup(pdf.summary(landing), "html.parser")
+    rows = [
+        [cell.get_text(" ", strip=True) for cell in row.find_all(["th", "td"])]
+        for row in whole.select("table.scorecard tr")
+    ]
+    assert rows == [
+        ["Claim, effect", "Wanted", "trained"],
+        ["It is so.", "", "● supported"],
+        ["effect", "≥ 0.5", "0.9 [0.8, 1] ● twins: 0.1 [0, 0.2] ○"],
+    ]
+    assert not whole.select("table.scorecard [colspan]")
+
+
 @pytest.mark.browser
 def test_summary_is_one_sheet_however_long(landing):
     html = pdf.summary(landing)

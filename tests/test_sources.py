@@ -81,6 +81,15 @@ def test_a_digest_follows_names_and_contents_and_nothing_else(tree: Path) -> Non
     assert len({before, changed, digest_of_files([top]), digest_of_files([])}) == 4
 
 
+def test_a_digest_tells_contents_of_one_length_and_files_of_one_content_apart(tree: Path) -> None:
+    deep, renamed = tree / "lib" / "engine" / "deep.py", tree / "lib" / "engine" / "peed.py"
+    before = digest_of_files([deep])
+    deep.write_text(deep.read_text().replace("42", "43"))
+    changed = digest_of_files([deep])
+    deep.rename(renamed)
+    assert len({before, changed, digest_of_files([renamed])}) == 3
+
+
 def test_what_is_found_is_what_python_loads() -> None:
     """Each module of the engine alone, in a process of its own."""
     for name in ("extraction", "generation", "store"):

@@ -45,6 +45,22 @@ def test_numbers_may_differ_within_the_stated_tolerance(check, capsys):
     assert "estimate 0.8101 now, 0.8 as recorded; 0.01 is allowed" in capsys.readouterr().out
 
 
+def test_a_wider_interval_allows_itself_no_more_than_the_recorded_one():
+    row = invented(CLAIM)[0] | {"estimate": 0.5, "low": 0.0, "high": 1.0}
+    wider = {"low": -0.09, "high": 1.09}
+    assert verify.difference(row | wider | {"estimate": 0.6}, row) == ""
+    found = verify.difference(row | wider | {"estimate": 0.61}, row)
+    assert found == "estimate 0.61 now, 0.5 as recorded; 0.1 is allowed"
+
+
+def test_a_number_that_is_gone_or_new_is_a_difference():
+    row = invented(CLAIM)[0] | {"verdict": "not testable"}
+    gone = row | dict.fromkeys(verify.NUMBERS)
+    assert verify.difference(gone, row).startswith("estimate – now, 0.8 as recorded")
+    assert verify.difference(row, gone).startswith("estimate 0.8 now, – as recorded")
+    assert verify.difference(gone, gone) == ""
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -118,15 +118,15 @@ def list_model(world: SimpleNamespace, **changes: Any) -> None:
 def hub(world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """A hub on this machine that carries the model, notes the ranges it is asked for and sends at
     most `sends` bytes before it breaks off."""
-    served = SimpleNamespace(content=CONTENT, sends=10**9, ranges=[], paths=[])
+    served = SimpleNamespace(content=CONTENT, sends=10**9, ranges=[], paths=[], partial=206)
 
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             start = int(re.findall(r"bytes=(\d+)-", self.headers["Range"])[0])
             served.ranges.append(start)
             served.paths.append(self.path)
-            rest = served.content[start:]
-            self.send_response(206 if start else 200)
+            rest = served.content[start if served.partial == 206 else 0 :]
+            self.send_response(served.partial if start else 200)
             self.send_header("Content-Length", str(len(rest)))
             self.end_headers()
             self.wfile.write(rest[: served.sends])
@@ -323,6 +323,21 @@ def test_interrupted_conversion_begins_anew_without_another_fetch(
     assert not (world.cache / LABEL / "more.safetensors").exists()
 
 
+def test_what_a_killed_conversion_left_is_no_part_of_the_model(world: SimpleNamespace) -> None:
+    (world.work / "made").mkdir(parents=True)
+    (world.work / "made" / "more.safetensors").write_bytes(b"half")
+    assert is_right(world)
+    assert not (world.cache / LABEL / "more.safetensors").exists()
+
+
+def test_file_that_was_damaged_before_its_conversion_is_fetched_again(
+    world: SimpleNamespace,
+) -> None:
+    world.work.mkdir(parents=True)
+    (world.work / GGUF).write_bytes(CONTENT[:-1])
+    assert is_right(world)
+
+
 @pytest.mark.parametrize("damage", ["truncate", "change", "remove", "manifest", "list", "source"])
 def test_damaged_model_is_noticed_and_made_again(world: SimpleNamespace, damage: str) -> None:
     model = fetch_weights("tiny") / "model.safetensors"
@@ -390,6 +405,18 @@ def test_interrupted_download_goes_on_at_its_byte(
     assert hub.ranges == [0, 1500]
 
 
+def test_hub_that_would_send_all_of_a_file_again_spoils_no_part_of_it(
+    world: SimpleNamespace, hub: Any
+) -> None:
+    empty(world.index)
+    hub.sends, hub.partial = 1700, 200
+    refusal()
+    assert "cannot be read from its middle on" in refusal()
+    hub.sends, hub.partial = 10**9, 206
+    assert is_right(world)
+    assert hub.ranges == [0, 1700, 1700]
+
+
 def test_packages_take_the_place_of_a_hub_that_is_gone(
     world: SimpleNamespace, hub: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -452,6 +479,16 @@ def test_what_was_fetched_before_counts_towards_the_disk_needed(
     room = SimpleNamespace(free=2 * len(CONTENT) - 2000)
     monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: room)
     assert is_right(world)
+
+
+def test_what_was_fetched_twice_gives_no_room(
+    world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.work.mkdir(parents=True)
+    (world.work / "joined.part").write_bytes(2 * CONTENT)
+    room = SimpleNamespace(free=len(CONTENT) - 1)
+    monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: room)
+    assert f"GB of disk under {world.cache}" in refusal()
 
 
 def test_too_little_memory_is_refused_before_the_fetch(
