@@ -82,16 +82,29 @@ SCORECARD = """<p class="scorecard-legend"><span class="key">m</span> signs</p>
 </tbody></table>"""
 
 
+def summary_rows(landing, *shown):
+    """The rows of the summary's table, of a first page whose scorecard has these rows."""
+    page = (landing / "first.html").read_text()
+    table = str(BeautifulSoup(page, "html.parser").select_one("table.scorecard"))
+    (landing / "first.html").write_text(page.replace(table, SCORECARD.format("".join(shown))))
+    whole = BeautifulSoup(pdf.summary(landing), "html.parser")
+    return [
+        [cell.get_text(" ", strip=True) for cell in row.find_all(["th", "td"])]
+        for row in whole.select("table.scorecard tr")
+    ]
+
+
 def test_summary_gives_each_model_a_column_with_number_sign_and_twins(landing):
     effect, of_small = criteria("phase-transition")[0], criteria("why-angles")[0]
     runs = {
         "one": invented("phase-transition", "one"),
         "two": invented("phase-transition", "two", met=False),
+        "like one": invented("phase-transition", "like one"),
         "small": invented("why-angles", "small"),
     }
-    (own, twins), (lost, _), (alone, others) = (
+    (own, twins), (lost, _), _, (alone, others) = (
         [row for row in rows if row["statistic"] == one.statistic and judged(row)]
-        for one, rows in zip((effect, effect, of_small), runs.values(), strict=True)
+        for one, rows in zip((effect, effect, effect, of_small), runs.values(), strict=True)
     )
     lost |= {"estimate": None, "verdict": "not testable"}
     shown = [
@@ -99,58 +112,47 @@ def test_summary_gives_each_model_a_column_with_number_sign_and_twins(landing):
         *scorecard._effect_rows(effect, None, runs),
         *scorecard._effect_rows(of_small, None, runs),
     ]
-    page = (landing / "first.html").read_text()
-    table = str(BeautifulSoup(page, "html.parser").select_one("table.scorecard"))
-    (landing / "first.html").write_text(page.replace(table, SCORECARD.format("".join(shown))))
-    whole = BeautifulSoup(pdf.summary(landing), "html.parser")
-    rows = [
-        [cell.get_text(" ", strip=True) for cell in row.find_all(["th", "td"])]
-        for row in whole.select("table.scorecard tr")
-    ]
-    assert rows == [
-        ["Claim, effect", "Wanted", "one", "two"],
-        ["It is so.", "", "● supported", "○ refuted"],
+    assert summary_rows(landing, *shown) == [
+        ["Claim, effect", "Wanted", "one", "two", "like one"],
+        ["It is so.", "", "● supported", "○ refuted", "● supported"],
         [
             f"{effect.text} (all tasks)",
             effect.wanted,
             f"{record_text(own)} ● twins: {record_text(twins)} ○",
             f"– – twins: {record_text(twins)} ○",
+            f"{record_text(own)} ● twins: {record_text(twins)} ○",
         ],
         [
             of_small.text,
             of_small.wanted,
             f"{record_text(alone)} ● twins: {record_text(others)} ○",
-            "",
         ],
     ]
+    whole = BeautifulSoup(pdf.summary(landing), "html.parser")
+    assert [cell["colspan"] for cell in whole.select("table.scorecard [colspan]")] == ["3"]
     assert whole.select_one(".scorecard-legend").get_text(strip=True) == "signs"
 
 
-ONE_MODEL = """<table class="scorecard"><thead><tr><th>Claim, effect</th><th><svg></svg></th>
-<th>Number [interval]</th><th>Wanted</th><th>Verdict</th></tr></thead><tbody>
-<tr class="claim"><th colspan="2">It is so.</th>
-<td colspan="3"><div>● supported</div></td></tr>
-<tr><th>effect</th><td><svg></svg></td>
-<td><div>trained: 0.9 [0.8, 1]</div><div class="twin">twins: 0.1 [0, 0.2]</div></td>
-<td>≥ 0.5</td><td><div>● supported</div><div class="twin">○ refuted</div></td></tr>
-</tbody></table>"""
-
-
 def test_summary_of_one_model_has_one_column_and_no_cell_spans_two(landing):
-    page = (landing / "first.html").read_text()
-    table = BeautifulSoup(page, "html.parser").select_one("table.scorecard")
-    (landing / "first.html").write_text(page.replace(str(table), ONE_MODEL))
-    whole = BeautifulSoup(pdf.summary(landing), "html.parser")
-    rows = [
-        [cell.get_text(" ", strip=True) for cell in row.find_all(["th", "td"])]
-        for row in whole.select("table.scorecard tr")
-    ]
-    assert rows == [
+    effect = criteria("phase-transition")[0]
+    runs = {"one": invented("phase-transition", "one")}
+    own, twins = (
+        one for one in runs["one"] if one["statistic"] == effect.statistic and judged(one)
+    )
+    assert summary_rows(
+        landing,
+        scorecard._claim_row("phase-transition", "It is so.", None, runs),
+        *scorecard._effect_rows(effect, None, runs),
+    ) == [
         ["Claim, effect", "Wanted", "trained"],
         ["It is so.", "", "● supported"],
-        ["effect", "≥ 0.5", "0.9 [0.8, 1] ● twins: 0.1 [0, 0.2] ○"],
+        [
+            f"{effect.text} (all tasks)",
+            effect.wanted,
+            f"{record_text(own)} ● twins: {record_text(twins)} ○",
+        ],
     ]
-    assert not whole.select("table.scorecard [colspan]")
+    assert "colspan" not in pdf.summary(landing)
 
 
 @pytest.mark.browser

@@ -111,7 +111,7 @@ def summary(site: Path = SITE) -> str:
 def _put_models_side_by_side(whole: Any, table: Any) -> None:
     """Gives each model a column of what the scorecard tells of it: a sheet is wide.
 
-    A model that stands alone in its row, such as small networks, is put in the first.
+    What is told of other networks, such as small ones, spans the columns.
     """
     told = dict.fromkeys(line["data-model"] for line in table.select("[data-model]"))
     models = [model for model in told if model != "trained"] or list(told)
@@ -119,15 +119,21 @@ def _put_models_side_by_side(whole: Any, table: Any) -> None:
         return
     for row in table.select("tr"):
         claim, wanted = row.th, row.select_one(".wanted") or whole.new_tag("td")
-        cells = {model: whole.new_tag("td") for model in models}
-        for line in row.select("[data-model]"):
-            line.string = line["data-told"]
-            cells.get(line["data-model"], cells[models[0]]).append(line.extract())
+        lines = row.select("[data-model]")
         if row.parent.name == "thead":
             cells = {model: whole.new_tag("th", string=model) for model in models}
+        elif {line["data-model"] for line in lines} <= set(models):
+            cells = {model: whole.new_tag("td") for model in models}
+        else:
+            others = whole.new_tag("td", colspan=len(models))
+            cells = {line["data-model"]: others for line in lines}
+        for line in lines:
+            line.string = line["data-told"]
+            cells[line["data-model"]].append(line.extract())
         claim.attrs.pop("colspan", None)
         row.clear()
-        row.extend([claim, wanted, *cells.values()])
+        once = {id(cell): cell for cell in cells.values()}  # equal cells of two models are two
+        row.extend([claim, wanted, *once.values()])
 
 
 def _anchor(name: str, fragment: str = "") -> str:
