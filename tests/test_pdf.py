@@ -133,6 +133,19 @@ def test_summary_gives_each_model_a_column_with_number_sign_and_twins(landing):
     assert whole.select_one(".scorecard-legend").get_text(strip=True) == "signs"
 
 
+def test_summary_leaves_a_cell_for_each_model_that_did_not_run_a_claim(landing):
+    runs = {
+        name: invented("phase-transition", name)
+        + (invented("norm-code", name) if name == "one" else [])
+        for name in ("one", "two", "three")
+    }
+    told = scorecard._effect_rows(criteria("norm-code")[0], None, runs)
+    claims = scorecard._claim_row("phase-transition", "It is so.", None, runs)
+    rows = summary_rows(landing, claims, *told)
+    assert {len(row) for row in rows} == {5}
+    assert rows[-1][3:] == ["", ""]
+
+
 def test_summary_of_one_model_has_one_column_and_no_cell_spans_two(landing):
     effect = criteria("phase-transition")[0]
     runs = {"one": invented("phase-transition", "one")}
@@ -144,7 +157,7 @@ def test_summary_of_one_model_has_one_column_and_no_cell_spans_two(landing):
         scorecard._claim_row("phase-transition", "It is so.", None, runs),
         *scorecard._effect_rows(effect, None, runs),
     ) == [
-        ["Claim, effect", "Wanted", "trained"],
+        ["Claim, effect", "Wanted", "one"],
         ["It is so.", "", "● supported"],
         [
             f"{effect.text} (all tasks)",

@@ -111,12 +111,12 @@ def summary(site: Path = SITE) -> str:
 def _put_models_side_by_side(whole: Any, table: Any) -> None:
     """Gives each model a column of what the scorecard tells of it: a sheet is wide.
 
-    What is told of other networks, such as small ones, spans the columns.
+    Columns are the models of the first claim; what is told of other networks spans them.
     """
-    told = dict.fromkeys(line["data-model"] for line in table.select("[data-model]"))
-    models = [model for model in told if model != "trained"] or list(told)
-    if not models:
+    first = table.select_one("tr:has([data-model])")
+    if first is None:
         return
+    models = [line["data-model"] for line in first.select("[data-model]")]
     for row in table.select("tr"):
         claim, wanted = row.th, row.select_one(".wanted") or whole.new_tag("td")
         lines = row.select("[data-model]")

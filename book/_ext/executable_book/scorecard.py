@@ -77,9 +77,8 @@ def _claim_row(claim: str, words: str, href: str | None, runs: dict[str, list[Re
     ]
     for model in models:
         verdict = claim_verdict(runs[model], claim, model).verdict
-        who = short_name(model) if len(models) > 1 else "trained"
-        named = "" if who == "trained" else f"{escape(who)}: "
-        lines.append(f"<div{_told(who, signed(verdict))}>{named}{signed(verdict)}</div>")
+        named = f"{escape(short_name(model))}: " if len(models) > 1 else ""
+        lines.append(f"<div{_told(model, signed(verdict))}>{named}{signed(verdict)}</div>")
     shown = "".join(lines) or (NO_RESULT if href else COMING)
     words = escape(words)
     head = f'<a href="{href}">{words}</a>' if href else words
@@ -115,7 +114,8 @@ def _effect_rows(
             who, shade = ("twins", ' class="twin"') if row["untrained"] else (trained, "")
             number = "–" if row["estimate"] is None else record_text(row)
             told = f"{'twins: ' if shade else ''}{number} {SIGNS[row['verdict']]}"
-            numbers.append(f"<div{shade}{_told(trained, told)}>{escape(f'{who}: {number}')}</div>")
+            told = _told(row["model"], told)
+            numbers.append(f"<div{shade}{told}>{escape(f'{who}: {number}')}</div>")
             verdicts.append(f"<div{shade}>{_verdict(row)}</div>")
         result.append(
             f'<tr><th scope="row">{head}</th><td>{_forest(own, criterion, list(runs))}</td>'
@@ -127,7 +127,7 @@ def _effect_rows(
 
 def _told(model: str, text: str) -> str:
     """Return, as attributes of a line, what the summary shows of it in a model's column."""
-    return f' data-model="{escape(model)}" data-told="{escape(text)}"'
+    return f' data-model="{escape(short_name(model))}" data-told="{escape(text)}"'
 
 
 def _verdict(row: Record) -> str:
