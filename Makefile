@@ -67,7 +67,7 @@ pdf: book $(TESTS_READY)  ## print the whole book as one PDF
 	@$(BIN)/python book/_ext/pdf.py
 
 atlas: $(BOOK_READY) $(TOOLS_READY)  ## run the book on all models of workflow/config.yaml, one after the other
-	@$(TOOLS)/bin/snakemake --snakefile workflow/Snakefile --cores 2 --resources mem_mb=14000
+	@$(TOOLS)/bin/snakemake --snakefile workflow/Snakefile --cores 2
 
 summary: book $(TESTS_READY)  ## print the answer at a glance on one sheet
 	@$(BIN)/python book/_ext/pdf.py summary

@@ -57,3 +57,61 @@ def test_two_models_are_run_and_kept_and_only_what_is_missing_is_run_again(tmp_p
     snakemake(tmp_path)
     assert (runs / "tiny-six" / "results.json").is_file()
     assert (runs / "tiny-eight" / "results.json").stat().st_mtime_ns == kept
+
+
+@pytest.fixture
+def stubs(tmp_path: Path) -> Path:
+    """A book whose build writes down that it ran, on which model, and what it found there."""
+    for name in ("lib", "book", "benchmarks", "workflow"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for name in ("_config.yml", "_toc.yml", "requirements.txt", "environment.yml", "CITATION.cff"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "tests" / "recorded").mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    build = tmp_path / "bin" / "build"
+    build.write_text(
+        '#!/bin/sh\nfound=$(cat _build/reached 2>/dev/null)\nmkdir -p "_build/runs/$1"\n'
+        "echo chapter >> _build/reached\n"
+        '[ -e ../../../fail ] && exit 1\necho "[]" > "_build/runs/$1/results.json"\n'
+        'echo "$MODEL after $found" > "_build/runs/$1/run.json"\n'
+    )
+    build.chmod(0o755)
+    configure(tmp_path, "smollm2-135m", "gemma-3-270m")
+    return tmp_path
+
+
+def configure(folder: Path, *models: str) -> None:
+    (folder / "workflow" / "config.yaml").write_text(
+        f"models: [{', '.join(models)}]\nbin: bin\ncommand: build $(basename $PWD)\n"
+        "threads: 1\nmemory_mb: 100\n"
+    )
+
+
+RUNS = {"smollm2-135m": "SmolLM2-135M-Instruct-Q4_1", "gemma-3-270m": "gemma-3-270m-Q4_K_M"}
+
+
+def test_models_of_the_catalogue_are_run_by_name_and_a_run_cut_short_goes_on(stubs: Path) -> None:
+    (stubs / "fail").touch()
+    with pytest.raises(AssertionError):
+        snakemake(stubs)
+    (stubs / "fail").unlink()
+    snakemake(stubs)
+    facts = [(stubs / "_build" / "runs" / run / "run.json").read_text() for run in RUNS.values()]
+    assert [fact.split()[0] for fact in facts] == list(RUNS)
+    assert any("after chapter" in fact for fact in facts)  # the one that had been cut short
+
+
+def test_changed_sources_run_every_model_again(stubs: Path) -> None:
+    snakemake(stubs)
+    assert "Nothing to be done" in snakemake(stubs)
+    page = stubs / "book" / "intro.md"
+    page.write_text(page.read_text() + "\nMore.\n")
+    assert "2 of 3 steps" in snakemake(stubs)
+
+
+def test_two_models_of_one_name_are_refused(stubs: Path) -> None:
+    folder = stubs / "models" / RUNS["gemma-3-270m"]
+    folder.mkdir(parents=True)
+    configure(stubs, "gemma-3-270m", str(folder))
+    with pytest.raises(AssertionError, match="Two models of the list have one name"):
+        snakemake(stubs)
