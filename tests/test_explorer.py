@@ -16,6 +16,7 @@ from conftest import tiny_model, tiny_tokenizer
 from scipy.stats import spearmanr
 
 from lib.engine import store
+from lib.engine.catalogue import catalogue
 from lib.engine.models import Decoder, load_decoder
 from lib.evidence import records
 from lib.evidence.tasks import build_task
@@ -237,6 +238,12 @@ def test_full_size_stays_below_the_limit() -> None:
     rng = np.random.default_rng(0)
     big = example(N_SHOWN, 30, tokens=rng.integers(0, 2000, (30, N_SHOWN, N_TOP)))
     assert len(explorer_html([big] * 3).encode()) < 300_000
+
+
+def test_recorded_models_are_offered_in_the_catalogues_order() -> None:
+    labels = [weights.label for weights in catalogue().values()]
+    offered = list(dict.fromkeys(one.model for one in recorded_explorations(but=labels[0])))
+    assert offered == [one for one in labels[1:] if one in offered] and len(offered) > 2
 
 
 def test_a_model_that_is_recorded_is_shown_as_it_was_found(

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
+from lib.engine.catalogue import catalogue
 from lib.engine.extraction import logit_lens
 from lib.engine.files import write_atomically
 from lib.engine.models import Decoder
@@ -77,9 +78,11 @@ def keep_explorations(explorations: Sequence[Exploration]) -> None:
 
 
 def recorded_explorations(but: str) -> list[Exploration]:
-    """Return what is recorded of other models than the one named."""
+    """Return what is recorded of other models than the one named, in the catalogue's order."""
+    labels = [weights.label for weights in catalogue().values()]
     files = sorted(RECORDED.glob(f"*.{EXPLORATIONS}"))
     every = [one for file in files for one in json.loads(file.read_text(encoding="utf-8"))]
+    every.sort(key=lambda one: [*labels, one["model"]].index(one["model"]))
     return [from_plain(one) for one in every if one["model"] != but]
 
 
