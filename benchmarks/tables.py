@@ -166,15 +166,18 @@ def chapters(rows: Sequence[Mapping[str, Any]] | None) -> pd.DataFrame:
     if not rows:
         return pd.DataFrame()
     seconds = pd.DataFrame([one["by_kind"] for one in rows], [one["chapter"] for one in rows])
+    seconds["rest"] += seconds.pop("imports")
     macs = pd.Series([one["macs"] for one in rows], seconds.index, dtype=float)
     rate = pd.Series([one["rate"] for one in rows], seconds.index, dtype=float)
     seconds.loc["all"], macs["all"], rate["all"] = seconds.sum(), macs.sum(), rate.median()
     whole = seconds.sum(axis=1)
     reached = (macs / rate / seconds["networks"]).where(seconds["networks"] > 0.01 * whole)
     shares = seconds.div(whole, axis=0).map("{:.0%}".format)
+    shares = shares[["networks", *shares.columns.drop("networks")]]
     shares.insert(0, "seconds", whole.map("{:.0f}".format))
     of_rate = reached.map("{:.0%}".format, na_action="ignore").fillna("–")
-    return shares.assign(**{"rate of networks": of_rate}).rename_axis("chapter").reset_index()
+    shares.insert(2, "their rate", of_rate)
+    return shares.rename_axis("chapter").reset_index()
 
 
 def where_time_goes(table: pd.DataFrame) -> str:
@@ -184,7 +187,7 @@ def where_time_goes(table: pd.DataFrame) -> str:
     row = table.set_index("chapter").loc["all"]
     return (
         f"Of {row['seconds']} seconds of the chapters, {row['networks']} pass in networks, at "
-        f"{row['rate of networks']} of the machine's rate; {row['training']} go to training small "
+        f"{row['their rate']} of the machine's rate; {row['training']} go to training small "
         f"ones, {row['statistics']} to statistics, {row['edits, measures, checks']} to the rest of "
         f"the engine, and {row['figures']} to figures."
     )

@@ -434,7 +434,7 @@ def test_table_of_chapters_sums_seconds_and_takes_networks_rate_alone() -> None:
     assert list(table["seconds"]) == ["10", "30", "40"]
     assert list(table["networks"]) == ["80%", "0%", "20%"]
     assert list(table["training"]) == ["0%", "100%", "75%"]
-    assert list(table["rate of networks"]) == ["62%", "–", "62%"]
+    assert list(table["their rate"]) == ["62%", "–", "62%"]
     said = tables.where_time_goes(table.reset_index())
     assert said.startswith("Of 40 seconds of the chapters, 20% pass in networks, at 62% of")
     assert "make profile" in tables.where_time_goes(tables.chapters(None))
