@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from lib.engine.catalogue import DEFAULT, find_weights
+from lib.engine.catalogue import DEFAULT, catalogue, find_weights
 from lib.engine.files import BUILD, ROOT, write_atomically
 from lib.evidence.criteria import VERDICTS, Record, is_held_out
 from lib.science.estimate import Measured, Untested, is_own
@@ -271,6 +271,12 @@ def record_run(model: str, rows: Sequence[Record]) -> None:
     if explored.is_file():
         told = explored.read_text(encoding="utf-8")
         write_atomically(file.with_name(f"{file.stem}.{EXPLORATIONS}"), told)
+
+
+def catalogue_place(model: str) -> int:
+    """Return a model's place in the catalogue by its label; models not in it come last."""
+    labels = [weights.label for weights in catalogue().values()]
+    return labels.index(model) if model in labels else len(labels)
 
 
 def read_runs() -> list[dict[str, Any]]:

@@ -14,12 +14,11 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
-from lib.engine.catalogue import catalogue
 from lib.engine.extraction import logit_lens
 from lib.engine.files import write_atomically
 from lib.engine.models import Decoder
 from lib.engine.store import recall_residuals
-from lib.evidence.records import EXPLORATIONS, RECORDED, run_folder
+from lib.evidence.records import EXPLORATIONS, RECORDED, catalogue_place, run_folder
 from lib.evidence.tasks import load_tasks
 from lib.evidence.transfer import ARMS, Trial, choose_pairs, measure_transfer, read_tasks
 from lib.science.correlation import correlate
@@ -79,10 +78,9 @@ def keep_explorations(explorations: Sequence[Exploration]) -> None:
 
 def recorded_explorations(but: str) -> list[Exploration]:
     """Return what is recorded of other models than the one named, in the catalogue's order."""
-    labels = [weights.label for weights in catalogue().values()]
     files = sorted(RECORDED.glob(f"*.{EXPLORATIONS}"))
     every = [one for file in files for one in json.loads(file.read_text(encoding="utf-8"))]
-    every.sort(key=lambda one: [*labels, one["model"]].index(one["model"]))
+    every.sort(key=lambda one: catalogue_place(one["model"]))
     return [from_plain(one) for one in every if one["model"] != but]
 
 

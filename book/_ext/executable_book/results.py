@@ -10,11 +10,11 @@ from myst_nb.sphinx_ import NbMetadataCollector
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
-from lib.engine.catalogue import catalogue
 from lib.engine.files import write_atomically
 from lib.evidence.criteria import Record
 from lib.evidence.records import (
     RESULTS,
+    catalogue_place,
     claim_file,
     keep_records,
     key_of,
@@ -71,8 +71,7 @@ def all_records(own: Sequence[Record]) -> dict[str, list[Record]]:
 
 def ordered_runs() -> list[dict[str, Any]]:
     """Return the runs kept, in the order of the catalogue; models that are not in it come last."""
-    labels = [weights.label for weights in catalogue().values()]
-    return sorted(read_runs(), key=lambda run: [*labels, run["model"]].index(run["model"]))
+    return sorted(read_runs(), key=lambda run: catalogue_place(run["model"]))
 
 
 def keep_in_step(env: BuildEnvironment, page: str) -> None:
