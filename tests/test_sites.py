@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
+from conftest import count_tokens, tiny_model, tiny_tokenizer
 from tiny import tiny_config
 from torch import Tensor, nn
 from transformers import BambaForCausalLM
@@ -18,7 +18,7 @@ from transformers import BambaForCausalLM
 from lib.engine import sites
 from lib.engine.models import Decoder, load_decoder
 from lib.engine.parts import Parts, find_parts
-from lib.engine.replay import Prefix
+from lib.engine.replay import Forest, Prefix
 from lib.engine.sites import (
     ATTENTION,
     MLP,
@@ -500,3 +500,50 @@ def test_a_group_names_a_head_or_block_that_does_not_exist(llama: Decoder) -> No
     same, hidden = PAIRS[:, [0, 0]], {"other": HIDDEN}
     with pytest.raises(ValueError, match="'g' has no hidden positions"):
         patch_heads(llama, PROMPTS, same, {"g": [(1, 0)]}, hidden=hidden, measure=logits_of_tokens)
+
+
+@pytest.mark.parametrize("positions", ["last", EARLIER])
+def test_what_was_run_once_serves_sites_heads_and_outputs(
+    parted: Decoder, positions: str | list[int]
+) -> None:
+    same = np.array([[0, 0], [2, 2], [3, 3]])
+    hidden = dict.fromkeys(GROUPS, HIDDEN)
+    cells, rows = [(2, 1), (0, 3)], np.array([3, 0])
+    forests: list[Forest] = []
+
+    def everything(**given: Any) -> list[np.ndarray]:
+        options = {"positions": positions, "read_ids": ALL, **given}
+        found = [
+            sweep_sites(parted, PROMPTS, PAIRS, SITES, **options).logits,
+            sweep_sites(parted, PROMPTS, PAIRS[:2], SITES, **options).logits,
+            *patch_heads(
+                parted, PROMPTS, PAIRS, GROUPS, measure=logits_of_tokens, **given
+            ).values(),
+            *patch_heads(
+                parted, PROMPTS, same, GROUPS, hidden=hidden, measure=logits_of_tokens, **given
+            ).values(),
+        ]
+        return [*found, head_outputs(parted, PROMPTS, cells, rows=rows, **given).numpy()]
+
+    alone = everything()
+    for found in (everything(forests=forests), everything(forests=forests)):
+        for one, other in zip(alone, found, strict=True):
+            assert np.abs(one - other).max() < 1e-4
+    chosen = head_outputs(parted, [PROMPTS[row] for row in rows], cells).numpy()
+    assert np.abs(alone[-1] - chosen).max() < 1e-5
+
+
+def test_of_prompts_that_were_run_the_last_tokens_alone_are_run_again(
+    llama: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep_sites(llama, PROMPTS, PAIRS, SITES, read_ids=ALL)  # compares, once
+    passes, forests = count_tokens(llama, monkeypatch), []
+    beginnings = {tuple(prompt[: n + 1]) for prompt in PROMPTS for n in range(len(prompt))}
+    for n_tokens in (len(beginnings), len(PROMPTS)):  # edited rows call blocks, not the model
+        patch_heads(
+            llama, PROMPTS, PAIRS, {"one": [(2, 1)]}, measure=logits_of_tokens, forests=forests
+        )
+        assert passes == [n_tokens]
+        passes.clear()
+    sweep_sites(llama, PROMPTS, PAIRS, SITES, read_ids=ALL, forests=forests)
+    assert passes == [len(PROMPTS)]

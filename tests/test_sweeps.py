@@ -9,11 +9,12 @@ import torch
 from conftest import count_tokens, tiny_model, tiny_tokenizer
 from torch import Tensor
 
-from lib.engine import sweeps
+from lib.engine import replay, sweeps
+from lib.engine.batches import plant_prompts
 from lib.engine.edits import Edit, Rotate, add, exchange, exchange_direction, exchange_norm, keep
 from lib.engine.extraction import extract_residuals
 from lib.engine.models import Decoder, load_decoder
-from lib.engine.replay import Prefix
+from lib.engine.replay import Prefix, run_forest
 from lib.engine.sweeps import Request, Sweep, sweep_blocks, sweep_together
 
 PROMPTS = [
@@ -255,9 +256,9 @@ def test_prompts_share_passes_across_requests(
     llama: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[int] = []
-    run = sweeps.run_forest
+    run = replay.run_forest
     monkeypatch.setattr(
-        sweeps, "run_forest", lambda *given: passes.append(len(given[1].rows)) or run(*given)
+        replay, "run_forest", lambda *given: passes.append(len(given[1].rows)) or run(*given)
     )
     own = Request(PROMPTS[:3], np.array([[0, 1], [1, 2], [2, 0]]), "last")
     sweep_blocks(llama, own.prompts, own.pairs, {"keep": keep}, positions="last")
@@ -320,7 +321,7 @@ def test_prefixes_beyond_the_memory_kept_for_them_are_run_again(
     passes = count_tokens(llama, monkeypatch)
     full(llama, "last", batch_tokens=1)
     once = sum(passes)
-    monkeypatch.setattr("lib.engine.sweeps.KEPT_BYTES", 0)
+    monkeypatch.setattr("lib.engine.replay.KEPT_BYTES", 0)
     passes.clear()
     _, after = full(llama, "last", batch_tokens=1)
     assert sum(passes) == 2 * once
@@ -520,3 +521,59 @@ def test_a_window_shorter_than_a_line_but_not_than_a_prompt_changes_nothing() ->
     sweep = sweep_blocks(decoder, prompts, pairs, edits, positions="last", read_ids=read)
     expected = by_full_recompute(decoder, [[11]] * 30, edits, pairs, prompts)
     assert np.abs(sweep.logits - expected.numpy()).max() < 1e-4
+
+
+def test_forests_that_are_given_are_not_run_again(
+    llama: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = [run_forest(llama, batch) for batch in plant_prompts(PROMPTS[:3], range(3), 1024)]
+    _, expected = full(llama, [3, 2, 3, 2, 1])
+    passes = count_tokens(llama, monkeypatch)
+    _, found = full(llama, [3, 2, 3, 2, 1], forests=own)
+    rest = {tuple(prompt[:n]) for prompt in PROMPTS[3:] for n in range(1, len(prompt) + 1)}
+    assert passes == [len(rest)]
+    assert np.abs(found - expected).max() < 1e-5
+
+
+def test_forests_of_other_prompts_are_refused(llama: Decoder) -> None:
+    one = [run_forest(llama, batch) for batch in plant_prompts(PROMPTS, [0, 3], 1024)]
+    for others in (PROMPTS[1:], [*PROMPTS[:3], PROMPTS[3][:4]], [[*PROMPTS[0], 3], *PROMPTS[1:]]):
+        row = 3 if others[0] == PROMPTS[0] else 0
+        with pytest.raises(ValueError, match=f"Forest 0 holds another prompt {row} than"):
+            sweep_blocks(
+                llama, others, np.array([[0, 1]]), {"keep": keep}, positions="last", forests=one
+            )
+
+
+def twin(seed: int) -> Decoder:
+    model = tiny_model("llama")
+    return load_decoder(model, tokenizer=tiny_tokenizer(), untrained=True, seed=seed)
+
+
+def test_one_untrained_twin_speaks_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    full(twin(0), "last")
+    other = twin(1)
+    passes = count_tokens(other, monkeypatch)
+    full(other, "last")
+    assert len(passes) == 1
+
+
+class Louder(torch.nn.Linear):
+    """A module of another class, as a user may put it into a model."""
+
+
+@pytest.mark.parametrize("what", ["trained", "another module", "another dtype"])
+def test_twins_do_not_speak_for_what_is_built_otherwise(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full(twin(0), "last")
+    decoder = twin(1)
+    if what == "trained":
+        decoder = replace(decoder, untrained=False)
+    if what == "another module":
+        decoder.blocks[0].mlp.down_proj.__class__ = Louder
+    if what == "another dtype":
+        decoder.model.double()
+    passes = count_tokens(decoder, monkeypatch)
+    full(decoder, "last")
+    assert len(passes) > 1

@@ -170,6 +170,7 @@ def exchange_sites(
         sites,
         blocks=blocks,
         measure=_measure(trial, pairs),
+        forests=trial.forests,
         description=f"{trial.task.name}: {', '.join(sites)}",
     )
     return _transfers(trial, pairs, list(sites), sweep.blocks, sweep.measures)
@@ -185,6 +186,7 @@ def exchange_heads(
         pairs.prompts,
         groups,
         measure=_measure(trial, pairs),
+        forests=trial.forests,
     )
     together = {name: values[:, None] for name, values in found.items()}
     transfers = _transfers(trial, pairs, list(groups), (0,), together)
@@ -470,6 +472,7 @@ def knock_out(
         {**groups, **others},
         hidden=dict.fromkeys(groups, subject) | dict.fromkeys(others, rest),
         measure=_measure(trial, same),
+        forests=trial.forests,
     )
     units = f"{task.units} ({len(np.unique(same.unit))} read)"
     correct = found["choice"] == task.answer_index[prompts]
@@ -484,7 +487,7 @@ def writes_answer(trial: Trial, pairs: Pairs, heads: Sequence[Head]) -> dict[Hea
     """
     task = trial.task
     rows = np.unique(pairs.prompts[:, 0])
-    written = head_outputs(trial.decoder, [task.tokens[row] for row in rows], heads)
+    written = head_outputs(trial.decoder, task.tokens, heads, rows=rows, forests=trial.forests)
     last = trial.last_states[torch.as_tensor(rows)]
     ids = task.answer_ids.tolist()
     whole = logit_lens(trial.decoder, last, ids)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lib.engine.extraction import check_blocks
 from lib.engine.models import Decoder, evaluated
-from lib.engine.passes import agree
+from lib.engine.passes import agree, checked_as
 from lib.engine.replay import FrozenCache
 from lib.engine.structure import untuple
 
@@ -50,7 +50,24 @@ class Parts:
     multiplier: float
 
 
-_found: WeakKeyDictionary[Decoder, dict[int, Parts | str]] = WeakKeyDictionary()
+@dataclass(frozen=True)
+class _Names:
+    """The parts of one block, by the names of its modules: what a model shares with its twins."""
+
+    attention: str
+    mlp: str
+    projection: str
+    n_heads: int
+    multiplier: float
+
+    def of(self, block: nn.Module) -> Parts:
+        attention, mlp, projection = map(
+            block.get_submodule, (self.attention, self.mlp, self.projection)
+        )
+        return Parts(attention, mlp, projection, self.n_heads, self.multiplier)
+
+
+_found: WeakKeyDictionary[object, dict[int, _Names | str]] = WeakKeyDictionary()
 
 
 @evaluated
@@ -62,17 +79,21 @@ def find_parts(decoder: Decoder, blocks: Sequence[int] | None = None) -> tuple[P
             told apart; the message says what it holds and which blocks have parts.
     """
     wanted = check_blocks(decoder, blocks)
-    if decoder not in _found:
-        _found[decoder] = _look(decoder)
-    found = _found[decoder]
+    if (checked := checked_as(decoder)) not in _found:
+        _found[checked] = _look(decoder)
+    found = _found[checked]
     for index in wanted:
         if isinstance(reason := found[index], str):
-            have = [str(block) for block, parts in found.items() if isinstance(parts, Parts)]
+            have = [str(block) for block, parts in found.items() if isinstance(parts, _Names)]
             raise ValueError(
                 f"Block {index} of {decoder.name} has no attention with heads beside an MLP: "
                 f"{reason} Blocks that have: {', '.join(have) or 'none'}."
             )
-    return tuple(parts for block in wanted if isinstance(parts := found[block], Parts))
+    return tuple(
+        names.of(decoder.blocks[block])
+        for block in wanted
+        if isinstance(names := found[block], _Names)
+    )
 
 
 def slice_of(parts: Parts, width: int, heads: Sequence[int] | None) -> Tensor:
@@ -81,12 +102,17 @@ def slice_of(parts: Parts, width: int, heads: Sequence[int] | None) -> Tensor:
     return places.flatten() if heads is None else places[list(heads)].flatten()
 
 
+_alone: WeakKeyDictionary[object, dict[str, dict[int, list[Inputs]]]] = WeakKeyDictionary()
+"""Inputs of lone tokens, by their number: where a block has parts, no weight decides them."""
+
+
 class TokensAlone:
     """Runs a block on tokens each by itself, the heads' outputs put in: no other token matters."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
-        self.inputs: dict[int, list[Inputs]] = {}
+        attention = str(getattr(decoder.model.config, "_attn_implementation", ""))
+        self.inputs = _alone.setdefault(checked_as(decoder), {}).setdefault(attention, {})
 
     def __call__(
         self, block: int, parts: Parts, entering: Tensor, heads: Tensor, mlp: Tensor | None
@@ -140,7 +166,7 @@ class TokensAlone:
                 parts.mlp.register_forward_hook(put_mlp),
             ):
                 stack.callback(handle.remove)
-            hidden = entering.to(inputs["hidden"].device)
+            hidden = entering.to(inputs["device"])
             module = self.decoder.blocks[block]
             states = untuple(module(hidden, **inputs["others"]))
         first, second = (
@@ -150,10 +176,14 @@ class TokensAlone:
 
 
 def _inputs_of_lone_tokens(decoder: Decoder, n: int) -> list[Inputs]:
-    """Return the inputs that each block receives for `n` prompts of one token."""
+    """Return what each block receives for `n` prompts of one token, beside its device."""
     tokens = torch.ones(n, 1, dtype=torch.long, device=decoder.device)
     calls: list[Inputs] = [{} for _ in decoder.blocks]
-    with watching(decoder, range(decoder.n_blocks), lambda block, call: calls[block].update(call)):
+
+    def note(block: int, call: Inputs) -> None:
+        calls[block] = {"others": call["others"], "device": call["hidden"].device}
+
+    with watching(decoder, range(decoder.n_blocks), note):
         run_tokens(decoder, tokens)
     return calls
 
@@ -209,7 +239,7 @@ def hidden_value(mask: Tensor) -> float | bool:
     return torch.finfo(mask.dtype).min if mask.is_floating_point() else False
 
 
-def _look(decoder: Decoder) -> dict[int, Parts | str]:
+def _look(decoder: Decoder) -> dict[int, _Names | str]:
     """Return each block's parts, or why there are none."""
     n_tokens = min(N_TOKENS, decoder.d_vocab)
     tokens = torch.arange(n_tokens, device=decoder.device)[None]
@@ -236,10 +266,18 @@ def _look(decoder: Decoder) -> dict[int, Parts | str]:
         stack.enter_context(watching(decoder, range(decoder.n_blocks), note))
         run_tokens(decoder, tokens)
     alone = TokensAlone(decoder)
-    found: dict[int, Parts | str] = {}
+    found: dict[int, _Names | str] = {}
     for index, call in calls.items():
         try:
-            found[index] = _find(decoder, index, call, ran[index], alone)
+            parts = _find(decoder, index, call, ran[index], alone)
+            named = {module: name for name, module in decoder.blocks[index].named_modules()}
+            found[index] = _Names(
+                named[parts.attention],
+                named[parts.mlp],
+                named[parts.projection],
+                parts.n_heads,
+                parts.multiplier,
+            )
         except _NotPartsError as reason:
             kinds = dict.fromkeys(
                 type(child).__name__ for child in decoder.blocks[index].children()

@@ -14,8 +14,8 @@ from lib.engine.models import Decoder, evaluated
 from lib.engine.structure import untuple
 
 Key = TypeVar("Key")
-Known = WeakKeyDictionary[Decoder, dict[str, dict[Key, bool]]]
-"""What was found exact: by model, its attention, and lengths."""
+Known = WeakKeyDictionary[object, dict[str, dict[Key, bool]]]
+"""What was found exact: by `checked_as` of the model, its attention, and lengths."""
 
 REFUSALS = (RuntimeError, TypeError, AttributeError, ValueError, IndexError)
 """How a model says that it cannot be run in a faster way; a slower one is always right."""
@@ -144,7 +144,28 @@ def generation_is_exact(decoder: Decoder, way: Literal["cache", "padding"]) -> b
 def known_of(known: Known[Key], decoder: Decoder) -> dict[Key, bool]:
     """Return what is known of a model with the attention that it has now."""
     attention = str(getattr(decoder.model.config, "_attn_implementation", ""))
-    return known.setdefault(decoder, {}).setdefault(attention, {})
+    return known.setdefault(checked_as(decoder), {}).setdefault(attention, {})
+
+
+class _Twins:
+    """Untrained twins of one architecture, in one dtype on one device."""
+
+
+_twins: dict[tuple[Any, ...], _Twins] = {}
+
+
+def checked_as(decoder: Decoder) -> object:
+    """Return what the checks of a model hold for: itself, or all its untrained twins.
+
+    Trained weights may be such that rounding grows, so a trained model is checked by itself. Twins
+    differ by their seeds alone: one speaks for all that are built of the same modules.
+    """
+    if not decoder.untrained:
+        return decoder
+    model = decoder.model
+    built = tuple((name, type(module)) for name, module in model.named_modules())
+    told = (model.config.to_json_string(), decoder.dtype, decoder.device, built)
+    return _twins.setdefault(told, _Twins())
 
 
 def agree(slow: Tensor, fast: Tensor) -> bool:

@@ -12,8 +12,8 @@ from lib.engine.extraction import check_blocks
 from lib.engine.memory import check_memory, free_memory, in_gigabytes
 from lib.engine.models import Decoder
 from lib.engine.passes import run_blocks
-from lib.engine.replay import MAX_ROW_TOKENS
-from lib.engine.sweeps import BATCH_TOKENS, KEPT_BYTES, position_table
+from lib.engine.replay import KEPT_BYTES, MAX_ROW_TOKENS
+from lib.engine.sweeps import BATCH_TOKENS, position_table
 
 COPIES = 4
 """States of one batch held at once: clean rows, edited rows, their joined form, attention."""

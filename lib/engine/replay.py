@@ -27,12 +27,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from lib.engine.batches import Batch
+from lib.engine.batches import Batch, plant_prompts
 from lib.engine.models import Decoder
 from lib.engine.passes import inputs_of, run_blocks
 from lib.engine.structure import untuple
 
 MAX_ROW_TOKENS = 64
+KEPT_BYTES = 2**30
+"""Most memory for forests that are run once and serve twice."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,6 +168,32 @@ def run_forest(decoder: Decoder, batch: Batch) -> Forest:
         decoder.model.base_model(past_key_values=cache, use_cache=True, **told)
     _check_cache(cache, batch.tokens.shape[1])
     return Forest(batch, tuple(outputs), cache, tuple(inputs))
+
+
+def plant_rest(
+    prompts: Sequence[Sequence[int]], rows: np.ndarray, forests: Sequence[Forest], batch_tokens: int
+) -> list[Batch]:
+    """Return batches of some prompts: those of the forests there are, and more of the rest."""
+    batches = [forest.batch for forest in forests]
+    rest = np.setdiff1d(rows, [row for batch in batches for row in batch.rows])
+    return batches + (plant_prompts(prompts, rest.tolist(), batch_tokens) if len(rest) else [])
+
+
+def run_forests(
+    decoder: Decoder, batches: Sequence[Batch], forests: list[Forest]
+) -> Iterator[Forest]:
+    """Yield a forest of each batch: the ones there are, of the first batches, then new ones.
+
+    As many of the new ones as fit in `KEPT_BYTES` are added to the list.
+    """
+    room = KEPT_BYTES - sum(forest.n_bytes for forest in forests)
+    yield from list(forests)
+    for batch in batches[len(forests) :]:
+        forest = run_forest(decoder, batch)
+        room -= forest.n_bytes
+        if room >= 0:
+            forests.append(forest)
+        yield forest
 
 
 @contextmanager

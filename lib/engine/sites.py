@@ -33,8 +33,23 @@ from lib.engine.parts import (
     watching,
     whole_mask,
 )
-from lib.engine.passes import REFUSALS, Known, agree, forests_are_exact, inputs_of, known_of
-from lib.engine.replay import Forest, Prefix, ReplayUnsupportedError, replay_rows, run_forest
+from lib.engine.passes import (
+    REFUSALS,
+    Known,
+    agree,
+    forests_are_exact,
+    inputs_of,
+    known_of,
+)
+from lib.engine.replay import (
+    Forest,
+    Prefix,
+    ReplayUnsupportedError,
+    plant_rest,
+    replay_rows,
+    run_forest,
+    run_forests,
+)
 from lib.engine.structure import untuple
 from lib.engine.sweeps import BATCH_TOKENS, Measure, Sweep, position_table, sweep_blocks
 
@@ -79,6 +94,7 @@ def sweep_sites(
     blocks: Sequence[int] | None = None,
     read_ids: Sequence[int] = (),
     measure: Measure | None = None,
+    forests: list[Forest] | None = None,
     description: str | None = None,
 ) -> Sweep:
     """Return the effect of exchanging each site's output for the donor's, in each block.
@@ -101,6 +117,8 @@ def sweep_sites(
         blocks: the blocks, all by default.
         read_ids: tokens whose logits to return.
         measure: as in `sweep_blocks`; it sees the indices of `pairs`.
+        forests: of these prompts, read by this model before; they are not run again, and those that
+            are run are added, as long as they fit in `KEPT_BYTES`.
         description: what a progress display calls this sweep; None shows none.
 
     Raises:
@@ -115,13 +133,15 @@ def sweep_sites(
     _check_sites(decoder, sites, parts)
     _check_pairs(pairs, len(prompts))
     hide = None if hidden is None else _check_hidden(prompts, pairs, sites, where, hidden)
-    outputs = _read_outputs(decoder, prompts, where, np.unique(pairs), wanted, parts, hide)
+    forests = [] if forests is None else forests
+    outputs = _read_outputs(decoder, prompts, where, np.unique(pairs), wanted, parts, hide, forests)
     donors = torch.empty(len(wanted), len(sites), len(pairs), where.shape[1], decoder.d_model)
     tokens_alone = TokensAlone(decoder)
-    for index, block in enumerate(wanted):
-        for number, site in enumerate(sites.values()):
-            given = outputs[index].exchange(site, pairs, parts[index])
-            donors[index, number] = tokens_alone(block, parts[index], *given)
+    for part in ("attention", "mlp"):
+        numbered = {n: site for n, site in enumerate(sites.values()) if site.part == part}
+        for index, block in enumerate(wanted if numbered else ()):
+            given = outputs[index].exchange(list(numbered.values()), pairs, parts[index])
+            donors[index, list(numbered)] = tokens_alone(block, parts[index], *given)
     n_pairs = len(pairs)
     copies = np.stack([np.tile(pairs[:, 0], len(sites)), np.arange(len(sites) * n_pairs)], axis=1)
     sweep = sweep_blocks(
@@ -134,6 +154,7 @@ def sweep_sites(
         blocks=wanted,
         read_ids=read_ids,
         measure=measure and _of_pairs(measure, n_pairs),
+        forests=forests,
         description=description,
     )
 
@@ -160,6 +181,7 @@ def patch_heads(
     *,
     hidden: Mapping[str, Sequence[Sequence[int]]] | None = None,
     measure: Measure,
+    forests: list[Forest] | None = None,
 ) -> dict[str, np.ndarray]:
     """Return the effect of exchanging chosen heads of any blocks together, at the last token.
 
@@ -176,6 +198,7 @@ def patch_heads(
         groups: named groups of heads, each a block and a head's number; an empty one edits nothing.
         hidden: by group, for each prompt the positions that are hidden from its heads.
         measure: as in `sweep_blocks`.
+        forests: as in `sweep_sites`.
 
     Returns:
         What `measure` returned, by name `[n_groups, n_pairs]`.
@@ -200,12 +223,16 @@ def patch_heads(
         hide = [
             _check_hidden(prompts, pairs, {name: ATTENTION}, where, hidden[name]) for name in groups
         ]
-    members = np.unique(pairs[:, 1])[: None if hide is None else 1]  # blind heads need no donors
-    found = _read_outputs(decoder, prompts, where, members, wanted, tuple(parts.values()), None)
+    forests = [] if forests is None else forests
+    found = _read_outputs(
+        decoder, prompts, where, np.unique(pairs), wanted, tuple(parts.values()), None, forests
+    )
     outputs = {block: own.heads[:, 0] for block, own in zip(wanted, found, strict=True)}
     chosen = [_heads_by_block(group, parts, outputs) for group in groups.values()]
     results: dict[str, np.ndarray] = {}
-    for run, recipients, owner, pair in _rows_of_groups(decoder, prompts, pairs, len(groups)):
+    for run, recipients, owner, pair in _rows_of_groups(
+        decoder, prompts, pairs, len(groups), forests
+    ):
         edited = {block for number in set(owner.tolist()) for block in chosen[number]}
         none = {block: torch.zeros(outputs[block].shape[-1], dtype=torch.bool) for block in edited}
         which = {
@@ -233,15 +260,29 @@ def patch_heads(
 
 
 @evaluated
-def head_outputs(decoder: Decoder, prompts: Prompts, heads: Sequence[Head]) -> Tensor:
+def head_outputs(
+    decoder: Decoder,
+    prompts: Prompts,
+    heads: Sequence[Head],
+    *,
+    rows: np.ndarray | None = None,
+    forests: list[Forest] | None = None,
+) -> Tensor:
     """Return what each head adds to the residual stream at the last token.
 
     What the attention adds, less what it would add if the head put out nothing: with a plain output
     projection the head's slice through it, with a norm behind it (Gemma) what that norm makes of
     the difference.
 
+    Args:
+        decoder: the model.
+        prompts: token ids; lengths may differ.
+        heads: each a block and a head's number.
+        rows: which of the prompts, all by default.
+        forests: as in `sweep_sites`.
+
     Returns:
-        `[n_heads, n_prompts, d_model]`, float32, on the CPU.
+        `[n_heads, n_rows, d_model]`, float32, on the CPU.
 
     Raises:
         ValueError: a head that does not exist, or a model without such parts.
@@ -252,18 +293,26 @@ def head_outputs(decoder: Decoder, prompts: Prompts, heads: Sequence[Head]) -> T
     parts = dict(zip(wanted, find_parts(decoder, wanted), strict=True))
     for block, head in heads:
         _check_sites(decoder, {f"{block}.{head}": Site("attention", (head,))}, [parts[block]])
-    members = np.arange(len(prompts))
-    read = _read_outputs(decoder, prompts, where, members, wanted, tuple(parts.values()), None)
+    members = np.arange(len(prompts)) if rows is None else np.asarray(rows)
+    read = _read_outputs(
+        decoder,
+        prompts,
+        where,
+        np.unique(members),
+        wanted,
+        tuple(parts.values()),
+        None,
+        [] if forests is None else forests,
+    )
     outputs = dict(zip(wanted, read, strict=True))
     alone = TokensAlone(decoder)
     written = []
     for block, head in heads:
-        own, part = outputs[block], parts[block]
-        without = own.heads.clone()
+        part = parts[block]
+        entering, whole = outputs[block].entering[members], outputs[block].heads[members]
+        without = whole.clone()
         without[..., slice_of(part, without.shape[-1], [head])] = 0
-        whole, rest = (
-            alone.attention(block, part, own.entering, given) for given in (own.heads, without)
-        )
+        whole, rest = (alone.attention(block, part, entering, given) for given in (whole, without))
         written.append(part.multiplier * (whole - rest)[:, 0])
     return torch.stack(written)
 
@@ -281,26 +330,29 @@ def _heads_by_block(
 
 
 def _rows_of_groups(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], pairs: np.ndarray, n_groups: int
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    pairs: np.ndarray,
+    n_groups: int,
+    forests: list[Forest],
 ) -> Iterator[tuple[Prefix | Tensor, np.ndarray, np.ndarray, np.ndarray]]:
     """Yield what to run, and of each row of it the recipient, the group and the pair `[n_rows]`.
 
     Rows of whatever group share a pass, over the last token alone after a forest of the others,
     where that is exact; else over whole prompts of one length `[n_rows, length]`.
     """
-    unique = np.unique(pairs[:, 0])
+    unique, members = np.unique(pairs[:, 0]), np.unique(pairs)
     lengths = np.array([len(prompt) for prompt in prompts])
-    longest = int(unique[lengths[unique].argmax()])
     batches: Iterable[tuple[np.ndarray, Forest | None]]
-    if forests_are_exact(decoder, [prompts[r] for r in unique]) and _last_token_is_exact(
-        decoder, prompts[longest]
-    ):
-        planted = plant_prompts(prompts, unique.tolist(), BATCH_TOKENS)
-        batches = ((batch.rows, run_forest(decoder, batch)) for batch in planted)
+    if _last_tokens_are_exact(decoder, prompts, members):
+        run = run_forests(decoder, plant_rest(prompts, members, forests, BATCH_TOKENS), forests)
+        batches = ((np.intersect1d(unique, forest.batch.rows), forest) for forest in run)
     else:
         alike = equal_length_rows([prompts[r] for r in unique], BATCH_TOKENS)
         batches = ((unique[rows], None) for rows in alike)
     for own, forest in batches:
+        if not len(own):
+            continue
         cells = np.flatnonzero(np.isin(pairs[:, 0], own))
         group, pair = (axis.ravel() for axis in np.indices((n_groups, len(cells))))
         most = max(1, BATCH_TOKENS // int(lengths[own].max()))
@@ -318,6 +370,14 @@ def _rows_of_groups(
 def _last_token(forest: Forest, rows: np.ndarray, lengths: np.ndarray) -> Prefix:
     """Return some prompts, ready for edits of their last tokens."""
     return forest.prefix(rows, lengths, lengths - 1)
+
+
+def _last_tokens_are_exact(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], members: np.ndarray
+) -> bool:
+    """Say whether some prompts may run as forests, and their last tokens after these alone."""
+    own = [prompts[member] for member in members]
+    return forests_are_exact(decoder, own) and _last_token_is_exact(decoder, max(own, key=len))
 
 
 def _last_token_is_exact(decoder: Decoder, prompt: Sequence[int]) -> bool:
@@ -392,6 +452,10 @@ def _put_heads(
         yield
 
 
+class _SeenError(Exception):
+    """The heads' outputs were seen."""
+
+
 @contextmanager
 def _hide_from_heads(
     decoder: Decoder,
@@ -405,12 +469,15 @@ def _hide_from_heads(
     def look(block: int) -> Callable[..., None]:
         def see(_module: nn.Module, args: tuple[Any, ...]) -> None:
             blind[block] = args[0].reshape(len(places), -1, args[0].shape[-1])[:, -1].clone()
+            raise _SeenError  # the rest of the block is not needed
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             call = as_call(module, args, kwargs)
             handle = parts[block].projection.register_forward_pre_hook(see, prepend=True)
             try:
                 module.forward(call["hidden"], **_hide(call, block, places))
+            except _SeenError:
+                pass
             finally:
                 handle.remove()
 
@@ -438,16 +505,22 @@ class _Outputs:
     other_heads: Tensor
 
     def exchange(
-        self, site: Site, pairs: np.ndarray, parts: Parts
+        self, sites: Sequence[Site], pairs: np.ndarray, parts: Parts
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return what enters the block, the heads and the MLP's output of each pair's edit."""
+        """Return what enters the block, the heads and the MLP's output in each pair's edit.
+
+        Of sites of the attention, or of the MLP `[n_sites, n_pairs, k, …]`.
+        """
         recipient, donor = torch.as_tensor(pairs).T
-        heads = self.heads[recipient]
-        if site.part == "mlp":
-            return self.entering[recipient], heads, self.mlp[donor]
-        chosen = slice_of(parts, heads.shape[-1], site.heads)
-        heads[..., chosen] = self.other_heads[donor][..., chosen]
-        return self.entering[recipient], heads, None
+        entering, heads = (
+            own[recipient].repeat(len(sites), 1, 1, 1) for own in (self.entering, self.heads)
+        )
+        if sites[0].part == "mlp":
+            return entering, heads, self.mlp[donor].repeat(len(sites), 1, 1, 1)
+        for number, site in enumerate(sites):
+            chosen = slice_of(parts, heads.shape[-1], site.heads)
+            heads[number][..., chosen] = self.other_heads[donor][..., chosen]
+        return entering, heads, None
 
 
 def _read_outputs(
@@ -458,18 +531,43 @@ def _read_outputs(
     wanted: tuple[int, ...],
     parts: tuple[Parts, ...],
     hide: list[list[int]] | None,
+    forests: list[Forest],
 ) -> list[_Outputs]:
-    """Return the outputs of the blocks' sites for some prompts; those of others may be zero."""
+    """Return the outputs of the blocks' sites for some prompts; those of others may be zero.
+
+    Of what is in the forests, the last tokens alone are run; the rest is added to them.
+    """
     seen: dict[tuple[str, int], Tensor] = {}  # of the batch that runs
     kept: dict[tuple[str, int], Tensor] = {}
     slot = "heads"
     rows = members
-    batches: Iterable[Batch]
-    if hide is None and forests_are_exact(decoder, [prompts[member] for member in members]):
-        batches = plant_prompts(prompts, members.tolist(), BATCH_TOKENS)
-    else:
-        alike = equal_length_rows([prompts[member] for member in members], BATCH_TOKENS)
-        batches = [stack_prompts(prompts, members[chosen].tolist()) for chosen in alike]
+
+    # Asked before hooks are put on the blocks, which would answer no.
+    exact = hide is None and _last_tokens_are_exact(decoder, prompts, members)
+    lengths = np.array([len(prompt) for prompt in prompts])
+    if forests and not (where[members] == lengths[members, None] - 1).all():
+        forests = []  # more than the last tokens would have to be run
+    n_there = len(forests)
+
+    def run() -> Iterator[Batch]:
+        nonlocal rows
+        if exact:
+            batches = plant_rest(prompts, members, forests, BATCH_TOKENS)
+            for number, forest in enumerate(run_forests(decoder, batches, forests)):
+                if number >= n_there:
+                    yield forest.batch
+                elif len(own := np.intersect1d(members, forest.batch.rows)):
+                    prefix = _last_token(forest, own, lengths[own])
+                    _run_last(decoder, prefix)
+                    first = torch.zeros(prefix.tokens.shape, dtype=torch.long)
+                    yield Batch(own, prefix.tokens[:, -1:], torch.arange(len(own)), first)
+            return
+        for chosen in equal_length_rows([prompts[member] for member in members], BATCH_TOKENS):
+            rows = members[chosen]
+            batch = stack_prompts(prompts, rows.tolist())
+            with torch.inference_mode():
+                decoder.model.base_model(use_cache=False, **inputs_of(decoder, batch))
+            yield batch
 
     def see_heads(block: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -499,17 +597,14 @@ def _read_outputs(
             stack.callback(part.projection.register_forward_pre_hook(see_heads(block)).remove)
             stack.callback(part.mlp.register_forward_hook(see_mlp(block)).remove)
         stack.enter_context(watching(decoder, wanted, note))
-        for batch in batches:
-            rows = batch.rows
-            with torch.inference_mode():
-                decoder.model.base_model(use_cache=False, **inputs_of(decoder, batch))
-            columns = batch.columns.gather(1, torch.as_tensor(where[rows]))
+        for batch in run():
+            columns = batch.columns.gather(1, torch.as_tensor(where[batch.rows]))
             for name, states in seen.items():
                 lines = states.reshape(*batch.tokens.shape, -1)
                 picked = lines[batch.lines[:, None], columns].cpu()
                 if name not in kept:
                     kept[name] = picked.new_zeros(len(prompts), *picked.shape[1:])
-                kept[name][torch.as_tensor(rows)] = picked
+                kept[name][torch.as_tensor(batch.rows)] = picked
             seen.clear()
     names = ("entering", "heads", "mlp", "other_heads")
     return [_Outputs(*(kept[name, block] for name in names)) for block in wanted]

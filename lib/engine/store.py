@@ -305,7 +305,9 @@ def _sweep_path(
     folder = _folder(decoder, module)
     if folder is None:
         return None
-    told = {name: value for name, value in options.items() if name != "description"}
+    told = {
+        name: value for name, value in options.items() if name not in ("description", "forests")
+    }
     try:
         name = key_of(check_prompts(decoder, prompts), np.asarray(pairs), what, told)
     except NoKeyError:

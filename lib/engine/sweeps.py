@@ -28,9 +28,11 @@ from lib.engine.replay import (
     Forest,
     Prefix,
     ReplayUnsupportedError,
+    plant_rest,
     recompute_rows,
     replay_rows,
     run_forest,
+    run_forests,
     run_prefix,
     run_whole,
 )
@@ -40,9 +42,6 @@ BATCH_TOKENS = 1024
 UNEMBEDDING_ROWS = 512
 PREFIX_SHARE = 4
 """How many times the tokens of its rows a group's prefixes may hold."""
-KEPT_BYTES = 2**30
-"""Most memory for forests that wait for their turn, where they give the donors' states too."""
-
 _compared: Known[tuple[bool, int, int]] = WeakKeyDictionary()
 
 
@@ -100,6 +99,7 @@ def sweep_blocks(
     read_ids: Sequence[int] = (),
     measure: Measure | None = None,
     batch_tokens: int = BATCH_TOKENS,
+    forests: Sequence[Forest] = (),
     description: str | None = None,
 ) -> Sweep:
     """Return the effect of each edit, after each block, on every recipient of `pairs`.
@@ -123,6 +123,7 @@ def sweep_blocks(
             `[n_rows]` that returns named numbers `[n_rows]`; it sees a bounded chunk at a time.
             Without one, only the rows of the unembedding in `read_ids` are multiplied.
         batch_tokens: most row tokens in one pass; with `d_model` it bounds the working set.
+        forests: what `run_forest` returned of these prompts; they are not run again.
         description: what a progress display calls this sweep; None shows none.
 
     Raises:
@@ -148,8 +149,10 @@ def sweep_blocks(
     measures: dict[str, np.ndarray] = {}
     n_rows = len(edits) * len(wanted) * int(np.bincount(pairs[:, 0]).max())
     run = np.unique(pairs if donors is None else pairs[:, 0])
-    stands = _stands(decoder, prompts, where, pairs[:, 0], run, n_rows, batch_tokens, wanted)
-    kept: list[Forest] = []
+    _check_forests(forests, prompts)
+    batches = plant_rest(prompts, run, forests, batch_tokens)
+    stands = _stands(decoder, prompts, where, pairs[:, 0], batches, n_rows, batch_tokens, wanted)
+    kept = list(forests) if stands[0].batch is not None else []
     if donors is None:
         donors = _own_states(decoder, prompts, where, wanted, pairs, stands, kept)
     prefixes = _prefixes(decoder, prompts, where, stands, kept)
@@ -316,14 +319,14 @@ def _stands(
     prompts: Sequence[Sequence[int]],
     where: np.ndarray,
     recipients: np.ndarray,
-    run: np.ndarray,
+    batches: Sequence[Batch],
     n_rows: int,
     batch_tokens: int,
     wanted: tuple[int, ...],
 ) -> list[_Stand]:
     """Return the recipients of all pairs in groups, and how each group may be run exactly.
 
-    On forests of the prompts `run`, which share what they begin with; else each group by itself.
+    On forests, batches of prompts that share what they begin with; else each group by itself.
     """
     edited = np.unique(recipients)
     layouts = {_layout(prompts, where, recipient): int(recipient) for recipient in edited}
@@ -336,12 +339,13 @@ def _stands(
     def groups(members: np.ndarray, *, ragged: bool) -> list[_Group]:
         return _groups(prompts, where, recipients, members, n_rows, batch_tokens, ragged=ragged)
 
-    if forests_are_exact(decoder, [prompts[row] for row in run]) and all(
+    run = [prompts[row] for batch in batches for row in batch.rows]
+    if forests_are_exact(decoder, run) and all(
         exact(layout, planted=True) for layout in longest_first
     ):
         return [
             _Stand(batch, groups(np.intersect1d(edited, batch.rows), ragged=True), True)
-            for batch in plant_prompts(prompts, run.tolist(), batch_tokens)
+            for batch in batches
         ]
     known = {layout: exact(layout, planted=False) for layout in longest_first}
     return [
@@ -592,14 +596,11 @@ def _own_states(
     in `KEPT_BYTES`. The states of prompts that do not serve as donors may be zero.
     """
     states = torch.zeros(len(wanted), len(prompts), where.shape[1], decoder.d_model)
-    donors, room = np.unique(pairs[:, 1]), KEPT_BYTES
-    for batch in [stand.batch for stand in stands if stand.batch is not None]:
-        forest = run_forest(decoder, batch)
-        given = np.intersect1d(donors, batch.rows)
+    donors = np.unique(pairs[:, 1])
+    batches = [stand.batch for stand in stands if stand.batch is not None]
+    for forest in run_forests(decoder, batches, kept):
+        given = np.intersect1d(donors, forest.batch.rows)
         states[:, given] = forest.states_at(given, where[given], wanted)
-        room -= forest.n_bytes
-        if room >= 0:
-            kept.append(forest)
     if stands[0].batch is None:
         places = torch.as_tensor(where[donors].T)
         alone = [prompts[donor] for donor in donors]
@@ -624,6 +625,17 @@ def position_table(prompts: Prompts, positions: np.ndarray | Sequence[int] | str
             "analysed; choose a later position."
         )
     return table
+
+
+def _check_forests(forests: Sequence[Forest], prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse forests of other prompts; the rest of a forest's row of columns repeats its last."""
+    for number, forest in enumerate(forests):
+        batch = forest.batch
+        held = batch.tokens[batch.lines[:, None], batch.columns].tolist()
+        for row, tokens in zip(batch.rows.tolist(), held, strict=True):
+            own = list(prompts[row]) if row < len(prompts) else []
+            if tokens != own + own[-1:] * (len(tokens) - len(own)):
+                raise ValueError(f"Forest {number} holds another prompt {row} than the one given.")
 
 
 def _check_donors(donors: Tensor, expected: tuple[int, int, int]) -> Tensor:

@@ -8,7 +8,7 @@ its untrained twins are measured on the same pairs.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from lib.engine.edits import Edit, exchange
 from lib.engine.extraction import Positions, check_blocks, logit_lens
 from lib.engine.models import Decoder
+from lib.engine.replay import Forest
 from lib.engine.store import recall_residuals, recall_sweeps
 from lib.engine.sweeps import Request
 from lib.evidence.tasks import Pairs, Task, exchange_pairs
@@ -50,11 +51,13 @@ class Trial:
         task: the task.
         decoder: the model.
         last_states: residual streams after the last block at the last token `[n_prompts, d_model]`.
+        forests: its prompts as they were run, for what is exchanged inside the model.
     """
 
     task: Task
     decoder: Decoder
     last_states: Tensor
+    forests: list[Forest] = field(default_factory=list)
 
     @property
     def logits(self) -> Tensor:
