@@ -192,3 +192,14 @@ def test_the_correlation_over_items_names_its_units():
     assert reason == "a correlation at block 0 is undefined in some draws of three"
     found = correlate([cloud(0)], cloud(1), "twelve")
     assert (found.units, found.n_units) == ("twelve", 12)
+
+
+def test_what_blocks_share_is_summed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums: list[str] = []
+    einsum = np.einsum
+    monkeypatch.setattr(np, "einsum", lambda *given: sums.append(given[0]) or einsum(*given))
+    firsts, shared = [cloud(0), cloud(1), cloud(2)], cloud(3)
+    found = correlate(firsts, shared, "twelve")
+    assert len(sums) == 3 + 1 + 3 + 1 + 3  # means, squares and products
+    alone = [correlate([one], shared, "twelve").draws[:, 0] for one in firsts]
+    assert np.array_equal(found.draws, np.stack(alone, axis=1))

@@ -7,7 +7,7 @@ form, so all costs are quadratic in the number of items.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,12 +57,12 @@ def correlate(
         if id(matrix) not in ranked:
             ranks = rank_matrix(matrix)
             ranked[id(matrix)] = None if ranks is None else off_diagonal(ranks)
-    curve = []
+    curve, pair_mean = [], pair_means(weights)
     for block in range(len(firsts)):
         matrices = [ranked[id(variable[block])] for variable in variables]
         if any(matrix is None for matrix in matrices):
             return Untested(f"all {units} are equally far from each other at block {block}")
-        found = weighted_correlations([m for m in matrices if m is not None], weights)
+        found = weighted_correlations([m for m in matrices if m is not None], weights, pair_mean)
         partial = partial_correlation(found)
         if not np.isfinite(partial).all():
             return Untested(f"a correlation at block {block} is undefined in some draws of {units}")
@@ -104,7 +104,32 @@ def rank_matrix(matrix: ArrayLike) -> FloatArray | None:
     return result
 
 
-def weighted_correlations(matrices: Sequence[FloatArray], weights: FloatArray) -> FloatArray:
+def pair_means(weights: FloatArray) -> Callable[..., FloatArray]:
+    """Return a function of a matrix, or of two: the mean over pairs of it, or of their product.
+
+    In each draw `[n_draws]`, pairs i ≠ j weighted by w_i·w_j of the weights `[n_draws, n_items]`.
+    Of the same matrices it is computed once: all blocks share the divergences.
+    """
+    n_pairs = np.square(weights.sum(axis=1)) - np.square(weights).sum(axis=1)
+    n_pairs = np.where(n_pairs > 0, n_pairs, np.nan)  # a draw of one item alone has no pair
+    known: dict[tuple[int, ...], tuple[tuple[FloatArray, ...], FloatArray]] = {}
+
+    def mean(*matrices: FloatArray) -> FloatArray:
+        key = tuple(map(id, matrices))
+        if key not in known:
+            product = matrices[0] if len(matrices) == 1 else matrices[0] * matrices[1]
+            total = np.einsum("di,di->d", weights @ product, weights)
+            known[key] = (matrices, total / n_pairs)  # what is kept alive keeps its id
+        return known[key][1]
+
+    return mean
+
+
+def weighted_correlations(
+    matrices: Sequence[FloatArray],
+    weights: FloatArray,
+    pair_mean: Callable[..., FloatArray] | None = None,
+) -> FloatArray:
     """Return the correlations among matrices in each draw, ``[n_draws, n_matrices, n_matrices]``.
 
     Pearson's correlation over the pairs i ≠ j, weighted by w_i·w_j; of ranks it is Spearman's. NaN
@@ -113,6 +138,7 @@ def weighted_correlations(matrices: Sequence[FloatArray], weights: FloatArray) -
     Args:
         matrices: standardised (`off_diagonal`), symmetric ``[n_items, n_items]``.
         weights: ``[n_draws, n_items]``; a row of ones gives the estimate.
+        pair_mean: `pair_means` of these weights, where other matrices share it.
 
     Raises:
         ValueError: weights of another number of items.
@@ -122,19 +148,13 @@ def weighted_correlations(matrices: Sequence[FloatArray], weights: FloatArray) -
         matrix.shape != (n_items, n_items) for matrix in matrices
     ):
         raise ValueError(f"Matrices and weights must be of one number of items, here {n_items}.")
-    n_pairs = np.square(weights.sum(axis=1)) - np.square(weights).sum(axis=1)
-    n_pairs = np.where(n_pairs > 0, n_pairs, np.nan)  # a draw of one item alone has no pair
-
-    def pair_mean(matrix: FloatArray) -> FloatArray:
-        total: FloatArray = np.einsum("di,di->d", weights @ matrix, weights)
-        return total / n_pairs
-
+    pair_mean = pair_mean or pair_means(weights)
     means = [pair_mean(matrix) for matrix in matrices]
     n = len(matrices)
     covariance = np.empty((len(weights), n, n))
     for i in range(n):
         for j in range(i, n):
-            found = pair_mean(matrices[i] * matrices[j]) - means[i] * means[j]
+            found = pair_mean(matrices[i], matrices[j]) - means[i] * means[j]
             covariance[:, i, j] = covariance[:, j, i] = found
     variances = covariance[:, range(n), range(n)]
     spread = np.sqrt(np.where(variances < 1e-12, np.nan, variances))
