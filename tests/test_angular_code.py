@@ -251,6 +251,20 @@ def test_items_are_subjects_in_one_order_whatever_the_order_of_prompts(llama):
     np.testing.assert_allclose(one.draws, other.draws, atol=1e-3)
 
 
+def test_a_template_that_lacks_a_subject_is_left_out(llama):
+    task = toy_task(llama)
+    first = task.prompts["template"].iloc[0]
+    whole = task.prompts[task.prompts["template"] != first]
+    lost = task.prompts[task.prompts["template"] == first].iloc[1:]
+    found = {}
+    for name, rows in (("lost", pd.concat([whole, lost])), ("whole", whole), ("none", lost)):
+        prompts = rows.reset_index(drop=True)
+        (found[name],) = read_tasks(llama, {"toy": replace(task, prompts=prompts)}).values()
+    items = {name: items_by_template(trial) for name, trial in found.items()}
+    assert [len(one.divergence) for one in items["lost"]] == [task.n_units] * len(items["whole"])
+    assert items["none"] == Untested("no template holds every subject")
+
+
 def test_a_networks_readers_learn_from_other_texts_and_the_lens_from_none(llama, read_network):
     network, texts, learn = read_network
     states, _ = naive(llama, texts)
