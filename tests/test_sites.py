@@ -547,3 +547,17 @@ def test_of_prompts_that_were_run_the_last_tokens_alone_are_run_again(
         passes.clear()
     sweep_sites(llama, PROMPTS, PAIRS, SITES, read_ids=ALL, forests=forests)
     assert passes == [len(PROMPTS)]
+
+
+def test_forests_of_other_prompts_are_refused_inside_a_block_too(llama: Decoder) -> None:
+    forests: list[Forest] = []
+    head_outputs(llama, PROMPTS[1:], [(2, 1)], forests=forests)
+    for read in (
+        lambda: sweep_sites(llama, PROMPTS, PAIRS, SITES, read_ids=ALL, forests=forests),
+        lambda: patch_heads(
+            llama, PROMPTS, PAIRS, GROUPS, measure=logits_of_tokens, forests=forests
+        ),
+        lambda: head_outputs(llama, PROMPTS, [(2, 1)], forests=forests),
+    ):
+        with pytest.raises(ValueError, match=r"Forest 0 holds another prompt \d than"):
+            read()

@@ -173,10 +173,26 @@ def run_forest(decoder: Decoder, batch: Batch) -> Forest:
 def plant_rest(
     prompts: Sequence[Sequence[int]], rows: np.ndarray, forests: Sequence[Forest], batch_tokens: int
 ) -> list[Batch]:
-    """Return batches of some prompts: those of the forests there are, and more of the rest."""
+    """Return batches of some prompts: those of the forests there are, and more of the rest.
+
+    Raises:
+        ValueError: a forest of other prompts.
+    """
+    _check_forests(forests, prompts)
     batches = [forest.batch for forest in forests]
     rest = np.setdiff1d(rows, [row for batch in batches for row in batch.rows])
     return batches + (plant_prompts(prompts, rest.tolist(), batch_tokens) if len(rest) else [])
+
+
+def _check_forests(forests: Sequence[Forest], prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse forests of other prompts; the rest of a forest's row of columns repeats its last."""
+    for number, forest in enumerate(forests):
+        batch = forest.batch
+        held = batch.tokens[batch.lines[:, None], batch.columns].tolist()
+        for row, tokens in zip(batch.rows.tolist(), held, strict=True):
+            own = list(prompts[row]) if row < len(prompts) else []
+            if tokens != own + own[-1:] * (len(tokens) - len(own)):
+                raise ValueError(f"Forest {number} holds another prompt {row} than the one given.")
 
 
 def run_forests(

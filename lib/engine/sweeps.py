@@ -149,7 +149,6 @@ def sweep_blocks(
     measures: dict[str, np.ndarray] = {}
     n_rows = len(edits) * len(wanted) * int(np.bincount(pairs[:, 0]).max())
     run = np.unique(pairs if donors is None else pairs[:, 0])
-    _check_forests(forests, prompts)
     batches = plant_rest(prompts, run, forests, batch_tokens)
     stands = _stands(decoder, prompts, where, pairs[:, 0], batches, n_rows, batch_tokens, wanted)
     kept = list(forests) if stands[0].batch is not None else []
@@ -625,17 +624,6 @@ def position_table(prompts: Prompts, positions: np.ndarray | Sequence[int] | str
             "analysed; choose a later position."
         )
     return table
-
-
-def _check_forests(forests: Sequence[Forest], prompts: Sequence[Sequence[int]]) -> None:
-    """Refuse forests of other prompts; the rest of a forest's row of columns repeats its last."""
-    for number, forest in enumerate(forests):
-        batch = forest.batch
-        held = batch.tokens[batch.lines[:, None], batch.columns].tolist()
-        for row, tokens in zip(batch.rows.tolist(), held, strict=True):
-            own = list(prompts[row]) if row < len(prompts) else []
-            if tokens != own + own[-1:] * (len(tokens) - len(own)):
-                raise ValueError(f"Forest {number} holds another prompt {row} than the one given.")
 
 
 def _check_donors(donors: Tensor, expected: tuple[int, int, int]) -> Tensor:
