@@ -48,6 +48,13 @@ def test_a_draw_counts_a_pair_as_often_as_both_its_items_are_drawn():
     assert found.draws[9, 0] == pytest.approx(expected, rel=1e-9)
 
 
+def test_the_value_is_the_same_with_few_draws():
+    firsts, second, given = [cloud(0), cloud(1)], cloud(2), [[cloud(3), cloud(4)]]
+    few, many = (correlate(firsts, second, "twelve", given=given, n_draws=n) for n in (2, 1000))
+    assert (len(few.draws), len(many.draws)) == (3, 1001)
+    np.testing.assert_allclose(few.value, many.value, rtol=1e-12)
+
+
 def test_the_partial_correlation_is_that_of_rank_residuals():
     first, second, given = cloud(0), cloud(1), cloud(2) + cloud(0)
     design = np.column_stack([np.ones(66), rankdata(upper(given))])

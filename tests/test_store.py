@@ -154,6 +154,26 @@ def test_a_damaged_file_is_noticed_and_made_anew(
     assert len(computed) == 2
 
 
+def test_a_file_is_checked_once_and_again_when_it_has_changed(
+    decoder: Decoder, computed: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest, n_digests = store._digest, 0
+
+    def counted(*given: Any) -> str:
+        nonlocal n_digests
+        n_digests += 1
+        return digest(*given)
+
+    expected = recall_residuals(decoder, PROMPTS).states
+    monkeypatch.setattr(store, "_digest", counted)
+    for _ in range(3):
+        assert torch.equal(recall_residuals(decoder, PROMPTS).states, expected)
+    assert n_digests == 1
+    flip_a_bit(files()[0])
+    assert torch.equal(recall_residuals(decoder, PROMPTS).states, expected)
+    assert len(computed) == 2
+
+
 def test_a_full_disk_costs_time_and_nothing_else(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -340,7 +340,8 @@ def test_file_that_was_damaged_before_its_conversion_is_fetched_again(
 
 @pytest.mark.parametrize("damage", ["truncate", "change", "remove", "manifest", "list", "source"])
 def test_damaged_model_is_noticed_and_made_again(world: SimpleNamespace, damage: str) -> None:
-    model = fetch_weights("tiny") / "model.safetensors"
+    fetch_weights("tiny")
+    model = fetch_weights("tiny") / "model.safetensors"  # checked, so that its hash is known
     if damage == "truncate":
         model.write_bytes(CONTENT[:-1])
     elif damage == "change":
@@ -354,6 +355,15 @@ def test_damaged_model_is_noticed_and_made_again(world: SimpleNamespace, damage:
         file.write_text(new[damage])
     assert is_right(world)
     assert len(world.conversions) == 2
+
+
+def test_files_that_stay_as_they_are_are_read_once(
+    world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch_weights("tiny")
+    fetch_weights("tiny")
+    monkeypatch.setattr(weights.hashlib, "file_digest", None)
+    assert is_right(world)
 
 
 def test_of_two_that_fetch_at_once_one_waits_for_the_other(world: SimpleNamespace) -> None:

@@ -25,6 +25,8 @@ from lib.evidence.transfer import Trial, read_tasks
 from lib.science.correlation import correlate
 from lib.science.curves import early_blocks, late_blocks
 from lib.science.estimate import (
+    FEWEST_DRAWS,
+    N_DRAWS,
     Estimate,
     Measured,
     Untested,
@@ -120,18 +122,23 @@ def items_by_template(trial: Trial | Untested) -> list[Items] | Untested:
 
 
 def correlate_items(
-    parts: Sequence[Items] | Untested, dissimilarity: Dissimilarity = angles
+    parts: Sequence[Items] | Untested,
+    dissimilarity: Dissimilarity = angles,
+    n_draws: int = N_DRAWS,
 ) -> Measured:
     """Return ρ of a dissimilarity of states with J at each block, the mean over templates.
 
     Args:
         parts: one for each template; of texts there is one.
         dissimilarity: of states `[n_items, d_model]`, such as `angles`.
+        n_draws: as `correlate`.
     """
     if isinstance(parts, Untested):
         return parts
     curves = [
-        correlate([dissimilarity(s) for s in part.states], part.divergence, part.units)
+        correlate(
+            [dissimilarity(s) for s in part.states], part.divergence, part.units, n_draws=n_draws
+        )
         for part in parts
     ]
     return mean_of(curves)
@@ -264,11 +271,12 @@ def measure_network(
     parts = {name: items_by_template(one) for name, one in read_tasks(decoder, tasks).items()}
     sets: Mapping[str, list[Items] | Untested] = {TEXTS: [items], **parts}
     readers = learn_readers(decoder, learn, reader_blocks, judged=texts)
+    n_draws = FEWEST_DRAWS if decoder.untrained else N_DRAWS  # a seed is one number
     return Network(
         items,
         parts,
-        {name: correlate_items(found) for name, found in sets.items()},
-        {name: correlate_items(found, distances) for name, found in sets.items()},
+        {name: correlate_items(found, angles, n_draws) for name, found in sets.items()},
+        {name: correlate_items(found, distances, n_draws) for name, found in sets.items()},
         readers,
         {b: read_divergence(decoder, items.states[b], one) for b, one in readers.items()},
         {b: read_divergence(decoder, items.states[b]) for b in readers},

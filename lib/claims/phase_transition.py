@@ -37,6 +37,7 @@ from lib.science import curves
 from lib.science.correlation import correlate
 from lib.science.curves import early_blocks, last_sixth
 from lib.science.estimate import (
+    FEWEST_DRAWS,
     Estimate,
     Measured,
     Untested,
@@ -87,7 +88,7 @@ class Arms:
         measured = self.transfers[arm].blocks
         found = self.estimates[arm].at([measured.index(block) for block in self.blocks])
         if self.is_seed and isinstance(found, Estimate):
-            return replace(found, draws=found.draws[:1].repeat(3, axis=0))
+            return replace(found, draws=found.draws[:1].repeat(1 + FEWEST_DRAWS, axis=0))
         return found
 
     def mean(self, arm: Arm, chosen: Sequence[int] | range) -> Measured:

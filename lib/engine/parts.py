@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lib.engine.extraction import check_blocks
 from lib.engine.models import Decoder, evaluated
-from lib.engine.passes import agree, checked_as
+from lib.engine.passes import Known, agree, checked_as, known_of
 from lib.engine.replay import FrozenCache
 from lib.engine.structure import untuple
 
@@ -102,7 +102,7 @@ def slice_of(parts: Parts, width: int, heads: Sequence[int] | None) -> Tensor:
     return places.flatten() if heads is None else places[list(heads)].flatten()
 
 
-_alone: WeakKeyDictionary[object, dict[str, dict[int, list[Inputs]]]] = WeakKeyDictionary()
+_alone: Known[int, list[Inputs]] = WeakKeyDictionary()
 """Inputs of lone tokens, by their number: where a block has parts, no weight decides them."""
 
 
@@ -111,8 +111,7 @@ class TokensAlone:
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
-        attention = str(getattr(decoder.model.config, "_attn_implementation", ""))
-        self.inputs = _alone.setdefault(checked_as(decoder), {}).setdefault(attention, {})
+        self.inputs = known_of(_alone, decoder)
 
     def __call__(
         self, block: int, parts: Parts, entering: Tensor, heads: Tensor, mlp: Tensor | None

@@ -14,14 +14,15 @@ from lib.engine.models import Decoder, evaluated
 from lib.engine.structure import untuple
 
 Key = TypeVar("Key")
-Known = WeakKeyDictionary[object, dict[str, dict[Key, bool]]]
-"""What was found exact: by `checked_as` of the model, its attention, and lengths."""
+Value = TypeVar("Value")
+Known = WeakKeyDictionary[object, dict[str, dict[Key, Value]]]
+"""What was found, such as whether a way is exact: by `checked_as` of the model, and attention."""
 
 REFUSALS = (RuntimeError, TypeError, AttributeError, ValueError, IndexError)
 """How a model says that it cannot be run in a faster way; a slower one is always right."""
 
-_forests: Known[int] = WeakKeyDictionary()
-_generated: Known[str] = WeakKeyDictionary()
+_forests: Known[int, bool] = WeakKeyDictionary()
+_generated: Known[str, bool] = WeakKeyDictionary()
 
 
 def run_blocks(decoder: Decoder, tokens: Tensor, blocks: set[int]) -> dict[int, Tensor]:
@@ -141,7 +142,7 @@ def generation_is_exact(decoder: Decoder, way: Literal["cache", "padding"]) -> b
     return known[way]
 
 
-def known_of(known: Known[Key], decoder: Decoder) -> dict[Key, bool]:
+def known_of(known: Known[Key, Value], decoder: Decoder) -> dict[Key, Value]:
     """Return what is known of a model with the attention that it has now."""
     attention = str(getattr(decoder.model.config, "_attn_implementation", ""))
     return known.setdefault(checked_as(decoder), {}).setdefault(attention, {})

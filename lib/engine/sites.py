@@ -57,7 +57,7 @@ Places = tuple[Sequence[int], Sequence[int], int]
 """Of a prompt: tokens that attend, tokens hidden from them, its length."""
 Head = tuple[int, int]
 """A block and the number of one of its heads."""
-_prefixed: Known[int] = WeakKeyDictionary()
+_prefixed: Known[int, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)

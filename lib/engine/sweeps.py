@@ -42,7 +42,7 @@ BATCH_TOKENS = 1024
 UNEMBEDDING_ROWS = 512
 PREFIX_SHARE = 4
 """How many times the tokens of its rows a group's prefixes may hold."""
-_compared: Known[tuple[bool, int, int]] = WeakKeyDictionary()
+_compared: Known[tuple[bool, int, int], bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from functools import cache
 from http.client import HTTPException
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -45,7 +46,13 @@ def cache_folder() -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits."""
+    """Return the SHA-256 of a file as 64 hexadecimal digits; read once while it stays as it is."""
+    about = path.stat()
+    return _sha256_of(path, about.st_ino, about.st_size, about.st_mtime_ns)
+
+
+@cache
+def _sha256_of(path: Path, *_state: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -54,8 +61,9 @@ def fetch_weights(name: str = DEFAULT) -> Path:
     """Return the folder that holds a model of the catalogue, fetching it on first use.
 
     Before the first fetch its licence and its needs are printed. Later calls check the stored
-    hashes (about a second a gigabyte) and touch no network. A folder whose files do not match its
-    manifest is thrown away and made again. Of several processes one fetches, the others wait.
+    hashes (about a second a gigabyte, once a process) and touch no network. A folder whose files do
+    not match its manifest is thrown away and made again. Of several processes one fetches, the
+    others wait.
 
     Raises:
         ValueError: the catalogue has no such name; the message lists those it has.

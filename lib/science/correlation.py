@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
-from lib.science.estimate import FEWEST_UNITS, Estimate, Measured, Untested, unit_weights
+from lib.science.estimate import FEWEST_UNITS, N_DRAWS, Estimate, Measured, Untested, unit_weights
 
 FloatArray = NDArray[np.float64]
 
@@ -28,6 +28,7 @@ def correlate(
     units: str,
     *,
     given: Sequence[Sequence[ArrayLike]] = (),
+    n_draws: int = N_DRAWS,
 ) -> Measured:
     """Return Spearman's ρ of dissimilarity matrices with another, block by block, over items.
 
@@ -39,6 +40,7 @@ def correlate(
         units: what the items are called; numbers of equal units are paired.
         given: matrices to partial out, each one a block (or one for all): the partial rank
             correlation.
+        n_draws: how many draws over items, two at least; the value does not depend on it.
 
     Returns:
         ρ `[n_blocks]`; Untested for fewer than three items, a matrix that is constant, or one that
@@ -51,7 +53,7 @@ def correlate(
     n_items = len(variables[0][0])
     if n_items < FEWEST_UNITS:
         return Untested(f"{n_items} {units}, at least {FEWEST_UNITS} are needed")
-    weights = unit_weights(units, n_items)
+    weights = unit_weights(units, n_items, n_draws)
     ranked: dict[int, FloatArray | None] = {}
     for matrix in (matrix for variable in variables for matrix in variable):
         if id(matrix) not in ranked:

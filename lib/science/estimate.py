@@ -23,6 +23,7 @@ from scipy.stats import t as student_t
 FloatArray = NDArray[np.float64]
 
 N_DRAWS = 1000
+FEWEST_DRAWS = 2
 FEWEST_UNITS = 3
 SMALL = 10
 """Below so many units their draws are spread beforehand: percentiles of so few cannot be."""
@@ -68,7 +69,7 @@ class Estimate:
         """Check the draws; ValueError names the units."""
         object.__setattr__(self, "draws", np.asarray(self.draws, dtype=np.float64))
         object.__setattr__(self, "n_least", self.n_least or self.n_units)
-        if self.draws.ndim == 0 or len(self.draws) < 3:
+        if self.draws.ndim == 0 or len(self.draws) < 1 + FEWEST_DRAWS:
             raise ValueError(
                 f"An estimate over {self.units} needs its value and two draws or more; got shape "
                 f"{self.draws.shape}."
@@ -272,7 +273,9 @@ def sums_by_unit(values: ArrayLike, unit: ArrayLike) -> FloatArray:
 
 def means_by_unit(values: ArrayLike, unit: ArrayLike) -> FloatArray:
     """Return each unit's mean, units ascending, `[n_units, ...]` of values `[..., n_pairs]`."""
-    return sums_by_unit(values, unit) / sums_by_unit(np.ones(np.shape(values)), unit)
+    sums, counts = sums_by_unit(values, unit), np.unique(unit, return_counts=True)[1]
+    means: FloatArray = (sums.T / counts).T
+    return means
 
 
 def share_limits(n_units: int) -> tuple[float, float]:

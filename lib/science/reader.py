@@ -82,12 +82,45 @@ def fit_reader(
             f"A reader needs {HELD_OUT} texts or more, to hold one of each {HELD_OUT} out."
         )
     held_out = text % HELD_OUT == 0
-    fitted = _Ridge.of(x[~held_out], y[~held_out])
-    errors = fitted.errors(x[held_out], y[held_out], penalties)
+    learned, judged = _Moments.of(x[~held_out], y[~held_out]), _Moments.of(x[held_out], y[held_out])
+    errors, total = _Ridge.of(learned).errors(judged, penalties)
     best = int(np.argmin(errors))
-    total = float(np.square(y[held_out] - fitted.mean_y).sum())
-    weights, offset = _Ridge.of(x, y).coefficients(penalties[best])
+    weights, offset = _Ridge.of(learned.joined(judged)).coefficients(penalties[best])
     return Reader(weights, offset, penalties[best], 1 - float(errors[best]) / total)
+
+
+@dataclass(frozen=True, eq=False)
+class _Moments:
+    """What a regression needs of its data: sums of products about the means."""
+
+    n: int
+    mean_x: FloatArray
+    mean_y: FloatArray
+    xx: FloatArray  # [d_model, d_model]
+    xy: FloatArray
+    yy: float  # summed over the dimensions
+
+    @classmethod
+    def of(cls, x: FloatArray, y: FloatArray) -> _Moments:
+        mean_x, mean_y = x.mean(axis=0), y.mean(axis=0)
+        x, y = x - mean_x, y - mean_y
+        return cls(len(x), mean_x, mean_y, x.T @ x, x.T @ y, float(np.square(y).sum()))
+
+    def about(self, mean_x: FloatArray, mean_y: FloatArray) -> _Moments:
+        """Return the sums about other means."""
+        dx, dy = self.mean_x - mean_x, self.mean_y - mean_y
+        xx, xy = (part + self.n * np.outer(dx, d) for part, d in ((self.xx, dx), (self.xy, dy)))
+        return _Moments(self.n, mean_x, mean_y, xx, xy, self.yy + self.n * float(dy @ dy))
+
+    def joined(self, other: _Moments) -> _Moments:
+        """Return those of both data sets together."""
+        n = self.n + other.n
+        mean_x, mean_y = (
+            (self.n * one + other.n * its) / n
+            for one, its in ((self.mean_x, other.mean_x), (self.mean_y, other.mean_y))
+        )
+        one, its = self.about(mean_x, mean_y), other.about(mean_x, mean_y)
+        return _Moments(n, mean_x, mean_y, one.xx + its.xx, one.xy + its.xy, one.yy + its.yy)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,29 +134,28 @@ class _Ridge:
     moments: FloatArray  # vectorsᵀ · covariance of x with y, over the same mean
 
     @classmethod
-    def of(cls, x: FloatArray, y: FloatArray) -> _Ridge:
-        mean_x, mean_y = x.mean(axis=0), y.mean(axis=0)
-        centred = x - mean_x
-        values, vectors = np.linalg.eigh(centred.T @ centred / len(x))
+    def of(cls, data: _Moments) -> _Ridge:
+        values, vectors = np.linalg.eigh(data.xx / data.n)
         scale = float(values.mean())
         if not scale > 0:
             raise ValueError("A reader's states are all alike; there is nothing to read from them.")
-        moments = vectors.T @ (centred.T @ (y - mean_y)) / len(x)
-        return cls(mean_x, mean_y, np.clip(values / scale, 0, None), vectors, moments / scale)
+        moments = vectors.T @ data.xy / (data.n * scale)
+        values = np.clip(values / scale, 0, None)
+        return cls(data.mean_x, data.mean_y, values, vectors, moments)
 
-    def errors(self, x: FloatArray, y: FloatArray, penalties: Sequence[float]) -> FloatArray:
-        """Return the summed squared error on other data at each penalty.
+    def errors(self, data: _Moments, penalties: Sequence[float]) -> tuple[FloatArray, float]:
+        """Return the summed squared error on other data at each penalty, and of the mean alone.
 
         With D = 1 / (eigenvalues + penalty) and scores S of x, |S·D·moments − y|² is a quadratic
         form in D, so that a penalty costs d_model² and not n · d_model².
         """
-        scores, target = (x - self.mean_x) @ self.vectors, y - self.mean_y
-        squares = (scores.T @ scores) * (self.moments @ self.moments.T)
-        cross = ((scores.T @ target) * self.moments).sum(axis=1)
+        held = data.about(self.mean_x, self.mean_y)
+        squares = (self.vectors.T @ held.xx @ self.vectors) * (self.moments @ self.moments.T)
+        cross = ((self.vectors.T @ held.xy) * self.moments).sum(axis=1)
         shrunk = 1 / (self.values + np.asarray(penalties)[:, None])
         quadratic = np.einsum("pi,ij,pj->p", shrunk, squares, shrunk, optimize=True)
-        found: FloatArray = quadratic - 2 * shrunk @ cross + np.square(target).sum()
-        return found
+        found: FloatArray = quadratic - 2 * shrunk @ cross + held.yy
+        return found, held.yy
 
     def coefficients(self, penalty: float) -> tuple[FloatArray, FloatArray]:
         weights: FloatArray = (self.vectors / (self.values + penalty)) @ self.moments
