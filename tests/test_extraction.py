@@ -17,6 +17,7 @@ from lib.engine.edits import exchange
 from lib.engine.extraction import extract_residuals, logit_lens, tokenize
 from lib.engine.generation import generate
 from lib.engine.models import Decoder, load_decoder
+from lib.engine.replay import Forest
 from lib.engine.store import recall_residuals
 from lib.engine.sweeps import sweep_blocks
 
@@ -30,6 +31,54 @@ def test_states_equal_hooks_on_each_prompt_alone(decoder: Decoder) -> None:
         # Rounding grows with the states: scans of hybrid models reach a size of ten.
         size = max(1.0, float(expected.abs().max()))
         assert torch.allclose(residuals.states[:, row], expected, rtol=0, atol=1e-5 * size)
+
+
+def test_states_read_off_what_was_run_before_equal_hooks(decoder: Decoder) -> None:
+    forests: list[Forest] = []
+    first = extract_residuals(decoder, RAGGED[1:], forests=forests)
+    again = extract_residuals(decoder, RAGGED, positions=[1, 2, -2, -1, 3], forests=forests)
+    plain = extract_residuals(decoder, RAGGED, positions=[1, 2, -2, -1, 3], logits=True)
+    last = extract_residuals(decoder, RAGGED[1:], logits=True, forests=forests)
+    size = max(1.0, float(plain.states.abs().max()))
+    assert torch.allclose(again.states, plain.states, rtol=0, atol=1e-5 * size)
+    assert torch.allclose(first.states, last.states, rtol=0, atol=1e-5 * size)
+    assert last.logits is not None and plain.logits is not None
+    assert torch.allclose(last.logits, plain.logits[1:], rtol=0, atol=1e-4 * size)
+
+
+def test_what_was_run_is_not_run_again_for_other_positions_or_edits(
+    llama: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forests: list[Forest] = []
+    pairs, edits = np.array([[0, 1], [3, 2]]), {"exchange": exchange}
+    extract_residuals(llama, RAGGED, forests=[])  # compares, once, as do sweeps
+    sweep_blocks(llama, RAGGED, pairs, edits, positions="last")
+    passes = count_tokens(llama, monkeypatch)
+    extract_residuals(llama, RAGGED, forests=forests)
+    assert passes == [sum(map(len, RAGGED))]
+    extract_residuals(llama, RAGGED[::-1], positions=[1, 2, 3, 1, 0], forests=forests)
+    sweep_blocks(llama, RAGGED, pairs, edits, positions="last", forests=forests)
+    assert len(passes) == 1
+
+
+@pytest.mark.parametrize("what", ["states", "keys"])
+def test_where_keeping_keys_changes_the_states_prompts_run_without(
+    monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
+    forward, expected = decoder.model.base_model.forward, extract_residuals(decoder, RAGGED).states
+
+    def other(input_ids: torch.Tensor, **options: Any) -> object:
+        if options.get("use_cache"):
+            if what == "keys":
+                options.pop("past_key_values")
+            input_ids = input_ids.flip(-1)
+        return forward(input_ids, **options)
+
+    monkeypatch.setattr(decoder.model.base_model, "forward", other)
+    forests: list[Forest] = []
+    assert torch.allclose(extract_residuals(decoder, RAGGED, forests=forests).states, expected)
+    assert forests == []
 
 
 def test_last_block_is_read_before_the_final_norm(llama: Decoder) -> None:

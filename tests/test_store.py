@@ -353,9 +353,9 @@ def stale_after(path: Path) -> list[str]:
 
 COMPUTE_STATES = [
     "batches", "catalogue", "extraction", "loading", "memory", "models", "passes", "progress",
-    "store", "structure", "weights",
+    "replay", "store", "structure", "weights",
 ]  # fmt: skip
-COMPUTE_SWEEPS = ["edits", "replay", "sweeps"]
+COMPUTE_SWEEPS = ["edits", "sweeps"]
 
 
 @pytest.mark.parametrize("name", COMPUTE_STATES)

@@ -14,7 +14,7 @@ from lib.engine.batches import plant_prompts
 from lib.engine.edits import Edit, Rotate, add, exchange, exchange_direction, exchange_norm, keep
 from lib.engine.extraction import extract_residuals
 from lib.engine.models import Decoder, load_decoder
-from lib.engine.replay import Prefix, run_forest
+from lib.engine.replay import Forest, Prefix, run_forest
 from lib.engine.sweeps import Request, Sweep, sweep_blocks, sweep_together
 
 PROMPTS = [
@@ -523,26 +523,62 @@ def test_a_window_shorter_than_a_line_but_not_than_a_prompt_changes_nothing() ->
     assert np.abs(sweep.logits - expected.numpy()).max() < 1e-4
 
 
-def test_forests_that_are_given_are_not_run_again(
+def test_forests_that_are_given_are_not_run_again_and_the_rest_is_added(
     llama: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = [run_forest(llama, batch) for batch in plant_prompts(PROMPTS[:3], range(3), 1024)]
     _, expected = full(llama, [3, 2, 3, 2, 1])
     passes = count_tokens(llama, monkeypatch)
-    _, found = full(llama, [3, 2, 3, 2, 1], forests=own)
     rest = {tuple(prompt[:n]) for prompt in PROMPTS[3:] for n in range(1, len(prompt) + 1)}
-    assert passes == [len(rest)]
+    for n_run in ([len(rest)], []):
+        _, found = full(llama, [3, 2, 3, 2, 1], forests=own)
+        assert passes == n_run
+        assert np.abs(found - expected).max() < 1e-5
+        passes.clear()
+
+
+def test_beside_forests_that_leave_no_room_a_sweep_still_runs_its_prompts_once(
+    llama: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full(llama, "last")
+    others = [[9, 8, 7, 6, 5, 4, 3, 2], [3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]]
+    held = [run_forest(llama, batch) for batch in plant_prompts(others, range(3), 1024)]
+    (own,) = [run_forest(llama, batch) for batch in plant_prompts(PROMPTS, range(5), 1024)]
+    monkeypatch.setattr("lib.engine.replay.KEPT_BYTES", own.n_bytes)
+    passes = count_tokens(llama, monkeypatch)
+    full(llama, "last", forests=held)
+    assert passes == [own.batch.tokens.numel()]
+    assert len(held) == 1
+
+
+def test_of_forests_of_other_prompts_those_that_are_shared_serve(
+    llama: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, expected = full(llama, [3, 2, 3, 2, 1])
+    shorter, longer = PROMPTS[0][:-1], [*PROMPTS[4], 3]
+    others = [longer, PROMPTS[4], PROMPTS[1], shorter]
+    own = [run_forest(llama, batch) for batch in plant_prompts(others, range(4), 1024)]
+    passes = count_tokens(llama, monkeypatch)
+    _, found = full(llama, [3, 2, 3, 2, 1], forests=own)
+    left = [prompt for prompt in PROMPTS if prompt not in others]
+    assert passes == [
+        len({tuple(prompt[:n]) for prompt in left for n in range(1, len(prompt) + 1)})
+    ]
     assert np.abs(found - expected).max() < 1e-5
 
 
-def test_forests_of_other_prompts_are_refused(llama: Decoder) -> None:
-    one = [run_forest(llama, batch) for batch in plant_prompts(PROMPTS, [0, 3], 1024)]
-    for others in (PROMPTS[1:], [*PROMPTS[:3], PROMPTS[3][:4]], [[*PROMPTS[0], 3], *PROMPTS[1:]]):
-        row = 3 if others[0] == PROMPTS[0] else 0
-        with pytest.raises(ValueError, match=f"Forest 0 holds another prompt {row} than"):
-            sweep_blocks(
-                llama, others, np.array([[0, 1]]), {"keep": keep}, positions="last", forests=one
-            )
+def test_prompts_of_one_request_are_not_run_again_for_another(
+    llama: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forests: list[Forest] = []
+    request = Request(PROMPTS, PAIRS, "last", read_ids=READ)
+    (expected,) = sweep_together(llama, [request], {"exchange": exchange}, forests=forests)
+    passes = count_tokens(llama, monkeypatch)
+    backwards = Request(PROMPTS[::-1], len(PROMPTS) - 1 - PAIRS, "last", read_ids=READ)
+    found = sweep_together(llama, [backwards, request], {"exchange": exchange}, forests=forests)
+    assert passes == []
+    for one in found:
+        assert np.abs(one.logits - expected.logits).max() < 1e-5
 
 
 def twin(seed: int) -> Decoder:

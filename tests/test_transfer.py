@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
+from conftest import count_tokens
 from oracle import block_states, forward, kl, patched_logits
 
 from lib.engine import store
@@ -69,6 +70,20 @@ def test_an_exchange_equals_one_hooked_pass_a_pair_for_prompts_of_any_length(
         assert np.array_equal(found.choice[block], choice)
 
 
+def test_prompts_that_were_read_are_not_run_again_for_exchanges(
+    reader: Decoder, trial: Trial, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(store, "STORE", tmp_path)
+    passes = count_tokens(reader, monkeypatch)
+    own = read_tasks(reader, {"toy": trial.task, "again": trial.task})["again"]
+    assert isinstance(own, Trial)
+    (n_read,) = passes
+    assert n_read <= sum(map(len, trial.task.tokens))
+    measure_sites({"": own}, {"": exchange_pairs(own.task)}, ["subject", "last", "between"])
+    own.states("subject")
+    assert passes == [n_read]
+
+
 @pytest.mark.parametrize("site", ["subject's tokens", "between"])
 def test_an_exchange_of_several_tokens_equals_hooked_passes_where_tokens_line_up(
     trial: Trial, site: str
@@ -125,7 +140,7 @@ def test_both_arms_together_are_what_each_is_alone_and_run_every_prompt_once(
     def sites(*names):
         monkeypatch.setattr(store, "STORE", tmp_path / "-".join(names))
         tokens.append(0)
-        return measure_sites({"": trial}, {"": pairs}, names)
+        return measure_sites({"": replace(trial, forests=[])}, {"": pairs}, names)
 
     sites("subject", "last")  # compares with full recompute, once
     monkeypatch.setattr(base, "forward", counting)

@@ -5,7 +5,7 @@ token; units are texts, subjects and, of untrained twins, seeds.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ from lib.engine.edits import (
 from lib.engine.extraction import logit_lens, tokenize
 from lib.engine.models import Decoder
 from lib.engine.readouts import DistributionMeasure
+from lib.engine.replay import Forest
 from lib.engine.store import recall_residuals, recall_sweep
 from lib.evidence.content import Divergences
 from lib.evidence.criteria import TEXTS
@@ -57,6 +58,7 @@ class Reading:
         kinds: what kind of text each is `[n_texts]`.
         states: residual streams at the last token `[n_blocks, n_texts, d_model]`.
         logits: next-token logits `[n_texts, d_vocab]`.
+        forests: the texts as they were run, which are not to be run again.
     """
 
     decoder: Decoder
@@ -64,13 +66,16 @@ class Reading:
     kinds: np.ndarray
     states: Tensor
     logits: Tensor
+    forests: list[Forest] = field(default_factory=list)
 
 
 def read_texts(decoder: Decoder, texts: Sequence[str], kinds: Sequence[str]) -> Reading:
     """Return texts as the model reads them, at the last token."""
     tokens = tokenize(decoder, list(texts))
-    states = recall_residuals(decoder, tokens, description="texts").states
-    return Reading(decoder, tokens, np.asarray(kinds), states, logit_lens(decoder, states[-1]))
+    forests: list[Forest] = []
+    states = recall_residuals(decoder, tokens, forests=forests, description="texts").states
+    logits = logit_lens(decoder, states[-1])
+    return Reading(decoder, tokens, np.asarray(kinds), states, logits, forests)
 
 
 # --- carries context -----------------------------------------------------------------------------
@@ -270,6 +275,7 @@ def exchange_norms(reading: Reading, late: Sequence[int], blocks: Sequence[int])
         donors=reading.states[list(blocks)],
         blocks=list(blocks),
         measure=Divergences(reading.logits, toward),
+        forests=reading.forests,
         description="texts: norm exchange",
     )
     before = divergence(reading.logits, pairs[:, 1], pairs[:, 0])
@@ -323,6 +329,7 @@ def scale_norms(reading: Reading, block: int, factors: Sequence[float]) -> pd.Da
         donors=reading.states[[block]],
         blocks=[block],
         measure=DistributionMeasure(reading.logits, pairs[:, 0], temperature=True),
+        forests=reading.forests,
         description="texts: scaled norms",
     )
     return pd.DataFrame(

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.engine.batches import Batch, equal_length_rows, plant_prompts, stack_prompts
+from lib.engine.batches import equal_length_rows, plant_prompts, stack_prompts
 from lib.engine.models import Decoder, evaluated
 from lib.engine.passes import forests_are_exact, run_batch
 from lib.engine.progress import track
+from lib.engine.replay import Forest, forests_hold_states, plant_rest
 
 Prompts = Sequence[Sequence[int] | np.ndarray | Tensor] | np.ndarray | Tensor
 """Token ids: one list, array or tensor a prompt, or one array or tensor `[n_prompts, length]`."""
@@ -50,6 +51,7 @@ def extract_residuals(
     blocks: Sequence[int] | None = None,
     logits: bool = False,
     batch_tokens: int = BATCH_TOKENS,
+    forests: list[Forest] | None = None,
     description: str | None = None,
 ) -> Residuals:
     """Return the residual stream after each block at one position of each prompt.
@@ -66,6 +68,7 @@ def extract_residuals(
         blocks: which blocks, all by default; `()` for none (logits alone).
         logits: also return the next-token logits of the last token.
         batch_tokens: most tokens in one forward pass.
+        forests: as in `sweep_blocks`: what is to be edited later is run once, here.
         description: what a progress display calls this; None shows none.
 
     Raises:
@@ -81,7 +84,7 @@ def extract_residuals(
     last = decoder.n_blocks - 1
     needed = {*wanted, *([last] if logits else [])}
     for rows, picked in iterate_states(
-        decoder, prompts, torch.tensor([where, ends]), needed, batch_tokens, description
+        decoder, prompts, torch.tensor([where, ends]), needed, batch_tokens, forests, description
     ):
         for index, block in enumerate(wanted):
             states[index, rows] = picked[block][0].float().cpu()
@@ -98,15 +101,26 @@ def iterate_states(
     places: Tensor,
     blocks: set[int],
     batch_tokens: int = BATCH_TOKENS,
+    forests: list[Forest] | None = None,
     description: str | None = None,
 ) -> Iterator[tuple[np.ndarray, dict[int, Tensor]]]:
     """Yield, batch by batch, indices of prompts `[n]` and `{block: states [k, n, d_model]}`.
 
     The states are those at `places` `[k, n_prompts]`, none of them negative, in the model's dtype.
     """
-    batches = _batches(decoder, prompts, batch_tokens)
-    for batch in track(batches, description) if description else batches:
-        yield batch.rows, run_batch(decoder, batch, blocks, places)
+    planted, batches = None, []
+    if not forests_are_exact(decoder, prompts):
+        batches = [stack_prompts(prompts, r) for r in equal_length_rows(prompts, batch_tokens)]
+    elif forests is None or not forests_hold_states(decoder, max(prompts, key=len)):
+        batches = plant_prompts(prompts, range(len(prompts)), batch_tokens)
+    else:
+        planted = plant_rest(prompts, np.arange(len(prompts)), forests, batch_tokens)
+        batches = planted.batches
+    for number, batch in enumerate(track(batches, description) if description else batches):
+        if planted is None:
+            yield batch.rows, run_batch(decoder, batch, blocks, places)
+        else:
+            yield batch.rows, planted.run(decoder, number).states_of(blocks, places)
 
 
 def logit_lens(decoder: Decoder, states: Tensor, token_ids: Sequence[int] | None = None) -> Tensor:
@@ -119,13 +133,6 @@ def logit_lens(decoder: Decoder, states: Tensor, token_ids: Sequence[int] | None
     with torch.inference_mode():
         normed = decoder.final_norm(states.to(decoder.dtype))
         return decoder.unembed(normed, token_ids).float().cpu()
-
-
-def _batches(decoder: Decoder, prompts: Sequence[Sequence[int]], batch_tokens: int) -> list[Batch]:
-    """Return batches on which beginnings are shared, or else batches of one length."""
-    if forests_are_exact(decoder, prompts):
-        return plant_prompts(prompts, range(len(prompts)), batch_tokens)
-    return [stack_prompts(prompts, rows) for rows in equal_length_rows(prompts, batch_tokens)]
 
 
 def check_blocks(decoder: Decoder, blocks: Sequence[int] | None) -> tuple[int, ...]:

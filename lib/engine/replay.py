@@ -16,11 +16,13 @@ in a reference pass, tiled over the rows, so nothing here is tied to one archite
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -29,12 +31,20 @@ from transformers import DynamicCache
 
 from lib.engine.batches import Batch, plant_prompts
 from lib.engine.models import Decoder
-from lib.engine.passes import inputs_of, run_blocks
+from lib.engine.passes import (
+    REFUSALS,
+    Known,
+    agree,
+    inputs_of,
+    known_of,
+    run_batch,
+    run_blocks,
+)
 from lib.engine.structure import untuple
 
 MAX_ROW_TOKENS = 64
-KEPT_BYTES = 2**30
-"""Most memory for forests that are run once and serve twice."""
+KEPT_BYTES = 3 * 2**28
+"""Most memory for forests that are run once and serve more than once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +99,25 @@ class Forest:
     cache: DynamicCache
     block_inputs: tuple[dict[str, Any], ...]
 
+    @cached_property
+    def prompts(self) -> list[tuple[int, ...]]:
+        """The batch's prompts, in its order."""
+        batch, found = self.batch, []
+        for line, columns in zip(batch.lines.tolist(), batch.columns, strict=True):
+            found.append(tuple(batch.tokens[line, columns.unique()].tolist()))
+        return found
+
+    def renumbered(self, rows: Sequence[tuple[Sequence[int], int]]) -> "Forest":
+        """Return the forest with other rows for its members: rows of each one, and the member."""
+        members = torch.tensor([member for own, member in rows for _ in own])
+        batch = replace(
+            self.batch,
+            rows=np.array([row for own, _ in rows for row in own]),
+            lines=self.batch.lines[members],
+            columns=self.batch.columns[members],
+        )
+        return replace(self, batch=batch)
+
     @property
     def n_bytes(self) -> int:
         """Memory that its states, keys and values take."""
@@ -102,6 +131,11 @@ class Forest:
         lines = self.batch.lines[members][:, None]
         columns = self.batch.columns[members].gather(1, torch.as_tensor(places))
         return torch.stack([self.states[block][lines, columns].float().cpu() for block in blocks])
+
+    def states_of(self, blocks: set[int], places: Tensor) -> dict[int, Tensor]:
+        """Return `{block: states [k, n, d_model]}` of its prompts at `places` `[k, n_prompts]`."""
+        columns = self.batch.columns.gather(1, places[:, self.batch.rows].T).T
+        return {block: self.states[block][self.batch.lines, columns] for block in blocks}
 
     def prefix(self, rows: np.ndarray, lengths: np.ndarray, firsts: np.ndarray) -> Prefix:
         """Return some prompts, each ready for edits from its own position on.
@@ -170,46 +204,77 @@ def run_forest(decoder: Decoder, batch: Batch) -> Forest:
     return Forest(batch, tuple(outputs), cache, tuple(inputs))
 
 
+@dataclass(frozen=True, eq=False)
+class Planted:
+    """Batches of prompts, and the forests of those that were run.
+
+    Attributes:
+        batches: of the prompts, their rows those of one list of prompts.
+        forests: by number of the batch.
+        kept: what forests that are run are added to, as long as all in it fit in `KEPT_BYTES`.
+    """
+
+    batches: list[Batch]
+    forests: dict[int, Forest]
+    kept: list[Forest]
+
+    def run(self, decoder: Decoder, number: int) -> Forest:
+        """Return the forest of a batch, running it unless it was kept."""
+        if number in self.forests:
+            return self.forests[number]
+        forest = run_forest(decoder, self.batches[number])
+        if fits(forest, self.kept):
+            self.kept.append(forest)
+            self.forests[number] = forest
+        return forest
+
+
+def fits(forest: Forest, others: Iterable[Forest]) -> bool:
+    """Say whether a forest may be kept beside others."""
+    return sum(one.n_bytes for one in (*others, forest)) <= KEPT_BYTES
+
+
 def plant_rest(
-    prompts: Sequence[Sequence[int]], rows: np.ndarray, forests: Sequence[Forest], batch_tokens: int
-) -> list[Batch]:
-    """Return batches of some prompts: those of the forests there are, and more of the rest.
+    prompts: Sequence[Sequence[int]], rows: np.ndarray, kept: list[Forest], batch_tokens: int
+) -> Planted:
+    """Return batches of some prompts: first those that stand in a forest, then of all others."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for row in rows.tolist():
+        places.setdefault(tuple(prompts[row]), []).append(row)
+    there = []
+    for forest in kept:
+        held = [(places.pop(prompt, []), member) for member, prompt in enumerate(forest.prompts)]
+        if any(own for own, _ in held):
+            there.append(forest.renumbered(held))
+    rest = sorted(row for own in places.values() for row in own)
+    batches = [forest.batch for forest in there]
+    batches += plant_prompts(prompts, rest, batch_tokens) if rest else []
+    return Planted(batches, dict(enumerate(there)), kept)
 
-    Raises:
-        ValueError: a forest of other prompts.
+
+_read: Known[int, bool] = WeakKeyDictionary()
+
+
+def forests_hold_states(decoder: Decoder, prompt: Sequence[int]) -> bool:
+    """Compare, once for a model and again for longer prompts, a forest's states with a plain pass.
+
+    Keeping keys and values may change what is computed, and some models keep none.
     """
-    _check_forests(forests, prompts)
-    batches = [forest.batch for forest in forests]
-    rest = np.setdiff1d(rows, [row for batch in batches for row in batch.rows])
-    return batches + (plant_prompts(prompts, rest.tolist(), batch_tokens) if len(rest) else [])
-
-
-def _check_forests(forests: Sequence[Forest], prompts: Sequence[Sequence[int]]) -> None:
-    """Refuse forests of other prompts; the rest of a forest's row of columns repeats its last."""
-    for number, forest in enumerate(forests):
-        batch = forest.batch
-        held = batch.tokens[batch.lines[:, None], batch.columns].tolist()
-        for row, tokens in zip(batch.rows.tolist(), held, strict=True):
-            own = list(prompts[row]) if row < len(prompts) else []
-            if tokens != own + own[-1:] * (len(tokens) - len(own)):
-                raise ValueError(f"Forest {number} holds another prompt {row} than the one given.")
-
-
-def run_forests(
-    decoder: Decoder, batches: Sequence[Batch], forests: list[Forest]
-) -> Iterator[Forest]:
-    """Yield a forest of each batch: the ones there are, of the first batches, then new ones.
-
-    As many of the new ones as fit in `KEPT_BYTES` are added to the list.
-    """
-    room = KEPT_BYTES - sum(forest.n_bytes for forest in forests)
-    yield from list(forests)
-    for batch in batches[len(forests) :]:
-        forest = run_forest(decoder, batch)
-        room -= forest.n_bytes
-        if room >= 0:
-            forests.append(forest)
-        yield forest
+    known, length = known_of(_read, decoder), len(prompt)
+    if any(exact and longer >= length for longer, exact in known.items()):
+        return True
+    if length not in known:
+        (batch,), first = plant_prompts([prompt], [0], 1), min(1, length - 1)  # not the sink
+        places = torch.arange(first, length)[:, None]
+        slow = run_batch(decoder, batch, set(range(decoder.n_blocks)), places)
+        try:
+            fast = run_forest(decoder, batch).states
+            known[length] = all(
+                agree(states[:, 0], fast[block][0, first:]) for block, states in slow.items()
+            )
+        except (ReplayUnsupportedError, *REFUSALS):
+            known[length] = False
+    return known[length]
 
 
 @contextmanager

@@ -48,7 +48,6 @@ from lib.engine.replay import (
     plant_rest,
     replay_rows,
     run_forest,
-    run_forests,
 )
 from lib.engine.structure import untuple
 from lib.engine.sweeps import BATCH_TOKENS, Measure, Sweep, position_table, sweep_blocks
@@ -117,8 +116,7 @@ def sweep_sites(
         blocks: the blocks, all by default.
         read_ids: tokens whose logits to return.
         measure: as in `sweep_blocks`; it sees the indices of `pairs`.
-        forests: of these prompts, read by this model before; they are not run again, and those that
-            are run are added, as long as they fit in `KEPT_BYTES`.
+        forests: as in `sweep_blocks`.
         description: what a progress display calls this sweep; None shows none.
 
     Raises:
@@ -198,7 +196,7 @@ def patch_heads(
         groups: named groups of heads, each a block and a head's number; an empty one edits nothing.
         hidden: by group, for each prompt the positions that are hidden from its heads.
         measure: as in `sweep_blocks`.
-        forests: as in `sweep_sites`.
+        forests: as in `sweep_blocks`.
 
     Returns:
         What `measure` returned, by name `[n_groups, n_pairs]`.
@@ -279,7 +277,7 @@ def head_outputs(
         prompts: token ids; lengths may differ.
         heads: each a block and a head's number.
         rows: which of the prompts, all by default.
-        forests: as in `sweep_sites`.
+        forests: as in `sweep_blocks`.
 
     Returns:
         `[n_heads, n_rows, d_model]`, float32, on the CPU.
@@ -345,7 +343,8 @@ def _rows_of_groups(
     lengths = np.array([len(prompt) for prompt in prompts])
     batches: Iterable[tuple[np.ndarray, Forest | None]]
     if _last_tokens_are_exact(decoder, prompts, members):
-        run = run_forests(decoder, plant_rest(prompts, members, forests, BATCH_TOKENS), forests)
+        planted = plant_rest(prompts, members, forests, BATCH_TOKENS)
+        run = (planted.run(decoder, number) for number in range(len(planted.batches)))
         batches = ((np.intersect1d(unique, forest.batch.rows), forest) for forest in run)
     else:
         alike = equal_length_rows([prompts[r] for r in unique], BATCH_TOKENS)
@@ -547,16 +546,18 @@ def _read_outputs(
     lengths = np.array([len(prompt) for prompt in prompts])
     if forests and not (where[members] == lengths[members, None] - 1).all():
         forests = []  # more than the last tokens would have to be run
-    n_there = len(forests)
 
     def run() -> Iterator[Batch]:
         nonlocal rows
         if exact:
-            batches = plant_rest(prompts, members, forests, BATCH_TOKENS)
-            for number, forest in enumerate(run_forests(decoder, batches, forests)):
+            planted = plant_rest(prompts, members, forests, BATCH_TOKENS)
+            n_there = len(planted.forests)
+            for number in range(len(planted.batches)):
+                forest = planted.run(decoder, number)
+                own = forest.batch.rows
                 if number >= n_there:
                     yield forest.batch
-                elif len(own := np.intersect1d(members, forest.batch.rows)):
+                else:
                     prefix = _last_token(forest, own, lengths[own])
                     _run_last(decoder, prefix)
                     first = torch.zeros(prefix.tokens.shape, dtype=torch.long)

@@ -36,6 +36,7 @@ from lib.engine.extraction import (
 from lib.engine.files import BUILD, taking_the_place_of
 from lib.engine.keys import NoKeyError, key_of
 from lib.engine.models import Decoder
+from lib.engine.replay import Forest
 from lib.engine.sites import Site, sweep_sites
 from lib.engine.sources import digest_of_files, imported_files
 from lib.engine.sweeps import Request, Sweep, sweep_blocks, sweep_together
@@ -52,6 +53,7 @@ def recall_residuals(
     prompts: Prompts,
     *,
     positions: Positions = "last",
+    forests: list[Forest] | None = None,
     description: str | None = None,
 ) -> Residuals:
     """Return `extract_residuals` after all blocks, computing only prompts not computed before.
@@ -64,6 +66,7 @@ def recall_residuals(
         decoder: the model; one whose weights cannot be read (offloaded to disk) is not stored.
         prompts: token ids; lengths may differ.
         positions: as `extract_residuals`.
+        forests: as `extract_residuals`.
         description: what a progress display calls this; None shows none.
 
     Raises:
@@ -85,6 +88,7 @@ def recall_residuals(
             decoder,
             [prompts[row] for row in rows],
             positions=[where[row] for row in rows],
+            forests=forests,
             description=description,
         ).states
         states[:, rows] = computed
@@ -128,6 +132,7 @@ def recall_sweeps(
     edits: Mapping[str, Edit],
     *,
     blocks: Sequence[int] | None = None,
+    forests: list[Forest] | None = None,
     description: str | None = None,
 ) -> dict[Name, Sweep]:
     """Return `sweep_together` of requests by name; each is kept by itself, as `recall_sweep` does.
@@ -137,6 +142,7 @@ def recall_sweeps(
         requests: what differs, by name.
         edits: as `sweep_together`.
         blocks: as `sweep_together`.
+        forests: as `sweep_together`.
         description: as `sweep_together`.
 
     Raises:
@@ -163,7 +169,9 @@ def recall_sweeps(
     found = {name: sweep for name, sweep in read.items() if sweep is not None}
     missing = [name for name in requests if name not in found]
     asked = [requests[name] for name in missing]
-    swept = sweep_together(decoder, asked, edits, blocks=blocks, description=description)
+    swept = sweep_together(
+        decoder, asked, edits, blocks=blocks, forests=forests, description=description
+    )
     for name, sweep in zip(missing, swept, strict=True):
         found[name] = sweep
         if (path := paths[name]) is not None:

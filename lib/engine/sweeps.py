@@ -26,13 +26,14 @@ from lib.engine.progress import track
 from lib.engine.replay import (
     MAX_ROW_TOKENS,
     Forest,
+    Planted,
     Prefix,
     ReplayUnsupportedError,
+    fits,
     plant_rest,
     recompute_rows,
     replay_rows,
     run_forest,
-    run_forests,
     run_prefix,
     run_whole,
 )
@@ -99,7 +100,7 @@ def sweep_blocks(
     read_ids: Sequence[int] = (),
     measure: Measure | None = None,
     batch_tokens: int = BATCH_TOKENS,
-    forests: Sequence[Forest] = (),
+    forests: list[Forest] | None = None,
     description: str | None = None,
 ) -> Sweep:
     """Return the effect of each edit, after each block, on every recipient of `pairs`.
@@ -123,7 +124,8 @@ def sweep_blocks(
             `[n_rows]` that returns named numbers `[n_rows]`; it sees a bounded chunk at a time.
             Without one, only the rows of the unembedding in `read_ids` are multiplied.
         batch_tokens: most row tokens in one pass; with `d_model` it bounds the working set.
-        forests: what `run_forest` returned of these prompts; they are not run again.
+        forests: what this model has run, which is not run again; the rest of the prompts is added
+            as long as all fit in `KEPT_BYTES`.
         description: what a progress display calls this sweep; None shows none.
 
     Raises:
@@ -149,12 +151,13 @@ def sweep_blocks(
     measures: dict[str, np.ndarray] = {}
     n_rows = len(edits) * len(wanted) * int(np.bincount(pairs[:, 0]).max())
     run = np.unique(pairs if donors is None else pairs[:, 0])
-    batches = plant_rest(prompts, run, forests, batch_tokens)
-    stands = _stands(decoder, prompts, where, pairs[:, 0], batches, n_rows, batch_tokens, wanted)
-    kept = list(forests) if stands[0].batch is not None else []
+    planted = plant_rest(prompts, run, [] if forests is None else forests, batch_tokens)
+    stands = _stands(
+        decoder, prompts, where, pairs[:, 0], planted.batches, n_rows, batch_tokens, wanted
+    )
     if donors is None:
-        donors = _own_states(decoder, prompts, where, wanted, pairs, stands, kept)
-    prefixes = _prefixes(decoder, prompts, where, stands, kept)
+        donors = _own_states(decoder, prompts, where, wanted, pairs, stands, planted)
+    prefixes = _prefixes(decoder, prompts, where, stands, planted)
     total = sum(len(stand.groups) for stand in stands)
     for group, shared, prefix in track(prefixes, description, total) if description else prefixes:
         if len(read_ids):
@@ -187,6 +190,7 @@ def sweep_together(
     edits: Mapping[str, Edit],
     *,
     blocks: Sequence[int] | None = None,
+    forests: list[Forest] | None = None,
     description: str | None = None,
 ) -> list[Sweep]:
     """Return the sweep of each request; prompts of one length share passes across requests.
@@ -200,6 +204,7 @@ def sweep_together(
             measures.
         edits: as `sweep_blocks`, the same for all.
         blocks: as `sweep_blocks`, the same for all.
+        forests: as `sweep_blocks`.
         description: as `sweep_blocks`.
 
     Raises:
@@ -231,6 +236,7 @@ def sweep_together(
             blocks=blocks,
             read_ids=read_ids,
             measure=_each_its_own([one.measure for one in chosen], offset),
+            forests=forests,
             description=description,
         )
         for place, (number, one) in enumerate(zip(numbers, chosen, strict=True)):
@@ -498,13 +504,12 @@ def _prefixes(
     prompts: Sequence[Sequence[int]],
     where: np.ndarray,
     stands: Sequence[_Stand],
-    kept: list[Forest],
+    planted: Planted,
 ) -> Iterator[tuple[_Group, bool, Prefix]]:
     """Yield each group, whether replay is exact, and what its rows start from."""
-    for stand in stands:
-        forest = kept.pop(0) if kept else None
-        if forest is None and stand.batch is not None and stand.groups:
-            forest = run_forest(decoder, stand.batch)
+    for number, stand in enumerate(stands):
+        on_forest = stand.batch is not None and stand.groups
+        forest = planted.run(decoder, number) if on_forest else None
         for group in stand.groups:
             prefix = _run(decoder, prompts, where, group.recipients, stand.exact, forest)
             yield group, stand.exact, prefix
@@ -587,19 +592,21 @@ def _own_states(
     wanted: tuple[int, ...],
     pairs: np.ndarray,
     stands: Sequence[_Stand],
-    kept: list[Forest],
+    planted: Planted,
 ) -> Tensor:
     """Return the states of the prompts that serve as donors `[n_blocks, n_prompts, k, d_model]`.
 
-    They are read off the forests, which are put into `kept`, from the first on, as long as they fit
-    in `KEPT_BYTES`. The states of prompts that do not serve as donors may be zero.
+    The states of prompts that do not serve as donors may be zero.
     """
     states = torch.zeros(len(wanted), len(prompts), where.shape[1], decoder.d_model)
     donors = np.unique(pairs[:, 1])
-    batches = [stand.batch for stand in stands if stand.batch is not None]
-    for forest in run_forests(decoder, batches, kept):
-        given = np.intersect1d(donors, forest.batch.rows)
-        states[:, given] = forest.states_at(given, where[given], wanted)
+    for number, stand in enumerate(stands):
+        if stand.batch is not None:
+            given = np.intersect1d(donors, stand.batch.rows)
+            forest = planted.run(decoder, number)
+            states[:, given] = forest.states_at(given, where[given], wanted)
+            if fits(forest, planted.forests.values()):
+                planted.forests[number] = forest  # for its own edits, whoever else keeps none
     if stands[0].batch is None:
         places = torch.as_tensor(where[donors].T)
         alone = [prompts[donor] for donor in donors]

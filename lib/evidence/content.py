@@ -72,7 +72,8 @@ def measure_content(trials: Mapping[str, Trial], pairs: Mapping[str, Pairs]) -> 
         return {}
     small = {name: _narrow(trials[name], own) for name, own in pairs.items()}
     compared = {name: _compare(trial, own[0]) for name, (trial, own) in small.items()}
-    decoder = trials[next(iter(pairs))].decoder
+    first = trials[next(iter(pairs))]
+    decoder, forests = first.decoder, first.forests
     found: dict[str, list[Content]] = {name: [] for name in small}
     for arm, block in carrying_blocks(decoder.n_blocks).items():
         states = {name: states_at(trial, arm, [block])[0] for name, (trial, _) in small.items()}
@@ -90,7 +91,7 @@ def measure_content(trials: Mapping[str, Trial], pairs: Mapping[str, Pairs]) -> 
                 same = at[torch.as_tensor(alike.prompts[:, 1])]
                 alike_asked[name] = put_in(trial, logits, toward, same, arm)
         swept, swept_alike = (
-            recall_sweeps(decoder, requests, {"edit": exchange}, blocks=[block])
+            recall_sweeps(decoder, requests, {"edit": exchange}, blocks=[block], forests=forests)
             for requests in (asked, alike_asked)
         )
         for name, (trial, (own, alike)) in small.items():

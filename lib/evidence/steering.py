@@ -179,6 +179,7 @@ def _sweep(
             {name: request for name, (_, request) in able.items()},
             edits,
             blocks=[first.block],
+            forests=first.trial.forests,
             description=description,
         )
     return {n: one if isinstance(one, Untested) else swept[n] for n, one in requests.items()}

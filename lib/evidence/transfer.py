@@ -51,7 +51,7 @@ class Trial:
         task: the task.
         decoder: the model.
         last_states: residual streams after the last block at the last token `[n_prompts, d_model]`.
-        forests: its prompts as they were run, for what is exchanged inside the model.
+        forests: prompts, its own among them, that were run and are not to be run again.
     """
 
     task: Task
@@ -105,7 +105,9 @@ class Trial:
     def states(self, site: Literal["subject", "last"]) -> Tensor:
         """Return the residual streams at one site `[n_blocks, n_prompts, d_model]`."""
         where: Positions = self.task.subject_positions if site == "subject" else "last"
-        return recall_residuals(self.decoder, self.task.tokens, positions=where).states
+        return recall_residuals(
+            self.decoder, self.task.tokens, positions=where, forests=self.forests
+        ).states
 
 
 def certainty(logits: Tensor) -> np.ndarray:
@@ -125,7 +127,10 @@ def read_tasks(
 ) -> dict[str, Trial | Untested]:
     """Return each task as the model reads it, in passes of all; what was untested stays so."""
     tokens = [ids for task in tasks.values() if isinstance(task, Task) for ids in task.tokens]
-    last = recall_residuals(decoder, tokens, description="prompts").states[-1] if tokens else None
+    last, forests = None, list[Forest]()
+    if tokens:
+        read = recall_residuals(decoder, tokens, forests=forests, description="prompts")
+        last = read.states[-1]
     result: dict[str, Trial | Untested] = {}
     first = 0
     for name, task in tasks.items():
@@ -133,7 +138,8 @@ def read_tasks(
             result[name] = task
             continue
         assert last is not None
-        result[name] = Trial(task, decoder, last[first : first + task.n_prompts].clone())
+        own = last[first : first + task.n_prompts].clone()
+        result[name] = Trial(task, decoder, own, forests)
         first += task.n_prompts
     return result
 
@@ -337,7 +343,12 @@ def measure_sites(
                     DivergenceFromDonor(logits[np.unique(asked[:, 1])], _ranks(asked[:, 1])),
                 )
     sweeps = recall_sweeps(
-        decoder, requests, {"edit": edit}, blocks=wanted, description=description
+        decoder,
+        requests,
+        {"edit": edit},
+        blocks=wanted,
+        forests=trials[next(iter(pairs))].forests,
+        description=description,
     )
     result: dict[Site, dict[str, Transfer]] = {site: {} for site in sites}
     for (site, name), own in in_line.items():
