@@ -208,9 +208,11 @@ def test_requests_run_together_equal_each_alone(llama: Decoder, given: bool) -> 
         Request(PROMPTS[:3], np.array([[0, 1], [2, 0]]), [2, 3, 2], None, [4, 40], Confidence(3)),
         Request(PROMPTS[2:], np.array([[2, 0], [1, 2], [0, 1]]), "last", None, [9], Confidence(7)),
         Request(PROMPTS[:2], np.array([[1, 0]]), [[2, 3], [4, 6]], None, [], Confidence(1)),
+        # Of the second one's lengths, so that rows of both lie in turn.
+        Request(PROMPTS[1:4], np.array([[0, 1], [2, 0]]), "last", None, [9], Confidence(5)),
     ]
     if given:
-        width = [1, 1, 2]
+        width = [1, 1, 2, 1]
         requests = [
             replace(one, donors=torch.randn(2, len(one.prompts), k, llama.d_model))
             for one, k in zip(requests, width, strict=True)

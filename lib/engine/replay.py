@@ -43,7 +43,7 @@ from lib.engine.passes import (
 from lib.engine.structure import untuple
 
 MAX_ROW_TOKENS = 64
-KEPT_BYTES = 3 * 2**28
+KEPT_BYTES = 5 * 2**27
 """Most memory for forests that are run once and serve more than once."""
 
 

@@ -281,13 +281,16 @@ def _each_its_own(measures: Sequence[Measure | None], offset: np.ndarray) -> Mea
         owner = torch.bucketize(pair, bounds.to(pair.device), right=True)
         result: dict[str, Tensor] = {}
         for number in owner.unique().tolist():
-            rows = torch.nonzero(owner == number)[:, 0]
+            held = torch.nonzero(owner == number)[:, 0]
+            first, end = int(held[0]), int(held[-1]) + 1
+            # Neighbours are a view: full logits are not copied.
+            rows = slice(first, end) if end - first == len(held) else held
             own = measures[number]
             assert own is not None
             for name, values in own(logits[rows], pair[rows] - int(offset[number])).items():
                 if name not in result:
                     result[name] = torch.full((len(pair),), torch.nan, dtype=torch.float64)
-                result[name][rows.cpu()] = values.double().cpu()
+                result[name][rows] = values.double().cpu()
         return result
 
     return measure

@@ -247,11 +247,9 @@ class ProbabilityMoved:
 
         Each `[n_rows]`, float64, of edited logits `[n_rows, d_vocab]`.
         """
-        parts = [
-            self._moved(logits[rows], pair[rows].cpu().numpy())
-            for rows in torch.arange(len(pair)).split(ROWS_AT_ONCE)
-        ]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        parts = zip(logits.split(ROWS_AT_ONCE), pair.split(ROWS_AT_ONCE), strict=True)
+        found = [self._moved(part, own.cpu().numpy()) for part, own in parts]
+        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
     def _moved(self, logits: Tensor, row: IntArray) -> dict[str, Tensor]:
         before = torch.softmax(self.clean_logits[torch.as_tensor(self.recipient[row])].double(), -1)

@@ -191,11 +191,9 @@ class DivergenceFromDonor:
 
     def __call__(self, logits: Tensor, pair: Tensor) -> dict[str, Tensor]:
         """Return `kl_nats` `[n_rows]`, to 10⁻⁶ for float32 logits `[n_rows, d_vocab]`."""
-        parts = [
-            self._divergence(logits[rows], self.donors[pair[rows].cpu().numpy()])
-            for rows in torch.arange(len(pair)).split(ROWS_AT_ONCE)
-        ]
-        return {"kl_nats": torch.cat(parts)}
+        parts = zip(logits.split(ROWS_AT_ONCE), pair.split(ROWS_AT_ONCE), strict=True)
+        found = [self._divergence(part, self.donors[own.cpu().numpy()]) for part, own in parts]
+        return {"kl_nats": torch.cat(found)}
 
     def _divergence(self, logits: Tensor, donors: np.ndarray) -> Tensor:
         unique, index = np.unique(donors, return_inverse=True)
