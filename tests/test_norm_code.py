@@ -1,14 +1,17 @@
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import count_tokens
 from oracle import block_states, forward, kl, patched_logits
 from scipy.special import softmax
 from scipy.stats import rankdata
 
 from lib.claims import norm_code
+from lib.engine import store
 from lib.engine.models import Decoder
 from lib.evidence.criteria import claim_verdict, judge
 from lib.evidence.tasks import build_task
@@ -57,6 +60,24 @@ def test_an_exchange_of_norms_equals_one_hooked_pass_a_pair(reading: norm_code.R
     assert found.transfer.draws[:, 0] == pytest.approx(1 - drawn[:, 0] / drawn[:, 1], abs=1e-3)
     assert found.cost_ratio.draws[:, 0] == pytest.approx(drawn[:, 2] / drawn[:, 3], rel=1e-3)
     assert (found.transfer.units, found.transfer.n_units) == ("texts", 45)
+
+
+def test_texts_run_once_for_states_and_exchange_and_are_then_let_go(
+    reading: norm_code.Reading, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    texts = [reading.decoder.tokenizer.decode(tokens) for tokens in reading.tokens]
+    monkeypatch.setattr(store, "STORE", tmp_path / "compared")
+    again = norm_code.read_texts(reading.decoder, texts, reading.kinds.tolist())
+    norm_code.exchange_norms(again, LATE, [1])  # compares with full recompute, once
+    monkeypatch.setattr(store, "STORE", tmp_path / "new")
+    passes = count_tokens(reading.decoder, monkeypatch)
+    again = norm_code.read_texts(reading.decoder, texts, reading.kinds.tolist())
+    read = sum(passes)
+    assert read > 0
+    assert again.forests
+    norm_code.exchange_norms(again, LATE, [1])
+    assert sum(passes) == read
+    assert again.forests == []
 
 
 def test_donors_are_of_the_outer_tenths_and_never_the_text_itself():

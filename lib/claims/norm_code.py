@@ -58,7 +58,7 @@ class Reading:
         kinds: what kind of text each is `[n_texts]`.
         states: residual streams at the last token `[n_blocks, n_texts, d_model]`.
         logits: next-token logits `[n_texts, d_vocab]`.
-        forests: the texts as they were run, which are not to be run again.
+        forests: the texts as they were run, until an exchange of their norms needs them no longer.
     """
 
     decoder: Decoder
@@ -278,6 +278,7 @@ def exchange_norms(reading: Reading, late: Sequence[int], blocks: Sequence[int])
         forests=reading.forests,
         description="texts: norm exchange",
     )
+    reading.forests.clear()  # most of a gigabyte, while the next network is read
     before = divergence(reading.logits, pairs[:, 1], pairs[:, 0])
     whole = sums_by_unit(np.tile(before, (len(blocks), 1)), pairs[:, 0])
     norm, _, direction = (sums_by_unit(one, pairs[:, 0]) for one in sweep.measures["from_donor"])
@@ -329,7 +330,6 @@ def scale_norms(reading: Reading, block: int, factors: Sequence[float]) -> pd.Da
         donors=reading.states[[block]],
         blocks=[block],
         measure=DistributionMeasure(reading.logits, pairs[:, 0], temperature=True),
-        forests=reading.forests,
         description="texts: scaled norms",
     )
     return pd.DataFrame(
