@@ -569,6 +569,20 @@ def test_of_forests_of_other_prompts_those_that_are_shared_serve(
     assert np.abs(found - expected).max() < 1e-5
 
 
+def test_forests_of_another_model_or_of_other_weights_are_refused() -> None:
+    one, other = (load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer()) for _ in range(2))
+    forests: list[Forest] = []
+    extract_residuals(one, PROMPTS, forests=forests)
+    sweep_blocks(one, PROMPTS, PAIRS, EDITS, positions="last", forests=forests)
+    with torch.no_grad():
+        for decoder in (other, one):
+            with pytest.raises(ValueError, match="Forest 0 was run by another model"):
+                extract_residuals(decoder, PROMPTS, forests=forests)
+            with pytest.raises(ValueError, match="Forest 0 was run by another model"):
+                full(decoder, "last", forests=forests)
+            next(iter(one.model.parameters())).mul_(1.5)
+
+
 def test_prompts_of_one_request_are_not_run_again_for_another(
     llama: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

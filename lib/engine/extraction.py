@@ -114,7 +114,8 @@ def iterate_states(
     elif forests is None or not forests_hold_states(decoder, max(prompts, key=len)):
         batches = plant_prompts(prompts, range(len(prompts)), batch_tokens)
     else:
-        planted = plant_rest(prompts, np.arange(len(prompts)), forests, batch_tokens)
+        rows = np.arange(len(prompts))
+        planted = plant_rest(decoder, prompts, rows, forests, batch_tokens)
         batches = planted.batches
     for number, batch in enumerate(track(batches, description) if description else batches):
         if planted is None:

@@ -22,7 +22,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
@@ -92,12 +92,16 @@ class Forest:
         states: clean residual streams by block, each `[n_lines, length, d_model]`.
         cache: keys and values of all tokens.
         block_inputs: the keyword arguments each block received.
+        decoder: the model that ran it, as long as there is one.
+        weights: `weights_of` it when it did.
     """
 
     batch: Batch
     states: tuple[Tensor, ...]
     cache: DynamicCache
     block_inputs: tuple[dict[str, Any], ...]
+    decoder: ref[Decoder]
+    weights: tuple[tuple[int, int], ...]
 
     @cached_property
     def prompts(self) -> list[tuple[int, ...]]:
@@ -201,7 +205,16 @@ def run_forest(decoder: Decoder, batch: Batch) -> Forest:
         told = inputs_of(decoder, batch)
         decoder.model.base_model(past_key_values=cache, use_cache=True, **told)
     _check_cache(cache, batch.tokens.shape[1])
-    return Forest(batch, tuple(outputs), cache, tuple(inputs))
+    made = (ref(decoder), weights_of(decoder))
+    return Forest(batch, tuple(outputs), cache, tuple(inputs), *made)
+
+
+def weights_of(decoder: Decoder) -> tuple[tuple[int, int], ...]:
+    """Return where a model's weights lie and how often each was changed in place."""
+    return tuple(
+        (one.data_ptr(), 0 if one.is_inference() else one._version)
+        for one in decoder.model.parameters()
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,9 +248,24 @@ def fits(forest: Forest, others: Iterable[Forest]) -> bool:
 
 
 def plant_rest(
-    prompts: Sequence[Sequence[int]], rows: np.ndarray, kept: list[Forest], batch_tokens: int
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    rows: np.ndarray,
+    kept: list[Forest],
+    batch_tokens: int,
 ) -> Planted:
-    """Return batches of some prompts: first those that stand in a forest, then of all others."""
+    """Return batches of some prompts: first those that stand in a forest, then of all others.
+
+    Raises:
+        ValueError: a forest that another model ran, or this one before its weights were changed.
+    """
+    now = weights_of(decoder) if kept else ()
+    for number, forest in enumerate(kept):
+        if forest.decoder() is not decoder or forest.weights != now:
+            raise ValueError(
+                f"Forest {number} was run by another model than {decoder.name}, or before its "
+                "weights were changed; begin a list for each model."
+            )
     places: dict[tuple[int, ...], list[int]] = {}
     for row in rows.tolist():
         places.setdefault(tuple(prompts[row]), []).append(row)

@@ -343,7 +343,7 @@ def _rows_of_groups(
     lengths = np.array([len(prompt) for prompt in prompts])
     batches: Iterable[tuple[np.ndarray, Forest | None]]
     if _last_tokens_are_exact(decoder, prompts, members):
-        planted = plant_rest(prompts, members, forests, BATCH_TOKENS)
+        planted = plant_rest(decoder, prompts, members, forests, BATCH_TOKENS)
         run = (planted.run(decoder, number) for number in range(len(planted.batches)))
         batches = ((np.intersect1d(unique, forest.batch.rows), forest) for forest in run)
     else:
@@ -550,7 +550,7 @@ def _read_outputs(
     def run() -> Iterator[Batch]:
         nonlocal rows
         if exact:
-            planted = plant_rest(prompts, members, forests, BATCH_TOKENS)
+            planted = plant_rest(decoder, prompts, members, forests, BATCH_TOKENS)
             n_there = len(planted.forests)
             for number in range(len(planted.batches)):
                 forest = planted.run(decoder, number)

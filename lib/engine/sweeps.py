@@ -125,7 +125,7 @@ def sweep_blocks(
             Without one, only the rows of the unembedding in `read_ids` are multiplied.
         batch_tokens: most row tokens in one pass; with `d_model` it bounds the working set.
         forests: what this model has run, which is not run again; the rest of the prompts is added
-            as long as all fit in `KEPT_BYTES`.
+            as long as all fit in `KEPT_BYTES`. Another model's are refused.
         description: what a progress display calls this sweep; None shows none.
 
     Raises:
@@ -151,7 +151,8 @@ def sweep_blocks(
     measures: dict[str, np.ndarray] = {}
     n_rows = len(edits) * len(wanted) * int(np.bincount(pairs[:, 0]).max())
     run = np.unique(pairs if donors is None else pairs[:, 0])
-    planted = plant_rest(prompts, run, [] if forests is None else forests, batch_tokens)
+    kept = [] if forests is None else forests
+    planted = plant_rest(decoder, prompts, run, kept, batch_tokens)
     stands = _stands(
         decoder, prompts, where, pairs[:, 0], planted.batches, n_rows, batch_tokens, wanted
     )
