@@ -283,3 +283,11 @@ def _logit_softcap(config: Any) -> float | None:
     names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
     found = next((cap for name in names if (cap := getattr(config, name, None))), None)
     return None if found is None else float(found)
+
+
+def weight_versions(decoder: Decoder) -> tuple[tuple[int, int], ...]:
+    """Return where a model's weights lie and how often each was changed in place."""
+    return tuple(
+        (one.data_ptr(), 0 if one.is_inference() else one._version)
+        for one in decoder.model.state_dict().values()
+    )

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lib.engine.batches import Batch, plant_prompts
-from lib.engine.models import Decoder
+from lib.engine.models import Decoder, weight_versions
 from lib.engine.passes import (
     REFUSALS,
     Known,
@@ -93,7 +93,7 @@ class Forest:
         cache: keys and values of all tokens.
         block_inputs: the keyword arguments each block received.
         decoder: the model that ran it, as long as there is one.
-        weights: `weights_of` it when it did.
+        weights: `weight_versions` it when it did.
     """
 
     batch: Batch
@@ -205,16 +205,8 @@ def run_forest(decoder: Decoder, batch: Batch) -> Forest:
         told = inputs_of(decoder, batch)
         decoder.model.base_model(past_key_values=cache, use_cache=True, **told)
     _check_cache(cache, batch.tokens.shape[1])
-    made = (ref(decoder), weights_of(decoder))
+    made = (ref(decoder), weight_versions(decoder))
     return Forest(batch, tuple(outputs), cache, tuple(inputs), *made)
-
-
-def weights_of(decoder: Decoder) -> tuple[tuple[int, int], ...]:
-    """Return where a model's weights lie and how often each was changed in place."""
-    return tuple(
-        (one.data_ptr(), 0 if one.is_inference() else one._version)
-        for one in decoder.model.parameters()
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,7 +251,7 @@ def plant_rest(
     Raises:
         ValueError: a forest that another model ran, or this one before its weights were changed.
     """
-    now = weights_of(decoder) if kept else ()
+    now = weight_versions(decoder) if kept else ()
     for number, forest in enumerate(kept):
         if forest.decoder() is not decoder or forest.weights != now:
             raise ValueError(

@@ -35,7 +35,7 @@ from lib.engine.extraction import (
 )
 from lib.engine.files import BUILD, taking_the_place_of
 from lib.engine.keys import NoKeyError, key_of
-from lib.engine.models import Decoder
+from lib.engine.models import Decoder, weight_versions
 from lib.engine.replay import Forest
 from lib.engine.sites import Site, sweep_sites
 from lib.engine.sources import digest_of_files, imported_files
@@ -229,7 +229,7 @@ def fingerprint(decoder: Decoder) -> str | None:
     tensors = decoder.model.state_dict()
     if any(weight.is_meta for weight in tensors.values()):
         return None
-    state = [(weight.data_ptr(), weight._version) for weight in tensors.values()]
+    state = weight_versions(decoder)
     known = _fingerprints.get(decoder)
     if known is None or known[0] != state:
         known = _fingerprints[decoder] = (state, _fingerprint(decoder, tensors))
