@@ -50,7 +50,7 @@ def test_a_batch_holds_the_tokens_it_may_or_one_line(lengths: list[int], batch_t
     prompts = draw(lengths)
     for batch in plant_prompts(prompts, range(len(prompts)), batch_tokens):
         assert batch.tokens.numel() <= batch_tokens or len(batch.tokens) == 1
-        assert batch.tokens.shape[1] <= max(*lengths, LINE_TOKENS)
+        assert batch.tokens.shape[1] <= max(LINE_TOKENS, max(lengths) + LINE_TOKENS // 2)
 
 
 @given(prompts=PROMPTS)
@@ -67,6 +67,12 @@ def test_few_places_stay_empty() -> None:
     lengths = np.random.default_rng(1).integers(4, 65, size=256).tolist()
     batches = plant_prompts(draw(lengths), range(256), 2048)
     assert sum(batch.tokens.numel() for batch in batches) < 1.25 * sum(lengths)
+
+
+def test_prompts_behind_one_long_passage_share_its_line() -> None:
+    passage, *ends = draw([200] + [8] * 12)
+    batches = plant_prompts([passage + end for end in ends], range(12), 2048)
+    assert sum(batch.tokens.numel() for batch in batches) < 3 * len(passage)
 
 
 def test_only_the_rows_asked_for_are_planted() -> None:

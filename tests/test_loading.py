@@ -1,5 +1,6 @@
 """Loading: on one device or several, in any dtype; what cannot be loaded is refused in one line."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -230,3 +231,14 @@ def test_prompt_that_the_model_cannot_read_is_named(
         extract_residuals(llama, [[5, 6], prompt])
     with pytest.raises(ValueError, match=f"Prompt 1 .*{words}"):
         sweep_blocks(llama, [[5, 6], prompt], [[0, 1]], {"x": exchange}, positions="last")
+
+
+def test_twins_share_their_models_tokenizer_until_its_files_change(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model")
+    trained = load_decoder(folder)
+    assert load_decoder(folder, untrained=True).tokenizer is trained.tokenizer
+    changed = tiny_tokenizer()
+    changed.add_tokens(["novel"])
+    changed.save_pretrained(folder)
+    os.utime(folder / "tokenizer.json", ns=(1, 1))  # whatever the file system's clock makes of it
+    assert len(load_decoder(folder).tokenizer) == len(trained.tokenizer) + 1

@@ -1,6 +1,7 @@
 """Models: parts found by structure, wrong models refused in one line."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,6 +48,36 @@ def test_logits_of_named_tokens_are_columns_of_the_full_logits(decoder: Decoder)
     normed = decoder.final_norm(states)
     full = decoder.unembed(normed)
     assert torch.allclose(decoder.unembed(normed, [7, 1, 60]), full[:, [7, 1, 60]], atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_large_vocabularys_logits_are_those_of_one_product(llama: Decoder, bias: bool) -> None:
+    whole = nn.Linear(16, 2500, bias=bias)
+    decoder = replace(llama, unembedding=whole, logit_scale=0.5)
+    for normed in (torch.randn(70, 16), torch.randn(3, 5, 16), torch.randn(16), torch.randn(0, 16)):
+        with torch.inference_mode():
+            found = decoder.unembed(normed)
+            assert found.shape == (*normed.shape[:-1], 2500)
+            assert torch.allclose(found, 0.5 * whole(normed), atol=1e-5)
+
+
+def test_an_unembedding_that_is_more_than_its_weights_is_called_as_it_is(llama: Decoder) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, states: Tensor) -> Tensor:
+            return 2 * super().forward(states)
+
+    hooked, wrapped = nn.Linear(16, 2500), nn.Linear(16, 2500)
+    hooked.register_forward_hook(lambda _module, _args, output: 2 * output)
+    wrapped.forward = lambda states: 2 * nn.functional.linear(states, wrapped.weight, wrapped.bias)
+    normed = torch.randn(7, 16)
+    for layer in (Doubled(16, 2500), hooked, wrapped):
+        with torch.inference_mode():
+            found = replace(llama, unembedding=layer).unembed(normed)
+            expected = 2 * nn.functional.linear(normed, layer.weight, layer.bias)
+        assert torch.allclose(found, expected, atol=1e-5)
+    kept = torch.randn(7, llama.d_model, requires_grad=True)
+    llama.unembed(kept).sum().backward()
+    assert kept.grad is not None
 
 
 def test_blocks_run_in_their_order_of_depth(decoder: Decoder) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 LINE_TOKENS = 128
-"""Tokens of a line, if no prompt is longer: attention's cost grows with it, what is shared too."""
+"""Tokens of a line: attention's cost grows with it, what is shared too. Half as many are left on it
+for what follows a beginning, however long that is."""
 FILLER = 0  # a token that no prompt sees
 Line = Sequence[tuple[int, int]]
 """Prompts of a line, each with the number of tokens that it shares with the one before it."""
@@ -66,7 +67,8 @@ def plant_prompts(
     prompts: Sequence[Sequence[int]], rows: Sequence[int], batch_tokens: int
 ) -> list[Batch]:
     """Return batches of prompts of any length, on lines on which beginnings are shared."""
-    room = max(LINE_TOKENS, *(len(prompts[row]) for row in rows))
+    longest = max(len(prompts[row]) for row in rows)
+    room = max(LINE_TOKENS, longest + LINE_TOKENS // 2)
     lines: list[list[tuple[int, int]]] = []
     before: Sequence[int] = ()
     left = -1

@@ -1,6 +1,7 @@
 """Models where they are kept: found, weighed against the memory there is, and read."""
 
 import contextlib
+import functools
 import logging
 import tempfile
 import warnings
@@ -41,7 +42,8 @@ def read_model(
     spread = placement.get("device_map")
     bits = {"4bit": 4, "8bit": 8}.get(str(options.get("quantization")))
     with _in_one_line(name):
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=options.get("revision"))
+        written = (path.stat().st_mtime_ns for path in sorted(Path(source).glob("*.json")))
+        tokenizer = _read_tokenizer(source, options.get("revision"), *written)
         needed = weight_bytes(config, dtype, None if untrained else bits)
     if spread is None or isinstance(spread, str):  # a mapping is its writer's own choice
         where = "auto" if isinstance(spread, str) else options.get("device", "cpu")
@@ -54,6 +56,12 @@ def read_model(
     if origin == "hub":
         origin = getattr(config, "_commit_hash", None) or options.get("revision") or "hub"
     return model, tokenizer, label, origin
+
+
+@functools.cache
+def _read_tokenizer(source: str, revision: str | None, *_written: int) -> Any:
+    """Return a tokenizer, read once while its files stay as they are: a model's twins share it."""
+    return AutoTokenizer.from_pretrained(source, revision=revision)
 
 
 @contextlib.contextmanager

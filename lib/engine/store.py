@@ -148,9 +148,10 @@ def recall_sweeps(
     Raises:
         ValueError: as `sweep_together`.
     """
+    folder = _folder(decoder, "sweeps")
     paths = {
         name: _sweep_path(
-            "sweeps",
+            folder,
             decoder,
             one.prompts,
             one.pairs,
@@ -210,7 +211,7 @@ def _recall(
     what: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> Sweep:
-    path = _sweep_path(module, decoder, prompts, pairs, what, options)
+    path = _sweep_path(_folder(decoder, module), decoder, prompts, pairs, what, options)
     kept = None if path is None else _read_sweep(path)
     if kept is not None:
         return kept
@@ -226,12 +227,12 @@ def fingerprint(decoder: Decoder) -> str | None:
     Of each weight tensor its sum and some of its values enter. Read once for as long as the weights
     stay as they are.
     """
-    tensors = decoder.model.state_dict()
-    if any(weight.is_meta for weight in tensors.values()):
-        return None
     state = weight_versions(decoder)
     known = _fingerprints.get(decoder)
     if known is None or known[0] != state:
+        tensors = decoder.model.state_dict()
+        if any(weight.is_meta for weight in tensors.values()):
+            return None
         known = _fingerprints[decoder] = (state, _fingerprint(decoder, tensors))
     return known[1]
 
@@ -310,15 +311,14 @@ def _write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) 
 
 
 def _sweep_path(
-    module: str,
+    folder: Path | None,
     decoder: Decoder,
     prompts: Prompts,
     pairs: np.ndarray,
     what: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> Path | None:
-    """Return where a sweep that a module makes is kept; None if it has no safe name."""
-    folder = _folder(decoder, module)
+    """Return where in a folder a sweep is kept; None if it has no safe name."""
     if folder is None:
         return None
     told = {

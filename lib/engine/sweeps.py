@@ -39,7 +39,7 @@ from lib.engine.replay import (
 )
 
 Measure = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
-BATCH_TOKENS = 1024
+BATCH_TOKENS = 2048
 UNEMBEDDING_ROWS = 512
 PREFIX_SHARE = 4
 """How many times the tokens of its rows a group's prefixes may hold."""
