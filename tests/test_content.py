@@ -10,7 +10,14 @@ from lib.engine.edits import exchange
 from lib.engine.sweeps import sweep_together
 from lib.evidence import content
 from lib.evidence.tasks import Pairs, exchange_pairs, load_tasks
-from lib.evidence.transfer import ARMS, choose_pairs, measure_transfer, needed_prompts, read_tasks
+from lib.evidence.transfer import (
+    ARMS,
+    Distributions,
+    choose_pairs,
+    measure_transfer,
+    needed_prompts,
+    read_tasks,
+)
 from lib.science.estimate import Estimate
 
 
@@ -29,7 +36,8 @@ def test_states_put_in_equal_a_full_recompute(trial, pairs, arm):
     third = few[::-1, 1]
     states = content.states_at(trial, arm, [1])[0][torch.as_tensor(few[:, 1])]
     toward = {"recipient": few[:, 0], "donor": few[:, 1], "third": third}
-    request = content.put_in(trial, trial.logits, toward, states, arm)
+    known = Distributions.of(trial.logits)
+    request = content.put_in(trial, known, toward, states, arm)
     (sweep,) = sweep_together(trial.decoder, [request], {"exchange": exchange}, blocks=[1])
     found = {name: values[0, 0] for name, values in sweep.measures.items()}
     for row, (x, y) in enumerate(few):

@@ -15,8 +15,10 @@ from lib.engine.extraction import extract_residuals
 from lib.engine.models import Decoder
 from lib.evidence.tasks import Pairs, Task, build_task, exchange_pairs
 from lib.evidence.transfer import (
-    DivergenceFromDonor,
+    Distributions,
+    Divergences,
     Trial,
+    from_donors,
     measure_sites,
     measure_transfer,
     measure_transfers,
@@ -167,12 +169,29 @@ def test_certainty_is_scipys_entropy_and_the_largest_log_probability(trial: Tria
 def test_the_divergence_is_scipys_and_of_the_donors_prediction(trial: Trial):
     logits = torch.randn(5, 64)
     edited = torch.randn(3, 64)
-    measure = DivergenceFromDonor(logits, np.array([4, 0, 4]))
+    measure = from_donors(logits, np.array([4, 0, 4]))
     expected = kl(logits[[4, 0, 4]].numpy(), edited.numpy())
     pair = torch.tensor([0, 1, 2])
-    assert measure(edited.double(), pair)["kl_nats"].numpy() == pytest.approx(expected, rel=1e-9)
     in_float32 = measure(edited, pair)["kl_nats"].numpy()  # as models put logits out
     assert in_float32 == pytest.approx(expected, rel=0, abs=1e-6)
+
+
+def test_divergences_from_several_distributions_are_exact_over_a_large_vocabulary():
+    given = 4 * torch.randn(20, 50_000) + 10
+    edited = (given + given.flip(0)) / 2 + 0.5 * torch.randn(20, 50_000)
+    rows = {"recipient": np.arange(20), "donor": np.array([3, 17] * 10)}
+    pair = torch.arange(19, -1, -1)
+    found = Divergences(Distributions.of(given), rows)(edited[pair], pair)
+    for name, chosen in rows.items():
+        expected = kl(given[chosen].double().numpy(), edited.double().numpy())[::-1]
+        assert found[name].numpy() == pytest.approx(expected, rel=0, abs=2e-6)
+
+
+def test_distributions_of_log_probabilities_are_the_probabilities_themselves():
+    p = torch.softmax(torch.randn(40, 64).double(), -1)
+    found = Distributions.of(p.log())
+    assert torch.allclose(found.p.double(), p, atol=1e-7)
+    assert torch.allclose(-found.negative_entropy, torch.special.entr(p).sum(-1), atol=1e-6)
 
 
 def test_a_donor_that_is_the_recipient_changes_nothing_and_one_at_the_end_brings_all(trial: Trial):

@@ -8,7 +8,7 @@ untrained twins, seeds.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -23,11 +23,12 @@ from lib.engine.store import recall_sites
 from lib.evidence.criteria import is_held_out
 from lib.evidence.tasks import Pairs, Task
 from lib.evidence.transfer import (
-    DivergenceFromDonor,
+    Divergences,
     Transfer,
     Trial,
     choose_pairs,
     divergence,
+    from_donors,
     needed_prompts,
     read_tasks,
 )
@@ -111,20 +112,21 @@ def thin(pairs: Pairs, most: int) -> Pairs:
 
 
 @dataclass(frozen=True, eq=False)
-class _FromDonor(DivergenceFromDonor):
+class _WithChoice:
     """KL(p_y ‖ q) in nats, and the closed set's choice."""
 
+    divergences: Divergences
     answer_ids: np.ndarray
 
     def __call__(self, logits: Tensor, pair: Tensor) -> dict[str, Tensor]:
         answers = logits[:, torch.as_tensor(self.answer_ids, device=logits.device)]
-        return {**super().__call__(logits, pair), "choice": answers.argmax(-1)}
+        return {**self.divergences(logits, pair), "choice": answers.argmax(-1)}
 
 
-def _measure(trial: Trial, pairs: Pairs) -> _FromDonor:
+def _measure(trial: Trial, pairs: Pairs) -> _WithChoice:
     donors, place = np.unique(pairs.prompts[:, 1], return_inverse=True)
     logits = logit_lens(trial.decoder, trial.last_states[torch.as_tensor(donors)])
-    return _FromDonor(logits, place, trial.task.answer_ids)
+    return _WithChoice(from_donors(logits, place), trial.task.answer_ids)
 
 
 def _transfers(
@@ -193,6 +195,11 @@ def exchange_heads(
     return {name: transfer.estimate().at(0) for name, transfer in transfers.items()}
 
 
+def _apart(trial: Trial) -> Trial:
+    """Return a trial whose few prompts are run by themselves, in one pass, and kept while it is."""
+    return replace(trial, forests=[])
+
+
 def total(transfer: Transfer) -> np.ndarray:
     """Return T at each block, of all pairs together, without draws `[n_blocks]`."""
     found: np.ndarray = 1 - transfer.after.sum(axis=1) / transfer.before.sum()
@@ -225,6 +232,7 @@ class Chosen:
 
 def choose(trial: Trial, pairs: Pairs, parts: Mapping[str, Site] = PARTS) -> Chosen:
     """Return the block and the heads that carry most on some pairs; `parts` are looked at too."""
+    trial = _apart(trial)
     found = exchange_sites(trial, pairs, parts)
     ranked = rank_blocks([total(found["attention"])])
     heads = transfer_by_head(trial, pairs, ranked[:N_BLOCKS])
@@ -312,7 +320,7 @@ def transfer_on_testing_half(
     `attention`: the chosen block's attention output. `best n`: the n chosen heads. `random 3`:
     others of the same five blocks. `elsewhere`: three heads that other tasks chose.
     """
-    trial, pairs, chosen = opened.trial, opened.halves.testing, opened.chosen
+    trial, pairs, chosen = _apart(opened.trial), opened.halves.testing, opened.chosen
     groups = {f"best {n}": chosen.best(n) for n in COUNTS}
     groups[f"random {FEW}"] = random_heads(opened, FEW)
     if not isinstance(elsewhere, Untested):
@@ -455,7 +463,7 @@ def knock_out(
         others: heads that lose sight of all tokens but the subject's and the last one, by name.
     """
     others = others or {}
-    task = trial.task
+    trial, task = _apart(trial), trial.task
     prompts = np.unique(pairs.prompts[:, 0])
     spans = zip(
         task.tokens, task.prompts["subject_start"], task.prompts["subject_position"], strict=True

@@ -25,12 +25,13 @@ from lib.engine.models import Decoder
 from lib.engine.readouts import DistributionMeasure
 from lib.engine.replay import Forest
 from lib.engine.store import recall_residuals, recall_sweep
-from lib.evidence.content import Divergences
 from lib.evidence.criteria import TEXTS
-from lib.evidence.transfer import Trial, certainty, divergence
+from lib.evidence.transfer import Distributions, Divergences, Trial, certainty, divergence
 from lib.science.correlation import correlate
 from lib.science.decoding import decoding_gain, residuals, thirds
 from lib.science.estimate import (
+    FEWEST_DRAWS,
+    N_DRAWS,
     Estimate,
     Measured,
     Untested,
@@ -203,7 +204,7 @@ def ranked(gains: Mapping[str, Measured], place: int) -> Measured:
 
 def partial_on_texts(reading: Reading, blocks: Sequence[int]) -> Measured:
     """Return partial ρ(|Δ log r|, J | θ) over texts at each block `[n_blocks]`."""
-    return _partial(reading.states, reading.logits, blocks, TEXTS)
+    return _partial(reading.decoder, reading.states, reading.logits, blocks, TEXTS)
 
 
 def partial_on_task(trial: Trial, blocks: Sequence[int]) -> Measured:
@@ -219,12 +220,14 @@ def partial_on_task(trial: Trial, blocks: Sequence[int]) -> Measured:
     found: Measured = Untested("")
     for number, rows in enumerate(whole):
         order = torch.as_tensor(rows[np.argsort(task.unit[rows])])
-        one = _partial(states[:, order], logits[order], blocks, task.units)
+        one = _partial(trial.decoder, states[:, order], logits[order], blocks, task.units)
         found = one if number == 0 else found + one
     return found * (1 / len(whole))
 
 
-def _partial(states: Tensor, logits: Tensor, blocks: Sequence[int], units: str) -> Measured:
+def _partial(
+    decoder: Decoder, states: Tensor, logits: Tensor, blocks: Sequence[int], units: str
+) -> Measured:
     divergences = jeffreys_divergence(logits)
     own = [states[block].double().numpy() for block in blocks]
     return correlate(
@@ -232,6 +235,7 @@ def _partial(states: Tensor, logits: Tensor, blocks: Sequence[int], units: str) 
         divergences,
         units,
         given=[[angles(block) for block in own]],
+        n_draws=FEWEST_DRAWS if decoder.untrained else N_DRAWS,  # a seed is one number
     )
 
 
@@ -274,7 +278,7 @@ def exchange_norms(reading: Reading, late: Sequence[int], blocks: Sequence[int])
         positions="last",
         donors=reading.states[list(blocks)],
         blocks=list(blocks),
-        measure=Divergences(reading.logits, toward),
+        measure=Divergences(Distributions.of(reading.logits), toward),
         forests=reading.forests,
         description="texts: norm exchange",
     )
@@ -314,13 +318,12 @@ def outer_pairs(log_norm: np.ndarray) -> np.ndarray:
 
 
 def scale_norms(reading: Reading, block: int, factors: Sequence[float]) -> pd.DataFrame:
-    """Return what h → c·h after a block does to every text's prediction, a row a factor.
+    """Return what h → c·h after a block does to every fourth text's prediction, a row a factor.
 
     Columns `factor`; the means over texts of `kl_nats` from the unedited prediction, of
     `kl_left_nats`, what no temperature accounts for, and the median `temperature` that fits best.
     """
-    n_texts = len(reading.tokens)
-    pairs = np.repeat(np.arange(n_texts)[:, None], 2, axis=1)
+    pairs = np.repeat(np.arange(len(reading.tokens))[::4, None], 2, axis=1)
     sweep = recall_sweep(
         reading.decoder,
         reading.tokens,

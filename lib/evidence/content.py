@@ -19,9 +19,9 @@ from lib.engine.vectors import random_directions
 from lib.evidence.tasks import Pairs, Task
 from lib.evidence.transfer import (
     Arm,
-    DivergenceFromDonor,
+    Distributions,
+    Divergences,
     Trial,
-    divergence,
     name_units,
     needed_prompts,
     needed_rows,
@@ -40,6 +40,8 @@ from lib.science.estimate import (
 )
 
 CONTROLS = ("random_direction", "covariance_matched", "other_task")
+SELVES = 5
+"""Prompts of a task that also get their own state, which changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Content:
         beyond_chance: of the controls, the same less what they transfer of donors of a third
             answer, where that is above 0 `[2]`.
         same_answer: disturbance by donors of the same answer over that by the donor `[2]`.
-        self_donor: the largest KL(p_x ‖ p_edited), nats, where a prompt is its own donor.
+        self_donor: the largest KL(p_x ‖ p_edited), nats, where a prompt is its own donor; of a few.
     """
 
     transfer: Mapping[str, Measured]
@@ -80,16 +82,15 @@ def measure_content(trials: Mapping[str, Trial], pairs: Mapping[str, Pairs]) -> 
         put, asked, alike_asked = {}, {}, {}
         for name, (trial, (own, alike)) in small.items():
             at, others = states[name], states[other_task(name, small)]
-            x, y = (torch.as_tensor(side) for side in own.prompts.T)
-            put[name] = {"donor": at[y], "itself": at[x]}
-            put[name] |= control_states(trial.task, own, at, others, arm)
-            logits, toward, *_ = compared[name]
+            y = torch.as_tensor(own.prompts[:, 1])
+            put[name] = {"donor": at[y], **control_states(trial.task, own, at, others, arm)}
+            known, toward, *_ = compared[name]
             tiled = {k: np.tile(rows, len(put[name])) for k, rows in toward.items()}
-            asked[name] = put_in(trial, logits, tiled, torch.cat(list(put[name].values())), arm)
-            if len(alike):
-                toward = {"recipient": alike.prompts[:, 0]}
-                same = at[torch.as_tensor(alike.prompts[:, 1])]
-                alike_asked[name] = put_in(trial, logits, toward, same, arm)
+            asked[name] = put_in(trial, known, tiled, torch.cat(list(put[name].values())), arm)
+            selves = own.prompts[:SELVES, [0, 0]]
+            recipients, donors = np.concatenate([alike.prompts, selves]).T
+            same = at[torch.as_tensor(donors)]
+            alike_asked[name] = put_in(trial, known, {"recipient": recipients}, same, arm)
         swept, swept_alike = (
             recall_sweeps(decoder, requests, {"edit": exchange}, blocks=[block], forests=forests)
             for requests in (asked, alike_asked)
@@ -100,10 +101,12 @@ def measure_content(trials: Mapping[str, Trial], pairs: Mapping[str, Pairs]) -> 
                 k: dict(zip(what, values[0, 0].reshape(len(what), -1), strict=True))
                 for k, values in swept[name].measures.items()
             }
-            kept = swept_alike[name].measures["recipient"][0, 0] if len(alike) else np.empty(0)
+            kept = swept_alike[name].measures["recipient"][0, 0]
             other = after["recipient"]["donor"]
-            ratio = disturbance_ratio(trial.task, kept, alike.unit, other, own.unit)
-            found[name].append(_one_arm(trial.task, own.unit, before, after, constant, ratio))
+            ratio = disturbance_ratio(trial.task, kept[: len(alike)], alike.unit, other, own.unit)
+            own_state = float(kept[len(alike) :].max())
+            content = _one_arm(trial.task, own.unit, before, after, constant, ratio, own_state)
+            found[name].append(content)
     return {name: _both_arms(*arms) for name, arms in found.items()}
 
 
@@ -114,6 +117,7 @@ def _one_arm(
     after: Mapping[str, Mapping[str, np.ndarray]],
     constant: np.ndarray | None,
     same_answer: Measured,
+    self_donor: float,
 ) -> Content:
     """Return what one arm's states do, numbers: KL(p_k ‖ p_edited), nats, by k and what was put in.
 
@@ -129,7 +133,7 @@ def _one_arm(
         for name in CONTROLS:
             far = _transfer(task, after["third"][name] + constant, before["third"] + constant, unit)
             beyond[name] = near[name] - far.map(lambda t: np.maximum(t, 0))
-    return Content(near, beyond, same_answer, float(after["recipient"]["itself"].max()))
+    return Content(near, beyond, same_answer, self_donor)
 
 
 def _both_arms(one: Content, other: Content) -> Content:
@@ -266,14 +270,14 @@ def other_task(name: str, names: Collection[str]) -> str:
 
 
 def put_in(
-    trial: Trial, logits: Tensor, toward: Mapping[str, np.ndarray], states: Tensor, arm: Arm
+    trial: Trial, known: Distributions, toward: Mapping[str, np.ndarray], states: Tensor, arm: Arm
 ) -> Request:
     """Return the request to put states in, and to measure KL(p_k ‖ p_edited), nats, by name.
 
     Args:
         trial: the task and the model.
-        logits: of the task's prompts, and of what else p_k may be `[…, d_vocab]`.
-        toward: by name, the row k of the logits; "recipient" is the prompt that is edited `[n]`.
+        known: the predictions of the task's prompts, and what else p_k may be.
+        toward: by name, which of them k is; "recipient" is the prompt that is edited `[n]`.
         states: what is put in `[n, d_model]`.
         arm: where.
     """
@@ -283,37 +287,17 @@ def put_in(
         np.stack([recipients, np.arange(len(recipients))], axis=1),
         trial.task.subject_positions if arm == "context arm" else "last",
         states[None],
-        measure=Divergences(logits, toward),
+        measure=Divergences(known, toward),
     )
 
 
 # --- what it is compared with ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Divergences:
-    """The measure of a sweep: KL(p_k ‖ q) for several distributions k.
-
-    Attributes:
-        logits: their logits `[n, d_vocab]`.
-        rows: by name, which of them each pair is compared with `[n_pairs]`.
-    """
-
-    logits: Tensor
-    rows: Mapping[str, np.ndarray]
-
-    def __call__(self, logits: Tensor, pair: Tensor) -> dict[str, Tensor]:
-        """Return nats by name `[n_rows]`, float64, of edited logits `[n_rows, d_vocab]`."""
-        return {
-            name: DivergenceFromDonor(self.logits, rows)(logits, pair)["kl_nats"]
-            for name, rows in self.rows.items()
-        }
-
-
 def _compare(
     trial: Trial, pairs: Pairs
-) -> tuple[Tensor, dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray | None]:
-    """Return logits to compare with, their rows by name, and KL(p_k ‖ p_x) before by name, nats.
+) -> tuple[Distributions, dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray | None]:
+    """Return what is compared with, its rows by name, and KL(p_k ‖ p_x) before by name, nats.
 
     And what the mean over third answers adds, `third_answers`; None without them.
     """
@@ -323,9 +307,9 @@ def _compare(
     constant = None
     if (third := third_answers(trial.task, pairs, logits)) is not None:
         toward["third"], constant = len(logits) + np.arange(len(pairs)), third[1]
-        logits = torch.cat([logits, third[0]])
-    before = {name: divergence(logits, rows, x) for name, rows in toward.items()}
-    return logits, toward, before, constant
+    known = Distributions.of(logits if third is None else torch.cat([logits, third[0]]))
+    found = Divergences(known, toward)(logits[torch.as_tensor(x)], torch.arange(len(x)))
+    return known, toward, {name: one.numpy() for name, one in found.items()}, constant
 
 
 def third_answers(task: Task, pairs: Pairs, logits: Tensor) -> tuple[Tensor, np.ndarray] | None:

@@ -22,7 +22,7 @@ from lib.engine.sweeps import Measure, Request, Sweep
 from lib.engine.vectors import held_out_centroids, random_directions, unembedding_direction
 from lib.evidence.by_task import both, each
 from lib.evidence.tasks import Pairs, exchange_pairs, load_texts
-from lib.evidence.transfer import ROWS_AT_ONCE, Trial
+from lib.evidence.transfer import ROWS_AT_ONCE, Distributions, Trial
 from lib.science.estimate import (
     FEWEST_UNITS,
     FloatArray,
@@ -231,13 +231,13 @@ class ProbabilityMoved:
     """The measure of a sweep: what happened to the next token's probabilities.
 
     Attributes:
-        clean_logits: unedited next-token logits `[n_recipients, d_vocab]`.
+        before: unedited next-token probabilities `[n_recipients, d_vocab]`, float32.
         recipient: index into them of each row `[n_rows]`.
         source: the token of the recipient's answer `[n_rows]`.
         target: the token of the target's `[n_rows]`.
     """
 
-    clean_logits: Tensor
+    before: Tensor
     recipient: IntArray
     source: IntArray
     target: IntArray
@@ -245,20 +245,21 @@ class ProbabilityMoved:
     def __call__(self, logits: Tensor, pair: Tensor) -> dict[str, Tensor]:
         """Return `gained` Δp_target, `lost` −Δp_source and `moved`, the total variation.
 
-        Each `[n_rows]`, float64, of edited logits `[n_rows, d_vocab]`.
+        Each `[n_rows]`, float64, to 10⁻⁶, of edited logits `[n_rows, d_vocab]`.
         """
         parts = zip(logits.split(ROWS_AT_ONCE), pair.split(ROWS_AT_ONCE), strict=True)
         found = [self._moved(part, own.cpu().numpy()) for part, own in parts]
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
     def _moved(self, logits: Tensor, row: IntArray) -> dict[str, Tensor]:
-        before = torch.softmax(self.clean_logits[torch.as_tensor(self.recipient[row])].double(), -1)
-        change = torch.softmax(logits.double().cpu(), -1) - before
+        weights = (logits.cpu() - logits.cpu().amax(-1, keepdim=True)).exp_()
+        total = weights.sum(-1, keepdim=True, dtype=torch.float64).float()
+        change = weights / total - self.before[torch.as_tensor(self.recipient[row])]
         at = torch.arange(len(row))
         return {
-            "gained": change[at, torch.as_tensor(self.target[row])],
-            "lost": -change[at, torch.as_tensor(self.source[row])],
-            "moved": change.abs().sum(-1) / 2,
+            "gained": change[at, torch.as_tensor(self.target[row])].double(),
+            "lost": -change[at, torch.as_tensor(self.source[row])].double(),
+            "moved": change.abs_().sum(-1, dtype=torch.float64) / 2,
         }
 
 
@@ -367,7 +368,7 @@ def _graded(steering: Steering, methods: Sequence[str], doses: Sequence[float]) 
     pair = np.tile(np.arange(len(steering.pairs)), len(edited))
     recipients, recipient = np.unique(steering.pairs.prompts[:, 0], return_inverse=True)
     measure = ProbabilityMoved(
-        trial.logits[torch.as_tensor(recipients)],
+        Distributions.of(trial.logits[torch.as_tensor(recipients)]).p,
         recipient[pair],
         ids[steering.source][pair],
         ids[steering.target][pair],

@@ -38,7 +38,7 @@ Site = Literal["subject", "last", "subject's tokens", "between"]
 Arm = Literal["context arm", "prediction arm"]
 ARMS: Mapping[Arm, Site] = {"context arm": "subject", "prediction arm": "last"}
 GATE = 0.8
-ROWS_AT_ONCE = 32
+ROWS_AT_ONCE, STATES_AT_ONCE = 16, 256
 LEAST_DIVERGENCE = 1e-9
 """Nats; below it donor and recipient predict the same, and nothing can be transferred."""
 
@@ -67,7 +67,7 @@ class Trial:
     @cached_property
     def certainty(self) -> np.ndarray:
         """Entropy (nats) and top-1 log-probability of each prediction `[n_prompts, 2]`."""
-        parts = self.last_states.split(ROWS_AT_ONCE)
+        parts = self.last_states.split(STATES_AT_ONCE)
         return np.concatenate([certainty(logit_lens(self.decoder, part)) for part in parts])
 
     @property
@@ -178,31 +178,58 @@ def needed_prompts(task: Task, *pairs: Pairs) -> tuple[Task, list[Pairs]]:
 
 
 @dataclass(frozen=True, eq=False)
-class DivergenceFromDonor:
-    """The measure of a sweep: KL(p_y ‖ q), and the closed set's choice.
+class Distributions:
+    """Next-token distributions that others are compared with.
 
     Attributes:
-        donor_logits: next-token logits of the donors' own prompts `[n_prompts, d_vocab]`.
-        donors: index into them of each pair's donor `[n_pairs]`.
+        p: probabilities `[n, d_vocab]`, float32.
+        negative_entropy: Σ p log p in nats `[n]`, float64.
     """
 
-    donor_logits: Tensor
-    donors: np.ndarray
+    p: Tensor
+    negative_entropy: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> "Distributions":
+        """Return the softmax of logits, or of log-probabilities, `[n, d_vocab]`."""
+        p, total = torch.empty(logits.shape), torch.empty(len(logits), dtype=torch.float64)
+        for rows in torch.arange(len(logits)).split(ROWS_AT_ONCE):
+            log_p = torch.log_softmax(logits[rows].double().cpu(), -1)
+            own = log_p.exp()
+            p[rows], total[rows] = own.float(), (own * log_p).sum(-1)
+        return cls(p, total)
+
+
+@dataclass(frozen=True, eq=False)
+class Divergences:
+    """The measure of a sweep: KL(p_k ‖ q) for one or several distributions k.
+
+    Attributes:
+        distributions: all p_k.
+        rows: by name, which of them each pair is compared with `[n_pairs]`.
+    """
+
+    distributions: Distributions
+    rows: Mapping[str, np.ndarray]
 
     def __call__(self, logits: Tensor, pair: Tensor) -> dict[str, Tensor]:
-        """Return `kl_nats` `[n_rows]`, to 10⁻⁶ for float32 logits `[n_rows, d_vocab]`."""
+        """Return nats by name `[n_rows]`, to 10⁻⁶ for float32 logits `[n_rows, d_vocab]`."""
         parts = zip(logits.split(ROWS_AT_ONCE), pair.split(ROWS_AT_ONCE), strict=True)
-        found = [self._divergence(part, self.donors[own.cpu().numpy()]) for part, own in parts]
-        return {"kl_nats": torch.cat(found)}
+        found = [self._divergences(part.cpu(), own.cpu().numpy()) for part, own in parts]
+        return {name: torch.cat([one[name] for one in found]) for name in self.rows}
 
-    def _divergence(self, logits: Tensor, donors: np.ndarray) -> Tensor:
-        unique, index = np.unique(donors, return_inverse=True)
-        log_p = torch.log_softmax(self.donor_logits[unique].double(), -1)
-        p, place = log_p.exp(), torch.as_tensor(index)
-        z = logits.cpu() - logits.cpu().amax(-1, keepdim=True)
-        mean = (z.double() @ p.T)[torch.arange(len(z)), place]
+    def _divergences(self, logits: Tensor, pair: np.ndarray) -> dict[str, Tensor]:
+        z = logits - logits.amax(-1, keepdim=True)
+        exact = z.double()
         normaliser = z.exp_().sum(-1, dtype=torch.float64).log()
-        return ((p * log_p).sum(-1)[place] - mean + normaliser).clamp(min=0)
+        found = {}
+        for name, rows in self.rows.items():
+            unique, place = np.unique(rows[pair], return_inverse=True)
+            means = exact @ self.distributions.p[unique].double().T
+            mean = means[torch.arange(len(z)), torch.as_tensor(place)]
+            own = self.distributions.negative_entropy[rows[pair]]
+            found[name] = (own - mean + normaliser).clamp(min=0)
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -338,7 +365,7 @@ def measure_sites(
                     positions,
                     states,
                     task.answer_ids.tolist(),
-                    DivergenceFromDonor(logits[np.unique(asked[:, 1])], _ranks(asked[:, 1])),
+                    from_donors(logits, asked[:, 1]),
                 )
     sweeps = recall_sweeps(
         decoder,
@@ -366,16 +393,17 @@ def measure_sites(
 
 def divergence(logits: Tensor, of: np.ndarray, from_: np.ndarray) -> np.ndarray:
     """Return KL(p_of ‖ p_from) of rows of logits `[n_prompts, d_vocab]` in nats `[n_pairs]`."""
-    measure = DivergenceFromDonor(logits, of)
+    measure = from_donors(logits, of)
     rows = torch.arange(len(of)).split(ROWS_AT_ONCE)
     parts = [measure(logits[from_[part.numpy()]], part)["kl_nats"] for part in rows]
     found: np.ndarray = torch.cat(parts).numpy()
     return found
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    found: np.ndarray = np.unique(values, return_inverse=True)[1]
-    return found
+def from_donors(logits: Tensor, donors: np.ndarray) -> Divergences:
+    """Return the measure `kl_nats` from pairs' donors `[n_pairs]`, rows of logits."""
+    unique, place = np.unique(donors, return_inverse=True)
+    return Divergences(Distributions.of(logits[torch.as_tensor(unique)]), {"kl_nats": place})
 
 
 def _classes(
