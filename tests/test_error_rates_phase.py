@@ -200,14 +200,14 @@ def test_spread_of_the_places_is_decided_away_from_the_threshold():
 
 
 def beyond(trained, twin):
-    """S of trained tasks and of five twins, on six pairs a task at the twins' blocks."""
+    """S of trained tasks and of five twins, on twelve pairs a task at the twins' blocks."""
 
     def small(rng, mean, name, is_seed):
-        noise = 0.15 * rng.standard_normal(claim.TWIN_PAIRS)
-        whole = np.zeros((L, claim.TWIN_PAIRS))
-        whole[claim.twin_blocks(L)] = np.where(np.arange(10) < 7, 0.0, mean)[:, None] + noise
-        arms = one_task(rng, claim.TWIN_PAIRS, name, 1 - whole, whole).restrict(
-            np.arange(claim.TWIN_PAIRS), claim.twin_blocks(L)
+        ends = np.where(np.arange(10) < 7, 0.0, mean)[:, None] + 0.15 * rng.standard_normal(12)
+        whole = np.zeros((L, 12))
+        whole[claim.twin_blocks(L)] = ends
+        arms = one_task(rng, 12, name, 1 - whole, whole).restrict(
+            np.arange(12), claim.twin_blocks(L)
         )
         return claim.replace(arms, is_seed=is_seed)
 

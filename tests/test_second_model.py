@@ -23,6 +23,7 @@ SMALLER = {  # in the parameter cells
     "N_PERMUTATIONS = 1000": "N_PERMUTATIONS = 40",
     "SEEDS = range(5)": "SEEDS = range(3)",
     "N_SEEDS = 5": "N_SEEDS = 3",
+    "TWIN_TEXTS = 200": "TWIN_TEXTS = 130",
 }
 GAP = re.compile(r"(?<![\w.])(nan|NaN|None(?! of)|inf|<NA>)(?![\w.])")
 

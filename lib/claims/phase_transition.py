@@ -50,7 +50,7 @@ from lib.science.geometry import angles, jeffreys_divergence
 
 CLAIM = "phase-transition"
 PAPER_TASK = "months-arithmetic"
-TWIN_PAIRS = 6
+TWIN_PAIRS = 12
 """Pairs of a task that twins are measured on: a seed is one number, and there are many tasks."""
 MOST_LOST = 0.25
 """The place of the switch is judged if at most this share of the tasks has none."""
