@@ -1,5 +1,7 @@
 """Inside the switch: what is chosen and tested, on networks in which one planted head reads."""
 
+from dataclasses import replace
+
 import numpy as np
 import oracle
 import pandas as pd
@@ -10,6 +12,8 @@ from tiny_tasks import tiny_task
 
 from lib.claims import inside_the_switch as claim
 from lib.claims.inside_the_switch import Chosen, Halves, Opened
+from lib.engine import replay, store
+from lib.engine.batches import plant_prompts
 from lib.engine.files import DATA
 from lib.engine.models import load_decoder
 from lib.engine.parts import find_parts
@@ -104,6 +108,25 @@ def test_the_planted_head_is_found_and_carries_everything(opened):
     for name in ("attention", "best 1", "best 3", "elsewhere"):
         assert float(tested[name]) == pytest.approx(1, abs=1e-6)
     assert float(tested["random 3"]) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_tasks_prompts_run_once_however_full_the_list_of_all_tasks_is(
+    trial, monkeypatch, tmp_path
+):
+    pairs = claim.halve(trial).choosing
+    claim.choose(trial, pairs)  # what is compared once for a model has been
+    others = [list(range(k, k + 30)) for k in range(1, 25)]
+    (full,) = [
+        replay.run_forest(trial.decoder, one) for one in plant_prompts(others, range(24), 9999)
+    ]
+    monkeypatch.setattr(replay, "KEPT_BYTES", full.n_bytes)
+    monkeypatch.setattr(store, "STORE", tmp_path)
+    run, runs = replay.run_forest, []
+    monkeypatch.setattr(replay, "run_forest", lambda *args: runs.append(1) or run(*args))
+    crowded = replace(trial, forests=[full])
+    claim.choose(crowded, pairs)
+    assert len(runs) == 1
+    assert crowded.forests == [full]
 
 
 def test_what_was_exchanged_is_recorded_with_its_place_and_its_interval(opened):

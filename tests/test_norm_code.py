@@ -18,7 +18,14 @@ from lib.evidence.tasks import build_task
 from lib.evidence.transfer import Trial, read_tasks
 from lib.science.correlation import correlate
 from lib.science.decoding import decoding_gain
-from lib.science.estimate import Estimate, Untested, generator, mean_over_units, unit_weights
+from lib.science.estimate import (
+    FEWEST_DRAWS,
+    Estimate,
+    Untested,
+    generator,
+    mean_over_units,
+    unit_weights,
+)
 from lib.science.geometry import angles, jeffreys_divergence, log_norm_differences
 
 LATE = [1, 2]
@@ -102,6 +109,21 @@ def test_the_partial_correlation_is_of_the_blocks_own_norms_and_angles(reading: 
             given=[[angles(states)]],
         )
         assert found.value[place] == pytest.approx(one.value[0])
+
+
+def test_a_twins_correlation_is_a_number_and_is_drawn_as_little_as_can_be(
+    reading: norm_code.Reading, trial: Trial
+):
+    twin = replace(reading.decoder, untrained=True)
+    for whole, few in (
+        (
+            norm_code.partial_on_texts(one, LATE)
+            for one in (reading, replace(reading, decoder=twin))
+        ),
+        (norm_code.partial_on_task(one, LATE) for one in (trial, replace(trial, decoder=twin))),
+    ):
+        assert few.value == pytest.approx(whole.value)
+        assert len(few.draws) == 1 + FEWEST_DRAWS < len(whole.draws)
 
 
 def test_on_tasks_prompts_are_compared_within_a_template_and_subjects_are_drawn(trial: Trial):
@@ -297,11 +319,33 @@ def test_all_statistics_of_the_claim_are_measured_and_judged_with_twins(
     assert {row["n"] for row in seeds} <= {4}
 
 
+def scaled_logits(decoder, tokens: torch.Tensor, block: int, factor: float) -> torch.Tensor:
+    """The last token's logits `[d_vocab]` with its state after a block scaled."""
+
+    def scale(_module, _args, output):
+        states = output[0] if isinstance(output, tuple) else output
+        states[:, -1] *= factor
+        return output
+
+    handle = decoder.blocks[block].register_forward_hook(scale)
+    try:
+        return decoder.model(tokens).logits[0, -1]
+    finally:
+        handle.remove()
+
+
 def test_doses_of_one_change_nothing_and_others_amount_to_a_temperature(reading: norm_code.Reading):
     table = norm_code.scale_norms(reading, 2, (0.5, 1.0, 2.0))
     assert table["kl_nats"][1] < 1e-6
     assert table["temperature"][1] == pytest.approx(1.0, abs=1e-3)
     assert (table["kl_left_nats"] <= table["kl_nats"] + 1e-9).all()
+    with torch.inference_mode():  # by hand: after block 2 there is one more
+        tokens = [torch.tensor([ids]) for ids in reading.tokens[::4]]
+        halved = [scaled_logits(reading.decoder, one, 2, 0.5) for one in tokens]
+    kept = reading.logits[::4].double().log_softmax(-1)
+    left = kept - torch.stack(halved).double().log_softmax(-1)
+    expected = float((kept.exp() * left).sum(-1).mean())
+    assert table["kl_nats"][0] == pytest.approx(expected, rel=1e-4)
 
 
 def test_texts_that_are_all_alike_are_untested(reading: norm_code.Reading):
