@@ -16,6 +16,7 @@ from lib.engine.edits import Scale, add, exchange, exchange_norm, keep
 from lib.engine.extraction import Residuals, extract_residuals
 from lib.engine.models import Decoder, load_decoder
 from lib.engine.readouts import DistributionMeasure
+from lib.engine.sites import ATTENTION
 from lib.engine.store import fingerprint, recall_residuals, recall_sweep
 from lib.engine.sweeps import Request, Sweep, sweep_blocks
 
@@ -276,6 +277,19 @@ def test_requests_are_kept_each_by_itself_and_only_the_missing_ones_are_measured
     assert same(both["one"], first["one"]) and same(again["two"], both["two"])
     other = store.recall_sweeps(decoder, {"one": one}, edits, blocks=[2])
     assert asked[-1] == 1 and not same(other["one"], first["one"])
+
+
+def test_everything_is_kept_under_the_code_of_the_module_that_computes_it(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(store, "_code", lambda module, _n: asked.append(module) or module)
+    pairs, request = np.array([[0, 1]]), Request(PROMPTS, np.array([[0, 1]]), "last")
+    recall_residuals(decoder, PROMPTS)
+    recall_sweep(decoder, PROMPTS, pairs, {"exchange": exchange}, positions="last")
+    store.recall_sweeps(decoder, {"one": request}, {"exchange": exchange})
+    store.recall_sites(decoder, PROMPTS, pairs, {"attention": ATTENTION})
+    assert asked == ["extraction", "sweeps", "sweeps", "sites"]
 
 
 def another_bit(tensor: torch.Tensor) -> torch.Tensor:
