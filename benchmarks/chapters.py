@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_forward_hook
 
+from lib.engine import models
+
 ROOT = Path(__file__).resolve().parent.parent
 RECORDED = Path(__file__).resolve().parent / "chapters.json"
 INTERVAL = 0.02
@@ -27,19 +29,19 @@ KINDS = {
     "figures": ("/matplotlib/", "/seaborn/", "/lib/reading/"),
     "training": ("/lib/engine/small_decoders.py",),
     "loading": ("/lib/engine/loading.py", "/lib/engine/weights.py", "/lib/engine/structure.py"),
-    "networks": ("/torch/nn/modules/", "/transformers/models/"),
+    "networks": ("/torch/nn/modules/", "/transformers/models/", "models.py:_map_by_columns"),
     "edits, measures, checks": ("/lib/engine/",),
     "imports": ("<frozen importlib._bootstrap>",),
     "statistics": ("/lib/science/", "/lib/evidence/", "/lib/claims/", "/scipy/", "/sklearn/"),
 }
-"""A moment is of the first kind that one of its frames' files belongs to."""
+"""A moment is of the first kind that one of its frames, a file and a function, belongs to."""
 
 REST = "rest"
 
 
-def kind_of(files: Sequence[str]) -> str:
-    """Return what is being done while functions of these files stand on the stack."""
-    paths = [file.replace("\\", "/") for file in files]
+def kind_of(frames: Sequence[str]) -> str:
+    """Return what is being done while these frames (`file:function`) stand on the stack."""
+    paths = [frame.replace("\\", "/") for frame in frames]
     for kind, parts in KINDS.items():
         if any(part in path for part in parts for path in paths):
             return kind
@@ -55,6 +57,8 @@ class Watch:
         self.rate = rate()
         self.over = threading.Event()
         self.hook = register_module_forward_hook(self._count)
+        self.unembed = models._map_by_columns
+        models._map_by_columns = self._count_columns
         self.thread = threading.Thread(target=self._look, daemon=True)
         self.started = time.perf_counter()
         self.thread.start()
@@ -65,6 +69,7 @@ class Watch:
         self.over.set()
         self.thread.join()
         self.hook.remove()
+        models._map_by_columns = self.unembed
         share = seconds / max(self.moments.total(), 1)
         by_kind = {kind: self.moments[kind] * share for kind in [*KINDS, REST]}
         best = max(self.rate, rate())
@@ -74,14 +79,22 @@ class Watch:
         if isinstance(module, torch.nn.Linear) and not torch.is_grad_enabled():
             self.macs += given[0].numel() * module.out_features
 
+    def _count_columns(self, layer: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
+        """Count an unembedding that goes by columns, and so past its module."""
+        before = self.macs
+        result = self.unembed(layer, states)
+        if self.macs == before and not torch.is_grad_enabled():
+            self.macs += states.numel() * layer.out_features
+        return result
+
     def _look(self) -> None:
         main = threading.main_thread().ident or 0
         while not self.over.wait(INTERVAL):
-            frame, files = sys._current_frames().get(main), []
+            frame, frames = sys._current_frames().get(main), []
             while frame is not None:
-                files.append(frame.f_code.co_filename)
+                frames.append(f"{frame.f_code.co_filename}:{frame.f_code.co_name}")
                 frame = frame.f_back
-            self.moments[kind_of(files)] += 1
+            self.moments[kind_of(frames)] += 1
 
 
 def rate(size: int = 2048) -> float:

@@ -385,7 +385,9 @@ def test_a_moment_is_what_the_innermost_reason_for_it_is() -> None:
         "rest": ["/python3/threading.py"],
     }
     for kind, files in kinds.items():
-        assert chapters.kind_of(files) == kind
+        assert chapters.kind_of([f"{file}:run" for file in files]) == kind
+    by_columns = ["/r/lib/engine/sweeps.py:_read", "/r/lib/engine/models.py:_map_by_columns"]
+    assert chapters.kind_of(by_columns) == "networks"
 
 
 PAGE = """---
@@ -394,11 +396,14 @@ kernelspec: {display_name: Python 3, language: python, name: python3}
 
 ```{code-cell} ipython3
 import time, torch
+from lib.engine import models
 from lib.engine.files import BUILD
 layer, x = torch.nn.Linear(64, 256), torch.randn(3, 1000, 64)
 layer(x)  # keeps a gradient: not counted
 torch.set_grad_enabled(False)
 layer(x), layer(x)
+models._map_by_columns(layer, x)  # past the module
+models._map_by_columns(type("Own", (torch.nn.Linear,), {})(64, 256), x)  # as a module
 kept = BUILD.name
 time.sleep(1)
 ```
@@ -414,7 +419,7 @@ def test_a_page_s_work_is_counted_and_its_time_all_told(tmp_path: Path) -> None:
     page.write_text(PAGE)
     found = chapters.run(page, tmp_path / "kept")
     assert found["chapter"] == "page"
-    assert found["macs"] == 2 * 3 * 1000 * 64 * 256
+    assert found["macs"] == 4 * 3 * 1000 * 64 * 256
     assert found["seconds"] == pytest.approx(sum(found["by_kind"].values()))
     assert found["by_kind"]["rest"] > 0.9 and found["rate"] > 1e8
     page.write_text(PAGE.replace('"kept"', '"elsewhere"'))
