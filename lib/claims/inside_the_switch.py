@@ -23,12 +23,12 @@ from lib.engine.store import recall_sites
 from lib.evidence.criteria import is_held_out
 from lib.evidence.tasks import Pairs, Task
 from lib.evidence.transfer import (
+    Distributions,
     Divergences,
     Transfer,
     Trial,
     choose_pairs,
     divergence,
-    from_donors,
     needed_prompts,
     read_tasks,
 )
@@ -126,7 +126,8 @@ class _WithChoice:
 def _measure(trial: Trial, pairs: Pairs) -> _WithChoice:
     donors, place = np.unique(pairs.prompts[:, 1], return_inverse=True)
     logits = logit_lens(trial.decoder, trial.last_states[torch.as_tensor(donors)])
-    return _WithChoice(from_donors(logits, place), trial.task.answer_ids)
+    known = Divergences(Distributions.of(logits), {"kl_nats": place})
+    return _WithChoice(known, trial.task.answer_ids)
 
 
 def _transfers(

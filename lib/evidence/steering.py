@@ -252,7 +252,8 @@ class ProbabilityMoved:
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
     def _moved(self, logits: Tensor, row: IntArray) -> dict[str, Tensor]:
-        weights = (logits.cpu() - logits.cpu().amax(-1, keepdim=True)).exp_()
+        logits = logits.cpu()
+        weights = (logits - logits.amax(-1, keepdim=True)).exp_()
         total = weights.sum(-1, keepdim=True, dtype=torch.float64).float()
         change = weights / total - self.before[torch.as_tensor(self.recipient[row])]
         at = torch.arange(len(row))
