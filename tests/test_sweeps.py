@@ -124,16 +124,44 @@ def test_many_ragged_prompts_of_few_wordings_equal_full_recompute(
 def test_longer_prompts_and_longer_rows_are_compared_anew(
     llama: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int] = []
-    compare = sweeps._compare
-    monkeypatch.setattr(
-        sweeps, "_compare", lambda *g, **o: asked.append(len(g[1][g[3]])) or compare(*g, **o)
-    )
-    monkeypatch.setattr(sweeps, "_compared", type(sweeps._compared)())
-    for length, position in ((9, 5), (9, 5), (8, 5), (9, 3), (12, 11), (12, 11), (11, 10)):
-        prompts = np.arange(2 * length).reshape(2, length) + 1
+    """At first on more tokens than were asked for, so that few lengths are compared."""
+    asked: list[tuple[int, int]] = []
+    recompute = sweeps.recompute_rows
+
+    def watched(decoder: Decoder, prefix: Prefix, blocks: list[int], rows: Tensor) -> Tensor:
+        asked.append((prefix.tokens.shape[1], prefix.row_length))
+        return recompute(decoder, prefix, blocks, rows)
+
+    monkeypatch.setattr(sweeps, "recompute_rows", watched)
+    monkeypatch.setattr(sweeps, "_planted", type(sweeps._planted)())
+    for length, position in ((9, 5), (12, 11), (30, 14), (30, 10), (31, 12), (33, 32), (60, 30)):
+        prompts = np.arange(2 * length).reshape(2, length) % 60 + 1
         sweep_blocks(llama, prompts, np.array([[0, 1]]), {"keep": keep}, positions=[position] * 2)
-    assert asked == [9, 9, 12]
+    assert asked == [(32, 16), (32, 20), (64, 32)]
+
+
+def test_what_does_not_hold_on_more_tokens_is_compared_on_the_prompts_own(
+    llama: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a window or a table of positions ends between the two."""
+    asked: list[int] = []
+    run = sweeps.replay_rows
+
+    def short(decoder: Decoder, prefix: Prefix, blocks: list[int], rows: Tensor) -> Tensor:
+        asked.append(prefix.tokens.shape[1])
+        found = run(decoder, prefix, blocks, rows)
+        return found if prefix.tokens.shape[1] < 15 else found + 1
+
+    monkeypatch.setattr(sweeps, "replay_rows", short)
+    monkeypatch.setattr(sweeps, "_planted", type(sweeps._planted)())
+    monkeypatch.setattr(sweeps, "_by_themselves", type(sweeps._by_themselves)())
+    paths = {}
+    for length in (9, 12, 20):
+        prompts = np.arange(2 * length).reshape(2, length) + 1
+        sweep = sweep_blocks(llama, prompts, np.array([[0, 1]]), {"keep": keep}, positions="last")
+        paths[length] = sweep.path
+    assert paths == {9: "prefix replay", 12: "prefix replay", 20: "full recompute"}
+    assert asked == [32, 9, 9, 12, 12, 20, 32, 20]
 
 
 def test_several_positions_at_once_equal_full_recompute(decoder: Decoder) -> None:

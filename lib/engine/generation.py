@@ -160,6 +160,8 @@ def generate(
     mask = torch.tensor([p + [1] * len(t) for p, t in zip(pad, prompts, strict=True)])
     text, mask = text.to(decoder.device), mask.to(decoder.device)
     fresh, cache = text, None
+    keeps = "logits_to_keep" in inspect.signature(decoder.model.forward).parameters
+    last_logits = {"logits_to_keep": 1} if keeps else {}
     with torch.inference_mode():
         for _ in range(n_new_tokens):
             output = decoder.model(
@@ -168,6 +170,7 @@ def generate(
                 past_key_values=cache,
                 use_cache=use_cache,
                 **_position_ids(decoder, mask, fresh.shape[1]),
+                **last_logits,
             )
             best = output.logits[:, -1].argmax(-1, keepdim=True)
             text = torch.cat([text, best], dim=1)

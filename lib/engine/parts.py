@@ -11,7 +11,7 @@ alone, so a block can be run on tokens by themselves with the heads' outputs put
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -104,6 +104,10 @@ def slice_of(parts: Parts, width: int, heads: Sequence[int] | None) -> Tensor:
 
 _alone: Known[int, list[Inputs]] = WeakKeyDictionary()
 """Inputs of lone tokens, by their number: where a block has parts, no weight decides them."""
+
+
+class SeenError(Exception):
+    """The heads' outputs were seen; the rest of the block is not needed."""
 
 
 class TokensAlone:
@@ -372,7 +376,8 @@ def _heads_changed_by_masks(block: nn.Module, call: Inputs, parts: Parts) -> Ten
     seen: list[Tensor] = []
 
     def see(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(args[0].reshape(*call["hidden"].shape[:2], parts.n_heads, -1)[0, -1])
+        seen.append(args[0].reshape(*call["hidden"].shape[:2], parts.n_heads, -1)[0, -1].clone())
+        raise SeenError
 
     whole = whole_mask(call, 0).expand(-1, parts.n_heads, -1, -1)
     masks = [whole]
@@ -384,7 +389,8 @@ def _heads_changed_by_masks(block: nn.Module, call: Inputs, parts: Parts) -> Ten
     try:
         with torch.inference_mode():
             for mask in masks:
-                block.forward(call["hidden"], **{**call["others"], "attention_mask": mask})
+                with suppress(SeenError):
+                    block.forward(call["hidden"], **{**call["others"], "attention_mask": mask})
     finally:
         handle.remove()
     change = (torch.stack(seen[1:]) - seen[0]).abs().amax(-1)

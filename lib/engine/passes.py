@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from operator import ge
 from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -18,10 +19,15 @@ Value = TypeVar("Value")
 Known = WeakKeyDictionary[object, dict[str, dict[Key, Value]]]
 """What was found, such as whether a way is exact: by `checked_as` of the model, and attention."""
 
+Sizes = tuple[int, ...]
+"""Of what was compared, such as the tokens of a prompt: smaller ones are no other case."""
+
 REFUSALS = (RuntimeError, TypeError, AttributeError, ValueError, IndexError)
 """How a model says that it cannot be run in a faster way; a slower one is always right."""
 
-_forests: Known[int, bool] = WeakKeyDictionary()
+ROOM = 32
+"""Ways are compared on prompts of a multiple of as many tokens, so that few lengths are."""
+_forests: Known[Sizes, bool] = WeakKeyDictionary()
 _generated: Known[str, bool] = WeakKeyDictionary()
 
 
@@ -72,13 +78,10 @@ def forests_are_exact(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> boo
     if _has_hooks(decoder):
         return False
     longest = list(max(prompts, key=lambda prompt: len(list(prompt))))
-    length = len(longest)
-    known = known_of(_forests, decoder)
-    if any(exact and longer >= length for longer, exact in known.items()):
-        return True
-    if length not in known:
-        half, last = length // 2, {decoder.n_blocks - 1}
-        three = [longest, longest[:half] + longest[half:][::-1], longest[::-1]]
+
+    def compare(length: int) -> bool:
+        one, half, last = lengthened(decoder, longest, length), length // 2, {decoder.n_blocks - 1}
+        three = [one, one[:half] + one[half:][::-1], one[::-1]]
         batch = lay_out(three, [[(0, 0), (1, half)], [(2, 0), (1, 0)]])
         columns = batch.columns.to(decoder.device)
         with _capture(decoder, last) as alone, torch.inference_mode():
@@ -87,11 +90,11 @@ def forests_are_exact(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> boo
             with _capture(decoder, last) as together, torch.inference_mode():
                 decoder.model.base_model(use_cache=False, **inputs_of(decoder, batch))
         except REFUSALS:
-            known[length] = False  # no place or mask of each token's own (ALiBi, state-space)
-            return False
+            return False  # no place or mask of each token's own (ALiBi, state-space)
         (slow,), (fast,) = alone.values(), together.values()
-        known[length] = agree(slow[batch.rows], fast[batch.lines[:, None], columns])
-    return known[length]
+        return agree(slow[batch.rows], fast[batch.lines[:, None], columns])
+
+    return holds(decoder, _forests, compare, len(longest))
 
 
 def _has_hooks(decoder: Decoder) -> bool:
@@ -140,6 +143,37 @@ def generation_is_exact(decoder: Decoder, way: Literal["cache", "padding"]) -> b
         (slow,), (fast,) = whole.values(), parts.values()
         known[way] = agree(slow[:, -1], fast[:, -1])
     return known[way]
+
+
+def holds(
+    decoder: Decoder,
+    known: Known[Sizes, bool],
+    compare: Callable[..., bool],
+    n_tokens: int,
+    *parts: int,
+) -> bool:
+    """Say whether what `compare` finds of a model holds for a prompt, or for parts of it.
+
+    It is asked of a longer prompt first, and parts of half of it, so that the prompts that follow
+    need no asking; of the prompt's own sizes only where it does not hold there.
+    """
+    found, sizes = known_of(known, decoder), (n_tokens, *parts)
+    if any(exact and all(map(ge, others, sizes)) for others, exact in found.items()):
+        return True
+    more = min(-(-n_tokens // ROOM) * ROOM, decoder.context_length or n_tokens)
+    for asked in dict.fromkeys(((more, *(max(more // 2, part) for part in parts)), sizes)):
+        if asked not in found:
+            found[asked] = compare(*asked)
+        if found[asked]:
+            return True
+    return False
+
+
+def lengthened(decoder: Decoder, prompt: Sequence[int], length: int) -> list[int]:
+    """Return a prompt followed by tokens unlike its own, `length` in all."""
+    n_known = len(decoder.model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    own = [int(token) for token in prompt]
+    return [(own[place % len(own)] + place // len(own)) % n_known for place in range(length)]
 
 
 def known_of(known: Known[Key, Value], decoder: Decoder) -> dict[Key, Value]:

@@ -34,9 +34,11 @@ from lib.engine.models import Decoder, weight_versions
 from lib.engine.passes import (
     REFUSALS,
     Known,
+    Sizes,
     agree,
+    holds,
     inputs_of,
-    known_of,
+    lengthened,
     run_batch,
     run_blocks,
 )
@@ -272,7 +274,7 @@ def plant_rest(
     return Planted(batches, dict(enumerate(there)), kept)
 
 
-_read: Known[int, bool] = WeakKeyDictionary()
+_read: Known[Sizes, bool] = WeakKeyDictionary()
 
 
 def forests_hold_states(decoder: Decoder, prompt: Sequence[int]) -> bool:
@@ -280,21 +282,19 @@ def forests_hold_states(decoder: Decoder, prompt: Sequence[int]) -> bool:
 
     Keeping keys and values may change what is computed, and some models keep none.
     """
-    known, length = known_of(_read, decoder), len(prompt)
-    if any(exact and longer >= length for longer, exact in known.items()):
-        return True
-    if length not in known:
-        (batch,), first = plant_prompts([prompt], [0], 1), min(1, length - 1)  # not the sink
+
+    def compare(length: int) -> bool:
+        (batch,) = plant_prompts([lengthened(decoder, prompt, length)], [0], 1)
+        first = min(1, length - 1)  # not the sink
         places = torch.arange(first, length)[:, None]
         slow = run_batch(decoder, batch, set(range(decoder.n_blocks)), places)
         try:
             fast = run_forest(decoder, batch).states
-            known[length] = all(
-                agree(states[:, 0], fast[block][0, first:]) for block, states in slow.items()
-            )
         except (ReplayUnsupportedError, *REFUSALS):
-            known[length] = False
-    return known[length]
+            return False
+        return all(agree(states[:, 0], fast[block][0, first:]) for block, states in slow.items())
+
+    return holds(decoder, _read, compare, len(prompt))
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from lib.engine.models import Decoder, evaluated
 from lib.engine.parts import (
     Inputs,
     Parts,
+    SeenError,
     TokensAlone,
     as_call,
     find_parts,
@@ -36,10 +37,12 @@ from lib.engine.parts import (
 from lib.engine.passes import (
     REFUSALS,
     Known,
+    Sizes,
     agree,
     forests_are_exact,
+    holds,
     inputs_of,
-    known_of,
+    lengthened,
 )
 from lib.engine.replay import (
     Forest,
@@ -56,7 +59,7 @@ Places = tuple[Sequence[int], Sequence[int], int]
 """Of a prompt: tokens that attend, tokens hidden from them, its length."""
 Head = tuple[int, int]
 """A block and the number of one of its heads."""
-_prefixed: Known[int, bool] = WeakKeyDictionary()
+_prefixed: Known[Sizes, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -384,19 +387,19 @@ def _last_token_is_exact(decoder: Decoder, prompt: Sequence[int]) -> bool:
 
     It is run through all blocks, and from the second one on.
     """
-    known, length = known_of(_prefixed, decoder), len(prompt)
-    if any(exact and longer >= length for longer, exact in known.items()):
-        return True
-    if length not in known:
-        whole = _run_last(decoder, torch.tensor([list(prompt)], device=decoder.device))
+
+    def compare(length: int) -> bool:
+        one = lengthened(decoder, prompt, length)
+        whole = _run_last(decoder, torch.tensor([one], device=decoder.device))
         try:
-            forest = run_forest(decoder, plant_prompts([prompt], [0], BATCH_TOKENS)[0])
+            forest = run_forest(decoder, plant_prompts([one], [0], BATCH_TOKENS)[0])
             prefix = _last_token(forest, np.array([0]), np.array([length]))
             alone = [_run_last(decoder, prefix, first) for first in (0, 1)]
-            known[length] = all(agree(whole, one) for one in alone)
         except (ReplayUnsupportedError, *REFUSALS):
-            known[length] = False
-    return known[length]
+            return False
+        return all(agree(whole, one) for one in alone)
+
+    return holds(decoder, _prefixed, compare, len(prompt))
 
 
 def _run_last(decoder: Decoder, run: Prefix | Tensor, first: int = 0) -> Tensor:
@@ -451,10 +454,6 @@ def _put_heads(
         yield
 
 
-class _SeenError(Exception):
-    """The heads' outputs were seen."""
-
-
 @contextmanager
 def _hide_from_heads(
     decoder: Decoder,
@@ -468,14 +467,14 @@ def _hide_from_heads(
     def look(block: int) -> Callable[..., None]:
         def see(_module: nn.Module, args: tuple[Any, ...]) -> None:
             blind[block] = args[0].reshape(len(places), -1, args[0].shape[-1])[:, -1].clone()
-            raise _SeenError  # the rest of the block is not needed
+            raise SeenError
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             call = as_call(module, args, kwargs)
             handle = parts[block].projection.register_forward_pre_hook(see, prepend=True)
             try:
                 module.forward(call["hidden"], **_hide(call, block, places))
-            except _SeenError:
+            except SeenError:
                 pass
             finally:
                 handle.remove()
@@ -559,7 +558,7 @@ def _read_outputs(
                     yield forest.batch
                 else:
                     prefix = _last_token(forest, own, lengths[own])
-                    _run_last(decoder, prefix)
+                    _run_last(decoder, prefix, min(wanted))
                     first = torch.zeros(prefix.tokens.shape, dtype=torch.long)
                     yield Batch(own, prefix.tokens[:, -1:], torch.arange(len(own)), first)
             return

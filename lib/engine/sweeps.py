@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lib.engine.batches import Batch, plant_prompts
-from lib.engine.edits import Edit, apply_edit, exchange
+from lib.engine.edits import Edit, apply_edit
 from lib.engine.extraction import (
     Prompts,
     check_blocks,
@@ -21,7 +21,15 @@ from lib.engine.extraction import (
     logit_lens,
 )
 from lib.engine.models import Decoder, evaluated
-from lib.engine.passes import REFUSALS, Known, agree, forests_are_exact, known_of
+from lib.engine.passes import (
+    REFUSALS,
+    Known,
+    Sizes,
+    agree,
+    forests_are_exact,
+    holds,
+    lengthened,
+)
 from lib.engine.progress import track
 from lib.engine.replay import (
     MAX_ROW_TOKENS,
@@ -43,7 +51,8 @@ BATCH_TOKENS = 2048
 UNEMBEDDING_ROWS = 512
 PREFIX_SHARE = 4
 """How many times the tokens of its rows a group's prefixes may hold."""
-_compared: Known[tuple[bool, int, int], bool] = WeakKeyDictionary()
+_planted: Known[Sizes, bool] = WeakKeyDictionary()
+_by_themselves: Known[Sizes, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -342,8 +351,7 @@ def _stands(
     longest_first = sorted(layouts, reverse=True)  # one comparison does for the shorter ones
 
     def exact(layout: tuple[int, int], planted: bool) -> bool:
-        one = layouts[layout]
-        return _replay_is_exact(decoder, prompts, where, one, layout, wanted, planted=planted)
+        return _replay_is_exact(decoder, prompts[layouts[layout]], layout[1], wanted, planted)
 
     def groups(members: np.ndarray, *, ragged: bool) -> list[_Group]:
         return _groups(prompts, where, recipients, members, n_rows, batch_tokens, ragged=ragged)
@@ -535,58 +543,30 @@ def _run(
 
 
 def _replay_is_exact(
-    decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
-    where: np.ndarray,
-    recipient: int,
-    layout: tuple[int, int],
-    wanted: tuple[int, ...],
-    *,
-    planted: bool,
+    decoder: Decoder, prompt: Sequence[int], row_tokens: int, wanted: tuple[int, ...], planted: bool
 ) -> bool:
-    """Say whether replay may be used, comparing once for a model and again for longer prompts."""
-    known = known_of(_compared, decoder)
-    if any(
-        exact and way == planted and tokens >= layout[0] and row_tokens >= layout[1]
-        for (way, tokens, row_tokens), exact in known.items()
-    ):
-        return True
-    if (planted, *layout) not in known:
-        found = _compare(decoder, prompts, where, recipient, wanted, planted=planted)
-        known[planted, *layout] = found
-    return known[planted, *layout]
+    """Compare, once for a model and again for longer prompts and rows, replay with full recompute.
 
-
-def _compare(
-    decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
-    where: np.ndarray,
-    recipient: int,
-    wanted: tuple[int, ...],
-    *,
-    planted: bool,
-) -> bool:
-    """Compare replay with full recompute on one recipient, an early and a late block.
-
-    It is given its own state with the coordinates in reverse: as long, in another direction.
+    At an early and a late block a prompt is given its own state with the coordinates in reverse:
+    as long, in another direction. It is `planted` on a forest, or by itself.
     """
-    one = _Group(np.array([recipient]), np.zeros((1, 1), dtype=np.int64))
-    block = np.argsort(wanted, kind="stable")[np.unique([0, len(wanted) // 2])]
-    rows = _Rows(np.zeros_like(block), block, np.zeros_like(block))
-    try:
-        forest = None
-        if planted:
-            forest = run_forest(decoder, plant_prompts(prompts, [recipient], BATCH_TOKENS)[0])
-        prefix = _run(decoder, prompts, where, one.recipients, True, forest)
-        from_end = where - np.array([len(prompt) for prompt in prompts])[:, None]
-        donor = prefix.states[list(wanted)][:, :, from_end[recipient]].float().cpu().flip(-1)
-        pairs, edits = np.zeros((1, 2), dtype=int), {"exchange": exchange}
-        edited = _edit(prefix, from_end, one, donor, pairs, edits, wanted, rows)
-        fast = replay_rows(decoder, prefix, [wanted[b] for b in rows.block], edited)
-    except (ReplayUnsupportedError, *REFUSALS):
-        return False  # the block refuses rows side by side: the slower path is always right
-    slow = recompute_rows(decoder, prefix, [wanted[b] for b in rows.block], edited)
-    return agree(slow, fast)
+    block = [sorted(wanted)[place] for place in np.unique([0, len(wanted) // 2])]
+
+    def compare(length: int, row_tokens: int) -> bool:
+        one, first = lengthened(decoder, prompt, length), length - row_tokens
+        try:
+            forest = None
+            if planted:
+                forest = run_forest(decoder, plant_prompts([one], [0], BATCH_TOKENS)[0])
+            prefix = _run(decoder, [one], np.array([[first]]), np.array([0]), True, forest)
+            rows = prefix.states[block].transpose(0, 1).clone()
+            rows[:, :, 0] = rows[:, :, 0].flip(-1)
+            fast = replay_rows(decoder, prefix, block, rows)
+        except (ReplayUnsupportedError, *REFUSALS):
+            return False  # the block refuses rows side by side: the slower path is always right
+        return agree(recompute_rows(decoder, prefix, block, rows), fast)
+
+    return holds(decoder, _planted if planted else _by_themselves, compare, len(prompt), row_tokens)
 
 
 def _own_states(
