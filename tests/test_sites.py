@@ -536,15 +536,26 @@ def test_what_was_run_once_serves_sites_heads_and_outputs(
 def test_of_prompts_that_were_run_the_last_tokens_alone_are_run_again(
     llama: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And those from the first block on of which something is read."""
     sweep_sites(llama, PROMPTS, PAIRS, SITES, read_ids=ALL)  # compares, once
     passes, forests = count_tokens(llama, monkeypatch), []
     beginnings = {tuple(prompt[: n + 1]) for prompt in PROMPTS for n in range(len(prompt))}
-    for n_tokens in (len(beginnings), len(PROMPTS)):  # edited rows call blocks, not the model
-        patch_heads(
-            llama, PROMPTS, PAIRS, {"one": [(2, 1)]}, measure=logits_of_tokens, forests=forests
-        )
-        assert passes == [n_tokens]
+    ran = dict.fromkeys(range(llama.n_blocks), 0)
+    for index, block in enumerate(llama.blocks):
+
+        def counting(hidden: torch.Tensor, *, index=index, own=block.forward, **told):
+            ran[index] += hidden.shape[0] * hidden.shape[1]
+            return own(hidden, **told)
+
+        monkeypatch.setattr(block, "forward", counting)
+    edited = {"one": [(2, 1)]}
+    for n_tokens in (len(beginnings), 0):  # rows call blocks, not the model
+        ran.update(dict.fromkeys(ran, 0))
+        patch_heads(llama, PROMPTS, PAIRS, edited, measure=logits_of_tokens, forests=forests)
+        assert sum(passes) == n_tokens
         passes.clear()
+    n_edited = len(PAIRS)
+    assert ran == {0: 0, 1: 0, 2: len(PROMPTS) + n_edited, 3: len(PROMPTS) + n_edited}
     sweep_sites(llama, PROMPTS, PAIRS, SITES, read_ids=ALL, forests=forests)
     assert passes == [len(PROMPTS)]
 
