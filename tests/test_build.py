@@ -2,6 +2,7 @@ import html
 import io
 import json
 import os
+import pkgutil
 import platform
 import re
 import shutil
@@ -313,6 +314,18 @@ def test_every_command_stands_in_the_readme():
         name for name in listed if name != "help" and f"`make {name}`" not in read("README.md")
     ]
     assert not missing
+
+
+TEXTS = ["README.md", *sorted(f"book/{page.name}" for page in (ROOT / "book").glob("*.md"))]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_modules_and_files_that_a_text_names_are_there(text):
+    """A module, a name in it, and a file of the repository."""
+    for named in set(re.findall(r"\blib(?:\.\w+)+", read(text))):
+        assert pkgutil.resolve_name(named), named
+    named = set(re.findall(r"`((?:lib|book|tests|benchmarks|workflow)/[\w./-]+)`", read(text)))
+    assert [file for file in sorted(named) if "<" not in file and not (ROOT / file).exists()] == []
 
 
 def test_the_readmes_picture_says_its_finding_is_small_and_shows_on_dark_pages():
