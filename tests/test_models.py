@@ -263,7 +263,7 @@ def test_what_goes_wrong_in_a_models_own_code_is_told_in_one_line() -> None:
         raise KeyError("pixel_values\nand more")
 
     model.model.forward = broken
-    assert "cannot be run on a few tokens alone" in refusal(model)
+    assert "cannot be run on a few tokens alone: KeyError 'pixel_values" in refusal(model)
 
 
 def test_a_model_that_names_no_number_of_blocks_is_refused() -> None:

@@ -99,7 +99,9 @@ def one_line(kind: str, what: str) -> Iterator[None]:
     except (ValueError, RuntimeError, TypeError, AttributeError, LookupError, AssertionError) as e:
         if isinstance(e, ValueError) and str(e).startswith(kind):
             raise
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0].rstrip(".")
+        bare = isinstance(e, KeyError)  # its text is the key alone
+        said = f"{type(e).__name__} {e}" if bare else str(e)
+        reason = (said.strip().splitlines() or [type(e).__name__])[0].rstrip(".")
         raise ValueError(f"{kind} {what}: {reason}. This architecture is not supported.") from e
 
 
