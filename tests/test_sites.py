@@ -234,6 +234,8 @@ GROUPS = {
     "one": [(2, 1)],
     "across blocks": [(3, 0), (1, 2), (3, 3), (0, 1)],
     "none": [],
+    "late": [(3, 2), (3, 1)],
+    "early": [(1, 0), (2, 3)],
 }
 
 
@@ -291,15 +293,25 @@ def test_hiding_tokens_from_heads_of_several_blocks_equals_a_mask(parted: Decode
     check_blinded_groups(parted, GROUPS)
 
 
-def count_tokens_and_blocks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Return a list that grows by the tokens of each pass of heads, and by its first block."""
-    passes: list[tuple[int, int]] = []
+def test_groups_and_pairs_in_several_passes_equal_full_recompute(
+    llama: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sites, "MAX_ROW_TOKENS", 2)
+    monkeypatch.setattr(sites, "UNEMBEDDING_ROWS", 4)
+    check_groups(llama, GROUPS)
+    check_blinded_groups(llama, GROUPS)
+
+
+def count_tokens_and_blocks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int]]]:
+    """Return a list that grows by each pass of heads: the tokens of a row, and its first block."""
+    passes: list[tuple[int, list[int]]] = []
     run = sites._run_last
 
-    def counted(decoder: Decoder, given: Any, first: int = 0) -> Tensor:
+    def counted(decoder: Decoder, given: Any, firsts: Sequence[int] = (0,)) -> Tensor:
         alone = isinstance(given, Prefix)
-        passes.append((len(given.tokens) if alone else given.numel(), first if alone else 0))
-        return run(decoder, given, first)
+        n_tokens = len(given.tokens) if alone else given.numel()
+        passes.append((n_tokens, list(firsts) if alone else [0]))
+        return run(decoder, given, firsts)
 
     monkeypatch.setattr(sites, "_run_last", counted)
     return passes
@@ -308,13 +320,15 @@ def count_tokens_and_blocks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, 
 def test_heads_are_exchanged_in_a_pass_over_the_last_tokens_from_the_first_block_edited(
     llama: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Groups side by side, but for those from the very first block on."""
     check_groups(llama, GROUPS)  # compares, once
     passes = count_tokens_and_blocks(monkeypatch)
     check_groups(llama, GROUPS)
     for name in GROUPS:
         check_groups(llama, {name: GROUPS[name]})
     n = len(PAIRS)
-    assert passes == [(len(GROUPS) * n, 0), (n, 2), (n, 0), (n, llama.n_blocks)]
+    together = [(n, [0]), (n, [1, 2, 3, llama.n_blocks])]
+    assert passes == together + [(n, [first]) for first in (2, 0, llama.n_blocks, 3, 1)]
 
 
 @pytest.mark.parametrize("what", ["mask", "keys", "states"])

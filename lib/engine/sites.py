@@ -45,6 +45,7 @@ from lib.engine.passes import (
     lengthened,
 )
 from lib.engine.replay import (
+    MAX_ROW_TOKENS,
     Forest,
     Prefix,
     ReplayUnsupportedError,
@@ -53,10 +54,17 @@ from lib.engine.replay import (
     run_forest,
 )
 from lib.engine.structure import untuple
-from lib.engine.sweeps import BATCH_TOKENS, Measure, Sweep, position_table, sweep_blocks
+from lib.engine.sweeps import (
+    BATCH_TOKENS,
+    UNEMBEDDING_ROWS,
+    Measure,
+    Sweep,
+    position_table,
+    sweep_blocks,
+)
 
-Places = tuple[Sequence[int], Sequence[int], int]
-"""Of a prompt: tokens that attend, tokens hidden from them, its length."""
+Places = tuple[int, Sequence[int], Sequence[int]]
+"""A prompt, tokens of it that attend and those hidden from them, counted from the last one on."""
 Head = tuple[int, int]
 """A block and the number of one of its heads."""
 _prefixed: Known[Sizes, bool] = WeakKeyDictionary()
@@ -230,33 +238,33 @@ def patch_heads(
     )
     outputs = {block: own.heads[:, 0] for block, own in zip(wanted, found, strict=True)}
     chosen = [_heads_by_block(group, parts, outputs) for group in groups.values()]
+    firsts = np.array([min(heads, default=decoder.n_blocks) for heads in chosen])
     results: dict[str, np.ndarray] = {}
-    for run, recipients, owner, pair in _rows_of_groups(
-        decoder, prompts, pairs, len(groups), forests
-    ):
-        edited = {block for number in set(owner.tolist()) for block in chosen[number]}
-        none = {block: torch.zeros(outputs[block].shape[-1], dtype=torch.bool) for block in edited}
-        which = {
-            block: torch.stack([chosen[number].get(block, none[block]) for number in owner])
-            for block in sorted(edited)
-        }
-        if hide is None:
-            new = {block: outputs[block][pairs[pair, 1]] for block in which}
-            edit = _put_heads(parts, which, new)
-        else:
-            places = [
-                ([len(prompts[row]) - 1], hide[group][row], len(prompts[row]))
-                for group, row in zip(owner.tolist(), recipients.tolist(), strict=True)
-            ]
-            edit = _hide_from_heads(decoder, parts, which, places)
-        with edit, torch.inference_mode():
-            last = _run_last(decoder, run, min(edited, default=decoder.n_blocks))
-            logits = decoder.unembed(decoder.final_norm(last)).float()
-            read = measure(logits, torch.as_tensor(pair, device=logits.device))
-        for name, values in read.items():
-            if name not in results:
-                results[name] = np.full((len(groups), len(pairs)), np.nan)
-            results[name][owner, pair] = values.double().cpu().numpy()
+    for run, own in _recipients(decoder, prompts, pairs, len(groups), forests):
+        for some in _in_passes(firsts, isinstance(run, Prefix)):
+            which: dict[int, Tensor] = {}
+            for block in sorted({block for number in some for block in chosen[number]}):
+                none = torch.zeros(outputs[block].shape[-1], dtype=torch.bool)
+                begun = [number for number in some if firsts[number] <= block]
+                which[block] = torch.stack([chosen[number].get(block, none) for number in begun])
+            if hide is None:
+                new = {block: outputs[block][pairs[own, 1], None] for block in which}
+                edit = _put_heads(parts, which, new)
+            else:
+                table = [
+                    [[key - len(prompts[row]) for key in hide[number][row]] for number in some]
+                    for row in pairs[own, 0]
+                ]
+                edit = _hide_from_heads(decoder, parts, which, table)
+            with edit, torch.inference_mode():
+                last = _run_last(decoder, run, firsts[some].tolist()).flatten(0, 1)
+                logits = decoder.unembed(decoder.final_norm(last)).float()
+                pair = np.repeat(own, len(some))
+                read = measure(logits, torch.as_tensor(pair, device=logits.device))
+            for name, values in read.items():
+                if name not in results:
+                    results[name] = np.full((len(groups), len(pairs)), np.nan)
+                results[name][np.tile(some, len(own)), pair] = values.double().cpu().numpy()
     return results
 
 
@@ -330,17 +338,17 @@ def _heads_by_block(
     return found
 
 
-def _rows_of_groups(
+def _recipients(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     pairs: np.ndarray,
     n_groups: int,
     forests: list[Forest],
-) -> Iterator[tuple[Prefix | Tensor, np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield what to run, and of each row of it the recipient, the group and the pair `[n_rows]`.
+) -> Iterator[tuple[Prefix | Tensor, np.ndarray]]:
+    """Yield the recipients of some pairs, ready to run, and these pairs.
 
-    Rows of whatever group share a pass, over the last token alone after a forest of the others,
-    where that is exact; else over whole prompts of one length `[n_rows, length]`.
+    The last token alone, after a forest of the others, where that is exact; else whole prompts of
+    one length `[n, length]`.
     """
     unique, members = np.unique(pairs[:, 0]), np.unique(pairs)
     lengths = np.array([len(prompt) for prompt in prompts])
@@ -348,25 +356,37 @@ def _rows_of_groups(
     if _last_tokens_are_exact(decoder, prompts, members):
         planted = plant_rest(decoder, prompts, members, forests, BATCH_TOKENS)
         run = (planted.run(decoder, number) for number in range(len(planted.batches)))
-        batches = ((np.intersect1d(unique, forest.batch.rows), forest) for forest in run)
+        batches = ((forest.batch.rows, forest) for forest in run)
     else:
         alike = equal_length_rows([prompts[r] for r in unique], BATCH_TOKENS)
         batches = ((unique[rows], None) for rows in alike)
-    for own, forest in batches:
+    for rows, forest in batches:
+        own = np.flatnonzero(np.isin(pairs[:, 0], rows))
         if not len(own):
             continue
-        cells = np.flatnonzero(np.isin(pairs[:, 0], own))
-        group, pair = (axis.ravel() for axis in np.indices((n_groups, len(cells))))
-        most = max(1, BATCH_TOKENS // int(lengths[own].max()))
-        for part in np.array_split(np.arange(len(group)), -(-len(group) // most)):
-            chosen = cells[pair[part]]
-            recipients = pairs[chosen, 0]
+        most = BATCH_TOKENS // int(lengths[pairs[own, 0]].max())
+        most = max(1, min(most, UNEMBEDDING_ROWS // min(n_groups, MAX_ROW_TOKENS)))
+        for some in np.array_split(own, -(-len(own) // most)):
+            recipients = pairs[some, 0]
             if forest is None:
-                tokens = torch.tensor([list(prompts[r]) for r in recipients], device=decoder.device)
-                yield tokens, recipients, group[part], chosen
+                tokens = [list(prompts[row]) for row in recipients]
+                yield torch.tensor(tokens, device=decoder.device), some
             else:
-                prefix = _last_token(forest, recipients, lengths[recipients])
-                yield prefix, recipients, group[part], chosen
+                yield _last_token(forest, recipients, lengths[recipients]), some
+
+
+def _in_passes(firsts: np.ndarray, by_rows: bool) -> Iterator[np.ndarray]:
+    """Yield which groups run in one pass, those first whose first edited block is.
+
+    As rows of one token, side by side; but each by itself from the first block of all on, where
+    rows cannot enter, and where whole prompts run.
+    """
+    order = np.argsort(firsts, kind="stable")
+    alone = firsts[order] == 0 if by_rows else np.ones(len(order), dtype=bool)
+    yield from order[alone][:, None]
+    rest = order[~alone]
+    for start in range(0, len(rest), MAX_ROW_TOKENS):
+        yield rest[start : start + MAX_ROW_TOKENS]
 
 
 def _last_token(forest: Forest, rows: np.ndarray, lengths: np.ndarray) -> Prefix:
@@ -385,7 +405,7 @@ def _last_tokens_are_exact(
 def _last_token_is_exact(decoder: Decoder, prompt: Sequence[int]) -> bool:
     """Compare, once for a model and again for longer prompts, the last token alone with all.
 
-    It is run through all blocks, and from the second one on.
+    It is run through all blocks, and twice side by side, from the second one and a middle one on.
     """
 
     def compare(length: int) -> bool:
@@ -394,23 +414,24 @@ def _last_token_is_exact(decoder: Decoder, prompt: Sequence[int]) -> bool:
         try:
             forest = run_forest(decoder, plant_prompts([one], [0], BATCH_TOKENS)[0])
             prefix = _last_token(forest, np.array([0]), np.array([length]))
-            alone = [_run_last(decoder, prefix, first) for first in (0, 1)]
+            alone = _run_last(decoder, prefix)
+            rows = _run_last(decoder, prefix, [1, 1 + decoder.n_blocks // 2])
         except (ReplayUnsupportedError, *REFUSALS):
             return False
-        return all(agree(whole, one) for one in alone)
+        return agree(whole, alone) and agree(whole, rows)
 
     return holds(decoder, _prefixed, compare, len(prompt))
 
 
-def _run_last(decoder: Decoder, run: Prefix | Tensor, first: int = 0) -> Tensor:
-    """Return the last token's residual stream after the last block `[n, d_model]`.
+def _run_last(decoder: Decoder, run: Prefix | Tensor, firsts: Sequence[int] = (0,)) -> Tensor:
+    """Return the last token's residual stream after the last block `[n, n_firsts, d_model]`.
 
     Of whole prompts `[n, length]`, or of the last token after a prefix; then blocks before the
-    first one that is edited are not run again.
+    first one that is edited are not run again, and there may be several, in order.
     """
-    if isinstance(run, Prefix) and first > 0:
-        clean = run.states[first - 1][:, None]
-        return replay_rows(decoder, run, [first - 1], clean)[:, 0]
+    if isinstance(run, Prefix) and firsts[0] > 0:
+        clean = run.states[[first - 1 for first in firsts]].transpose(0, 1)
+        return replay_rows(decoder, run, [first - 1 for first in firsts], clean)
     if isinstance(run, Prefix):
         mask = run.block_inputs[0]["attention_mask"]
         place = (mask[:, 0] == 0).sum(-1) - 1  # the last token sees all others of its prompt
@@ -429,20 +450,24 @@ def _run_last(decoder: Decoder, run: Prefix | Tensor, first: int = 0) -> Tensor:
             decoder.model.base_model(tokens, **inputs)
     finally:
         handle.remove()
-    return states[-1]
+    return states[-1][:, None]
 
 
 @contextmanager
 def _put_heads(
     parts: Mapping[int, Parts], chosen: Mapping[int, Tensor], new: Mapping[int, Tensor]
 ) -> Iterator[None]:
-    """Put `new` in the place of the last token's heads, where `chosen` says, both `[n, width]`."""
+    """Put `new` in the place of the last tokens' heads, where `chosen` says.
+
+    By block `[n, n_rows or 1, width]` and `[n_rows, width]`, of the rows that have entered.
+    """
 
     def put(block: int) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             heads = args[0].reshape(len(new[block]), -1, args[0].shape[-1]).clone()
             which = chosen[block].to(heads.device)
-            heads[:, -1] = torch.where(which, new[block].to(heads), heads[:, -1])
+            rows = heads[:, -len(which) :]
+            rows.copy_(torch.where(which, new[block].to(heads), rows))
             return (heads.view(args[0].shape), *args[1:])
 
         return hook
@@ -459,18 +484,27 @@ def _hide_from_heads(
     decoder: Decoder,
     parts: Mapping[int, Parts],
     chosen: Mapping[int, Tensor],
-    places: Sequence[Places],
+    hidden: Sequence[Sequence[Sequence[int]]],
 ) -> Iterator[None]:
-    """Put in the place of the last token's heads what they put out with tokens hidden."""
+    """Put in the place of the last tokens' heads what they put out with tokens hidden.
+
+    Of each prompt and row those of its tokens, counted from its end.
+    """
     blind: dict[int, Tensor] = {}
 
     def look(block: int) -> Callable[..., None]:
         def see(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            blind[block] = args[0].reshape(len(places), -1, args[0].shape[-1])[:, -1].clone()
+            heads = args[0].reshape(len(hidden), -1, args[0].shape[-1])
+            blind[block] = heads[:, -len(chosen[block]) :].clone()
             raise SeenError
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            call = as_call(module, args, kwargs)
+            call, n_rows = as_call(module, args, kwargs), len(chosen[block])
+            places = [
+                (prompt, [row - n_rows], [key + 1 - n_rows for key in keys])  # the rows come last
+                for prompt, by_row in enumerate(hidden)
+                for row, keys in enumerate(by_row[:n_rows])
+            ]
             handle = parts[block].projection.register_forward_pre_hook(see, prepend=True)
             try:
                 module.forward(call["hidden"], **_hide(call, block, places))
@@ -558,7 +592,7 @@ def _read_outputs(
                     yield forest.batch
                 else:
                     prefix = _last_token(forest, own, lengths[own])
-                    _run_last(decoder, prefix, min(wanted))
+                    _run_last(decoder, prefix, [min(wanted)])
                     first = torch.zeros(prefix.tokens.shape, dtype=torch.long)
                     yield Batch(own, prefix.tokens[:, -1:], torch.arange(len(own)), first)
             return
@@ -586,7 +620,10 @@ def _read_outputs(
         seen["entering", block] = call["hidden"]
         seen["other_heads", block] = seen["heads", block]
         if hide is not None:
-            places = [(where[m].tolist(), hide[m], len(prompts[m])) for m in rows]
+            places = [
+                (row, (where[m] - len(prompts[m])).tolist(), [k - len(prompts[m]) for k in hide[m]])
+                for row, m in enumerate(rows)
+            ]
             own_mlp, slot = seen["mlp", block], "other_heads"
             inputs = _hide(call, block, places)
             decoder.blocks[block].forward(call["hidden"], **inputs)
@@ -610,16 +647,16 @@ def _read_outputs(
     return [_Outputs(*(kept[name, block] for name in names)) for block in wanted]
 
 
-def _hide(call: Inputs, block: int, places: Sequence[Places]) -> Inputs:
-    """Return a block's inputs under a mask that hides tokens, row by row, from others."""
-    mask = whole_mask(call, block).expand(len(places), -1, -1, -1).clone()
+def _hide(call: Inputs, block: int, places: Iterable[Places]) -> Inputs:
+    """Return a block's inputs under a mask that hides tokens, prompt by prompt, from others."""
+    mask = whole_mask(call, block).expand(len(call["hidden"]), -1, -1, -1).clone()
     n_queries, n_keys = mask.shape[-2:]
-    for row, (queries, hidden, length) in enumerate(places):
+    for prompt, queries, hidden in places:
         for query in queries:
             for key in hidden:
-                at = (query - length + n_queries, key - length + n_keys)  # counted from the end
+                at = (query + n_queries, key + n_keys)
                 if min(at) >= 0:  # a sliding window has left the others behind
-                    mask[row, :, *at] = hidden_value(mask)
+                    mask[prompt, :, *at] = hidden_value(mask)
     return {**call["others"], "attention_mask": mask}
 
 
