@@ -511,6 +511,8 @@ def test_a_group_names_a_head_or_block_that_does_not_exist(llama: Decoder) -> No
     for group, words in (([(1, 4)], "'g': head 4"), ([(9, 0)], "Block 9 does not exist")):
         with pytest.raises(ValueError, match=words):
             patch_heads(llama, PROMPTS, PAIRS, {"g": group}, measure=logits_of_tokens)
+    with pytest.raises(ValueError, match="No groups of heads"):
+        patch_heads(llama, PROMPTS, PAIRS, {}, measure=logits_of_tokens)
     same, hidden = PAIRS[:, [0, 0]], {"other": HIDDEN}
     with pytest.raises(ValueError, match="'g' has no hidden positions"):
         patch_heads(llama, PROMPTS, same, {"g": [(1, 0)]}, hidden=hidden, measure=logits_of_tokens)
@@ -569,6 +571,8 @@ def test_of_prompts_that_were_run_the_last_tokens_alone_are_run_again(
         assert sum(passes) == n_tokens
         passes.clear()
     n_edited = len(PAIRS)
+    none = patch_heads(llama, PROMPTS, PAIRS, {"": []}, measure=logits_of_tokens, forests=forests)
+    assert np.isfinite(none["0"]).all() and not passes
     assert ran == {0: 0, 1: 0, 2: len(PROMPTS) + n_edited, 3: len(PROMPTS) + n_edited}
     sweep_sites(llama, PROMPTS, PAIRS, SITES, read_ids=ALL, forests=forests)
     assert passes == [len(PROMPTS)]

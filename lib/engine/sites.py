@@ -213,13 +213,16 @@ def patch_heads(
         What `measure` returned, by name `[n_groups, n_pairs]`.
 
     Raises:
-        ValueError: a head, pair or position that does not exist, a model without such parts, a
-            group without hidden positions, or tokens that cannot be hidden; the message says which.
+        ValueError: no groups; a head, pair or position that does not exist, a model without such
+            parts, a group without hidden positions, or tokens that cannot be hidden; the message
+            says which.
     """
     prompts = check_prompts(decoder, prompts)
     where = position_table(prompts, "last")
     pairs = np.asarray(pairs)
     _check_pairs(pairs, len(prompts))
+    if not groups:
+        raise ValueError("No groups of heads were given; name at least one.")
     wanted = tuple(sorted({block for group in groups.values() for block, _ in group}))
     parts = dict(zip(wanted, find_parts(decoder, wanted), strict=True))
     for name, group in groups.items():
@@ -592,7 +595,7 @@ def _read_outputs(
                     yield forest.batch
                 else:
                     prefix = _last_token(forest, own, lengths[own])
-                    _run_last(decoder, prefix, [min(wanted)])
+                    _run_last(decoder, prefix, [min(wanted, default=decoder.n_blocks)])
                     first = torch.zeros(prefix.tokens.shape, dtype=torch.long)
                     yield Batch(own, prefix.tokens[:, -1:], torch.arange(len(own)), first)
             return
