@@ -1,6 +1,8 @@
 """Loading: on one device or several, in any dtype; what cannot be loaded is refused in one line."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,6 +136,46 @@ def test_model_that_does_not_fit_is_refused_with_the_sizes_before_it_is_read(
     for options in ({}, {"device_map": "auto"}, {"untrained": True}):
         message = refusal(folder, **options)
         assert f"needs {n_bytes / 1e9:.3g} GB, but 5e-05 GB are free" in message
+
+
+FREED = """
+import torch
+from lib.engine.models import load_decoder
+
+def held():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+load_decoder({folder!r}, untrained=True)
+before = held()
+large, small = [], []
+for _ in range(100):
+    large.append(torch.ones(500_000))
+    small.append(torch.ones(50))
+grown = held()
+del large
+freed = held()
+load_decoder({folder!r}, untrained=True)
+print(grown - before, freed - before, held() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_that_was_freed_is_handed_back_before_a_model_is_loaded(
+    tmp_path: Path,
+) -> None:
+    """As in the build, where the C library keeps what is freed for the next tensors."""
+    kept = {f"MALLOC_{name}_THRESHOLD_": "1000000000" for name in ("MMAP", "TRIM")}
+    ran = subprocess.run(
+        [sys.executable, "-c", FREED.format(folder=str(saved(tmp_path)))],
+        env={**os.environ, **kept},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    grown, freed, after = map(int, ran.stdout.split()[-3:])
+    assert min(grown, freed) > 190_000  # kilobytes: nothing is handed back by itself
+    assert after < 20_000
 
 
 def test_memory_within_the_containers_limit(

@@ -48,6 +48,7 @@ AROUND = 3
 TWIN_SUBJECTS = 20
 """Subjects of a task that twins are measured on: a seed is one number, over many tasks."""
 RANDOM_DRAWS = 3
+ROWS_AT_ONCE = 8192
 COMPARED = ("set_in", "beyond_reader")
 """Statistics that the untrained twins' are subtracted from."""
 
@@ -414,9 +415,17 @@ def unembedding_basis(decoder: Decoder) -> FloatArray:
     Columns are the right singular vectors of the unembedding less its mean row, which moves all
     logits alike and so no prediction.
     """
-    rows = decoder.unembedding_rows(range(decoder.d_vocab))[0].detach().double().cpu()
-    rows = rows - rows.mean(dim=0)
-    basis: FloatArray = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1).numpy()
+    parts = np.array_split(np.arange(decoder.d_vocab), -(-decoder.d_vocab // ROWS_AT_ONCE))
+
+    def rows(ids: np.ndarray) -> Tensor:  # all of them in float64 may be as large as the model
+        return decoder.unembedding_rows(ids.tolist())[0].detach().double().cpu()
+
+    mean = torch.stack([rows(ids).sum(dim=0) for ids in parts]).sum(dim=0) / decoder.d_vocab
+    products = torch.zeros(decoder.d_model, decoder.d_model, dtype=torch.float64)
+    for ids in parts:
+        centred = rows(ids) - mean
+        products += centred.T @ centred
+    basis: FloatArray = torch.linalg.eigh(products).eigenvectors.flip(1).numpy()
     return basis
 
 

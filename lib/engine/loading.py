@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lib.engine.catalogue import DEFAULT, find_weights, unknown_name
-from lib.engine.memory import check_memory, free_memory, weight_bytes
+from lib.engine.memory import check_memory, free_memory, give_back, weight_bytes
 from lib.engine.weights import fetch_weights
 
 UNTRAINED_SEED = 20260204
@@ -45,6 +45,7 @@ def read_model(
         written = (path.stat().st_mtime_ns for path in sorted(Path(source).glob("*.json")))
         tokenizer = _read_tokenizer(source, options.get("revision"), *written)
         needed = weight_bytes(config, dtype, None if untrained else bits)
+    give_back()
     if spread is None or isinstance(spread, str):  # a mapping is its writer's own choice
         where = "auto" if isinstance(spread, str) else options.get("device", "cpu")
         check_memory(f"{label} in {str(dtype)[6:]}", needed, where, free_memory())

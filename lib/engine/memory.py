@@ -1,6 +1,8 @@
 """Memory: what a model's weights need, what there is, and a refusal before anything is loaded."""
 
+import ctypes
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,15 @@ def count_parameters(config: Any) -> int:
 def weight_bytes(config: Any, dtype: torch.dtype, bits: int | None = None) -> int:
     """Return the bytes that the weights need in `dtype`, or at `bits` a weight if quantised."""
     return count_parameters(config) * (bits or 8 * dtype.itemsize) // 8
+
+
+def give_back() -> None:
+    """Hand memory that was freed back to the system, where the C library (glibc's) can.
+
+    The holes that freed tensors leave are kept for the next ones, but weights do not fit in them.
+    """
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def free_memory() -> dict[str, int]:
