@@ -83,6 +83,19 @@ def test_batched_prompts_of_different_lengths_equal_single_ones(decoder: Decoder
     assert generate(decoder, PROMPTS, N_NEW) == single
 
 
+def test_the_last_token_alone_is_unembedded(llama: Decoder) -> None:
+    generate(llama, PROMPTS, n_new_tokens=1)  # compares, once
+    rows: list[int] = []
+    handle = llama.unembedding.register_forward_hook(
+        lambda _module, _given, logits: rows.append(logits.shape[:-1].numel())
+    )
+    try:
+        generate(llama, PROMPTS, n_new_tokens=2)
+    finally:
+        handle.remove()
+    assert rows == [len(PROMPTS)] * 2
+
+
 def test_each_prompt_gets_its_own_donor(llama: Decoder) -> None:
     donors = torch.randn(3, llama.d_model, generator=torch.Generator().manual_seed(8))
     places = [len(prompt) - 1 for prompt in PROMPTS]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import count_tokens, tiny_model, tiny_tokenizer
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lib.engine import replay, sweeps
 from lib.engine.batches import plant_prompts
@@ -162,6 +163,18 @@ def test_what_does_not_hold_on_more_tokens_is_compared_on_the_prompts_own(
         paths[length] = sweep.path
     assert paths == {9: "prefix replay", 12: "prefix replay", 20: "full recompute"}
     assert asked == [32, 9, 9, 12, 12, 20, 32, 20]
+
+
+def test_a_model_of_few_positions_is_compared_within_them() -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_positions=12, n_embd=32, n_layer=4, n_head=4)
+    small = load_decoder(GPT2LMHeadModel(config).eval(), tokenizer=tiny_tokenizer())
+    prompts = np.arange(20).reshape(2, 10) + 1
+    for positions in ("last", [4, 5]):
+        sweep = sweep_blocks(
+            small, prompts, np.array([[0, 1]]), {"keep": keep}, positions=positions
+        )
+        assert sweep.path == "prefix replay"
 
 
 def test_several_positions_at_once_equal_full_recompute(decoder: Decoder) -> None:
