@@ -178,16 +178,29 @@ def test_memory_that_was_freed_is_handed_back_before_a_model_is_loaded(
     assert after < 20_000
 
 
+@pytest.mark.parametrize(
+    ("limit", "held", "of", "unlimited"),
+    [
+        ("memory.max", "memory.current", "", "max"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_", str(2**63 - 4096)),
+    ],
+    ids=["cgroup v2", "cgroup v1"],
+)
 def test_memory_within_the_containers_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    limit: str, held: str, of: str, unlimited: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Files kept in memory, which the system drops when memory is wanted, count as free."""
     monkeypatch.setattr(memory, "_CONTAINER", tmp_path)
-    unlimited = memory.free_memory()["cpu"]
-    (tmp_path / "memory.max").write_text("5000\n")
-    (tmp_path / "memory.current").write_text("2000\n")
-    assert memory.free_memory()["cpu"] == 3000 < unlimited
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory.free_memory()["cpu"] > 3000
+    everything = memory.free_memory()["cpu"]
+    (folder := tmp_path / "memory" if of else tmp_path).mkdir(exist_ok=True)
+    own = "cache 20\ninactive_file 7\nactive_file 9\n" if of else "anon 900\n"  # its groups' apart
+    shares = f"{own}{of}cache 1100\n{of}inactive_file 600\n{of}active_file 400\n"
+    (folder / limit).write_text("5000\n")
+    (folder / held).write_text("2000\n")
+    (folder / "memory.stat").write_text(shares)
+    assert memory.free_memory()["cpu"] == 4000 < everything
+    (folder / limit).write_text(f"{unlimited}\n")
+    assert memory.free_memory()["cpu"] > 4000
 
 
 @pytest.mark.parametrize(

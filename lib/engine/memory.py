@@ -11,6 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 _CONTAINER = Path("/sys/fs/cgroup")
+_FILES = (  # of both versions of control groups: the limit, the bytes held, and whose they are
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+)
 
 
 def count_parameters(config: Any) -> int:
@@ -40,15 +44,17 @@ def give_back() -> None:
 def free_memory() -> dict[str, int]:
     """Return the free bytes of the CPU and of each GPU, by torch's name of the device.
 
-    For the CPU that is what can be had without swapping, within the limit of the container.
+    For the CPU that is what can be had without swapping, within the limit of the container. Files
+    that the system keeps in memory, such as a model that was just fetched, count as free.
     """
     free = {"cpu": int(psutil.virtual_memory().available)}
-    try:
-        limit = int((_CONTAINER / "memory.max").read_text())
-        used = int((_CONTAINER / "memory.current").read_text())
-        free["cpu"] = min(free["cpu"], limit - used)
-    except (OSError, ValueError):
-        pass  # no container, or one without a limit
+    for names in _FILES:
+        with suppress(OSError, ValueError):  # no such container, or one without a limit
+            limit, held, shares = ((_CONTAINER / name).read_text() for name in names)
+            share = dict(line.split() for line in shares.splitlines())
+            of = "total_" if "total_cache" in share else ""  # with the groups inside it
+            files = sum(int(share.get(f"{of}{kind}_file", 0)) for kind in ("active", "inactive"))
+            free["cpu"] = min(free["cpu"], int(limit) - int(held) + files)
     for index in range(torch.cuda.device_count()):
         free[f"cuda:{index}"] = torch.cuda.mem_get_info(index)[0]
     return free
