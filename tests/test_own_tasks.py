@@ -44,10 +44,15 @@ TEXTS = [("kin", "of {subject} comes"), ("kin", "the word {subject} has then")]
 def files(tmp_path, monkeypatch):
     """Write the two files and return the first one's path, which TASKS names."""
 
-    def write(items=ITEMS, texts=TEXTS, columns=("task", "subject", "answer")) -> Path:
+    def write(
+        items=ITEMS,
+        texts=TEXTS,
+        columns=("task", "subject", "answer"),
+        text_columns=("task", "text"),
+    ) -> Path:
         file = tmp_path / "mine.csv"
         pd.DataFrame(items, columns=list(columns)).to_csv(file, index=False)
-        table = pd.DataFrame(texts, columns=["task", "text"])
+        table = pd.DataFrame(texts, columns=list(text_columns))
         table.to_csv(tmp_path / "mine-templates.csv", index=False)
         return file
 
@@ -131,12 +136,17 @@ def changed(row: int, **cells: str) -> list[tuple[str, ...]]:
     [
         ({"items": [("capitals", *item[1:]) for item in ITEMS]}, "'capitals': the book has a task"),
         ({"columns": ("task", "subject", "reply")}, "mine.csv lacks the columns answer; it needs"),
+        ({"columns": ("title", "subject", "answer")}, "mine.csv lacks the columns task; it needs"),
+        ({"columns": ("task", "word", "answer")}, "mine.csv lacks the columns subject; it needs"),
+        ({"text_columns": ("title", "text")}, "mine-templates.csv lacks the columns task; it"),
+        ({"text_columns": ("task", "words")}, "mine-templates.csv lacks the columns text; it"),
         ({"items": ITEMS[:1]}, "'kin': it has one subject, so nothing can be exchanged"),
         ({"items": [*ITEMS, ("kin", "w10", "w41")]}, "subject 'w10' has several answers"),
         ({"items": changed(3, answer=" ")}, "mine.csv has no rows or an empty cell"),
         ({"items": []}, "mine.csv has no rows or an empty cell"),
         ({"texts": TEXTS[:1]}, "'kin': it has one wording, and vectors are fitted on the others"),
-        ({"texts": [*TEXTS, ("kin", "of comes")]}, "needs {subject} once, after a space"),
+        ({"texts": [*TEXTS, ("kin", "of comes")]}, "'of comes' needs {subject} once, after a"),
+        ({"texts": [*TEXTS, ("kin", "of comes")]}, "Task 'kin': the template"),
         ({"texts": [*TEXTS, ("kin", "of {subject}")]}, "nor end with {subject}"),
         ({"texts": [*TEXTS, ("kim", "of {subject} comes")]}, "'kim': it is in one of mine.csv and"),
         ({"items": [*ITEMS, ("sib", "w1", "w2")]}, "'sib': it is in one of mine.csv and"),
@@ -157,10 +167,32 @@ def test_a_file_that_is_not_there_or_no_csv_is_named(files, tmp_path):
     with pytest.raises(ValueError, match=r"no file mine-templates\.csv"):
         own_tasks()
     assert own_tasks(file, tmp_path / "words.csv") is not None
-    for content in (b"", b"task,subject,answer\na,b,c\na,b,c,d,e\n", "für".encode("latin-1")):
+    for content, reason in (
+        (b"", "No columns to parse from file"),
+        (b"task,subject,answer\na,b,c\na,b,c,d,e\n", "Expected 3 fields in line 3, saw 5"),
+        ("für".encode("latin-1"), "can't decode byte 0xfc"),
+    ):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=r"^mine\.csv is no CSV in UTF-8\. .*\)$"):
+        with pytest.raises(ValueError, match=rf"^mine\.csv is no CSV in UTF-8\. .*{reason}.*\)$"):
             own_tasks(file, tmp_path / "words.csv")
+
+
+def test_two_subjects_are_a_task_and_groups_are_kept(files):
+    """Whether two are enough is said where the task is judged."""
+    items = [("kin", "w10", "w40", " one "), ("kin", "w11", "w41", "two")]
+    texts = [("kin", "add {group} of {subject} comes"), ("kin", "of {subject} add {group} has")]
+    files(items, texts, columns=("task", "subject", "answer", "group"))
+    tasks, _ = own_tasks()
+    assert tasks["group"].tolist() == ["one", "two"]
+
+
+def test_both_files_count_in_the_keys_of_the_build(files):
+    files()
+    first = contents()
+    files(texts=TEXTS[:1])
+    second = contents()
+    files(items=ITEMS[:3], texts=TEXTS[:1])
+    assert len({first, second, contents(), b""}) == 4
 
 
 def test_too_few_subjects_and_answers_of_one_first_token_are_not_testable_with_the_reason(

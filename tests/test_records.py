@@ -1,11 +1,16 @@
 """Records are checked, kept whole or not at all, and read back as they were written."""
 
 import json
+import os
+import subprocess
+from dataclasses import replace
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
 import torch
 from claimed import invented, number
+from conftest import tiny_model
 
 from lib.evidence import records
 from lib.evidence.criteria import claim_verdict
@@ -79,9 +84,23 @@ def test_a_shown_number_has_its_interval_and_no_verdict():
     rows = shown("norm-code", "m", "gain", {"a": number(2.0, "texts"), "b": Untested("too few")})
     assert [row["verdict"] for row in check(rows)] == ["shown", "not testable"]
     first, second = rows
+    assert second == dict.fromkeys(records.FIELDS) | {
+        "claim": "norm-code",
+        "part": "",
+        "statistic": "gain",
+        "criterion": "",
+        "place": "b",
+        "model": "m",
+        "untrained": False,
+        "held_out": True,
+        "level": 0.95,
+        "n": 0,
+        "verdict": "not testable",
+        "architecture": False,
+        "reason": "too few",
+    }
     assert first["low"] < first["estimate"] < first["high"] and first["n"] == 40
     assert first["estimate"] == pytest.approx(2.0)
-    assert (second["estimate"], second["reason"]) == (None, "too few")
 
 
 def test_a_record_says_whether_its_task_was_held_out_when_criteria_were_chosen():
@@ -96,6 +115,21 @@ def test_shown_numbers_change_no_verdict():
     assert claim_verdict([*rows, *more], "why-angles", "m") == claim_verdict(
         rows, "why-angles", "m"
     )
+
+
+def test_recorded_text_is_for_people_to_compare_and_holds_no_nan():
+    rows = [{"claim": "a", "criterion": "≥ 0.5"}, {"claim": "b"}]
+    told = ["[", " {", '  "claim": "a",', '  "criterion": "≥ 0.5"', " },", " {", '  "claim": "b"']
+    assert records.to_json(rows).splitlines() == [*told, " }", "]"]
+    with pytest.raises(ValueError, match="nan"):
+        records.to_json([{"estimate": float("nan")}])
+
+
+def test_numbers_of_numpy_are_plain_in_records():
+    rows = invented("why-angles")
+    rows[0] = rows[0] | {"estimate": np.float64(0.8), "architecture": np.bool_(False)}
+    (one, *_) = check(rows)
+    assert (type(one["estimate"]), type(one["architecture"])) == (float, bool)
 
 
 def test_records_of_each_model_lie_in_its_folder():
@@ -115,18 +149,50 @@ def test_facts_of_a_run_name_weights_precision_machine_and_versions(llama):
     assert kept["records"] == []
 
 
-def test_half_a_run_is_left_out(llama):
+@pytest.mark.parametrize(
+    "facts", ['{"model": "b", "n_blocks": ', '{"model": "b"}', '{"model": "b", "n_blocks": null}']
+)
+def test_half_a_run_is_left_out(llama, facts):
     records.keep_run(llama)
     broken = records.RUNS / "b" / "run.json"
     broken.parent.mkdir()
-    broken.write_text('{"model": "b", "n_blocks": ')
+    broken.write_text(facts)
     assert [run["model"] for run in records.read_runs()] == [llama.name]
+
+
+def test_a_recorded_run_names_its_commit_and_keeps_what_the_explorer_shows(llama, monkeypatch):
+    rows = invented("why-angles", llama.name)
+    explored = '{"subject": "Zürich"}'
+    records.keep_run(llama)
+    (records.run_folder(llama.name) / "explorer.json").write_text(explored, encoding="utf-8")
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    said = subprocess.run(asked, cwd=records.ROOT, capture_output=True, text=True, check=False)
+    for root, commit in ((records.ROOT, said.stdout.strip() or "unknown"), (None, "unknown")):
+        monkeypatch.setattr(records, "ROOT", root or records.RUNS)
+        records.record_run(llama.name, rows)
+        name = records.recorded_file(llama.name).stem
+        run = json.loads((records.RECORDED / f"{name}.run.json").read_text())
+        assert (run["commit"], run["n_blocks"]) == (commit, 4)
+        assert run["recorded"] == f"{datetime.now(UTC):%Y-%m-%d}"
+    kept = records.RECORDED / f"{name}.explorer.json"
+    assert kept.read_text(encoding="utf-8") == explored
+    assert read_records(records.recorded_file(llama.name)) == rows
+
+
+def test_weights_that_lie_elsewhere_are_told_as_offloaded(llama):
+    spread = replace(llama, model=tiny_model("llama"))
+    spread.model.model.layers[1].to("meta")
+    assert records.model_facts(spread)["device"] == "cpu, offloaded"
 
 
 def test_facts_of_a_build_name_the_model_by_its_hash(monkeypatch):
     monkeypatch.delenv("MODEL", raising=False)
     facts = records.run_facts()
     assert len(str(facts["model_sha256"])) == 64
+    own = ["built", "model", "model_sha256", "threads", "processors", "platform"]
+    assert list(facts)[:6] == own and facts["model"] == "smollm2-135m"
+    assert list(facts)[6:8] == ["version_of_python", "version_of_torch"]
+    assert (facts["processors"], facts["threads"]) == (os.cpu_count(), torch.get_num_threads())
     assert facts["version_of_torch"] == torch.__version__
     monkeypatch.setenv("MODEL", "some/model")
     assert records.run_facts()["model_sha256"] == "not recorded"

@@ -1,3 +1,4 @@
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,27 @@ def test_pairs_share_template_and_differ_in_answer_and_every_subject_gives_as_it
     assert len({tuple(pair) for pair in pairs.prompts.tolist()}) == len(pairs)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "distances"),
+    [
+        ([1] * 14, [4, 7, 10]),
+        ([2] * 7, [4, 7, 10]),
+        ([9, 3, 2], [4, 7, 10]),
+        ([7, 7], [7, 7]),  # all at one distance: two wordings make two pairs of it
+    ],
+)
+def test_donors_stand_evenly_on_a_circle_sorted_by_answer(
+    reader: Decoder, sizes: list[int], distances: list[int]
+):
+    """From the nearest to the farthest distance at which no subject meets its own answer."""
+    circle = [answer for answer, size in enumerate(sizes) for _ in range(size)]
+    found = build_task("toy", items(answer=[f"w{40 + k}" for k in circle]), TEMPLATES, reader)
+    pairs = exchange_pairs(found).prompts
+    expected = [(a, circle[(k + step) % 14]) for step in distances for k, a in enumerate(circle)]
+    met = Counter(zip(*found.answer_index[pairs].T.tolist(), strict=True))
+    assert met == Counter((a, b) for a, b in expected if a != b)
+
+
 def test_an_answer_of_most_subjects_is_never_exchanged_for_itself(reader: Decoder):
     """Where no distance on the circle avoids it, a subject goes without that donor."""
     common = ["w40"] * 9 + ["w41"] * 3 + ["w42"] * 2
@@ -128,7 +150,7 @@ def test_groups_are_kept_apart_and_can_be_chosen(reader: Decoder):
     group = task.prompts["group"].to_numpy()
     assert (group[pairs.prompts[:, 0]] == group[pairs.prompts[:, 1]]).all()
     assert set(group[pairs.prompts[:, 0]]) == {"one", "two"}
-    assert np.bincount(pairs.unit).max() == 3
+    assert (np.bincount(pairs.unit) == 3).all()  # as many as without groups
     chosen = exchange_pairs(task, groups=["two"])
     assert set(group[chosen.prompts.ravel()]) == {"two"}
 

@@ -7,6 +7,22 @@ from lib.evidence import records, verify
 from lib.evidence.criteria import Record
 
 CLAIM = "why-angles"
+SCORECARD = """\
+claim                    verdict      untrained twins
+phase-transition         ● supported  ○ refuted
+  switch                 ● supported  ○ refuted
+  learned                ● supported  – not testable
+  content                ● supported  ○ refuted
+  same place             ● supported  ○ refuted
+  sharp against gradual  ● supported  ○ refuted
+causal-control           ○ refuted
+  direction, not norm    ○ refuted
+  control                ○ refuted
+  few dimensions         ○ refuted
+  selective              ○ refuted
+why-angles               ● supported  ○ refuted
+  norms make the code    ● supported  ○ refuted
+  norms free the norm    ● supported  ○ refuted"""
 
 
 def changed(rows: list[Record], statistic: str, **changes: object) -> list[Record]:
@@ -29,8 +45,10 @@ def check(tmp_path, monkeypatch):
 
 
 def test_verification_passes_when_all_is_as_recorded(check, capsys):
-    assert check(invented(CLAIM)) == 0
-    assert "why-angles" in capsys.readouterr().out
+    rows = invented(CLAIM)
+    assert check(rows) == 0
+    told = capsys.readouterr().out
+    assert told == f"{verify.scorecard(rows)}\n\n{len(rows)} records, 0 problems\n"
 
 
 def test_numbers_may_differ_within_the_stated_tolerance(check, capsys):
@@ -119,6 +137,23 @@ def test_update_records_anew_and_says_what_changed(check, capsys):
     assert "Nothing changed." in capsys.readouterr().out
 
 
+def test_what_is_new_and_what_is_gone_is_told_with_its_numbers():
+    rows = invented(CLAIM)
+    new, gone = rows[0] | {"place": "a"}, rows[1] | {"place": "b", "untrained": True}
+    signs = zip(("+", "-"), (new, gone), ("trained", "untrained"), strict=True)
+    assert verify.changes([new, *rows], [gone, *rows]) == [
+        f"{sign} {CLAIM} / {row['statistic']} / {row['place']} ({weights}): "
+        f"{row['estimate']:.4g} [{row['low']:.4g}, {row['high']:.4g}], {row['verdict']}"
+        for sign, row, weights in signs
+    ]
+
+
+def test_every_claim_that_lacks_a_record_is_named():
+    rows = [*invented("norm-code")[1:], *invented(CLAIM)[1:]]
+    problems = verify.verify(rows, rows, [])
+    assert [problem.split(":")[0] for problem in problems] == ["norm-code", CLAIM]
+
+
 def test_verification_fails_without_results(check, capsys):
     assert verify.main([]) == 1
     assert "Run `make book`" in capsys.readouterr().out
@@ -142,16 +177,11 @@ def test_a_chapter_that_trains_models_of_its_own_owes_nothing_for_the_other_chap
     assert f"{CLAIM}: no records; its chapter failed" in capsys.readouterr().out
 
 
-def test_scorecard_names_each_claim_and_part_with_shape_and_word():
-    rows = invented(CLAIM) + invented("causal-control", met=False)
-    lines = verify.scorecard(rows).splitlines()
-    assert lines[0].split() == ["claim", "verdict", "untrained", "twins"]
-    assert lines[1].split() == ["causal-control", "○", "refuted", "○", "refuted"]
-    assert [line.split("  ")[0] for line in lines if not line.startswith(" ")][1:] == [
-        "causal-control",
-        CLAIM,
-    ]
-    assert "  norms free the norm" in "\n".join(lines)
+def test_scorecard_names_each_claim_and_part_with_shape_and_word_and_the_twins_beside():
+    """In the order of the criteria; a claim that lacks a record is told among the problems."""
+    alone = [row for row in invented("causal-control", met=False) if not row["untrained"]]
+    rows = [*invented(CLAIM), *alone, *invented("norm-code")[1:], *invented("phase-transition")]
+    assert verify.scorecard(rows) == SCORECARD
     assert verify.scorecard([]) == "No claim has been judged."
 
 
@@ -162,6 +192,7 @@ def test_a_record_of_another_model_has_to_agree_with_the_criteria_as_they_stand(
     assert check(invented(CLAIM)) == 0
     statistic = rows[0]["statistic"]
     for changes, words in (
+        ({"criterion": "≥ 0.123"}, f"other: {CLAIM} / {statistic} / model (trained): "),
         ({"criterion": "≥ 0.123"}, "'≥ 0.123' then"),
         ({"verdict": "refuted"}, "refuted as recorded, its interval says supported"),
         ({"low": -9.0, "high": 9.0}, "supported as recorded, its interval says undecided"),

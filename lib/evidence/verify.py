@@ -207,7 +207,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"Not compared, for a reader's own tasks have no record: {', '.join(names)}.\n")
     rows = [row for row in rows if not is_own(row["place"])]
     print(scorecard(rows), end="\n\n")
-    problems = [] if rows else ["the build left no records"]
     claims = {one.claim for one in criteria()}
     chapters = [claim for claim in (Path(page).name for page in pages()) if claim in claims]
     recorded = []
@@ -219,8 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record_run(model, own)
             before = own
         recorded += before
-    if rows:
-        problems += verify(rows, recorded, chapters)
+    problems = verify(rows, recorded, chapters) if rows else ["the build left no records"]
     for file in recorded_files():
         problems += outdated(read_records(file))
     for problem in problems:
