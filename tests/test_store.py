@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from lib.engine.edits import Scale, add, exchange, exchange_norm, keep
 from lib.engine.extraction import Residuals, extract_residuals
 from lib.engine.models import Decoder, load_decoder
 from lib.engine.readouts import DistributionMeasure
+from lib.engine.replay import Forest
 from lib.engine.sites import ATTENTION
 from lib.engine.store import fingerprint, recall_residuals, recall_sweep
-from lib.engine.sweeps import Request, Sweep, sweep_blocks
+from lib.engine.sweeps import Request, Sweep, sweep_blocks, sweep_together
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7], [1, 2, 3, 4], [8, 9, 1]]
 
@@ -277,6 +279,67 @@ def test_requests_are_kept_each_by_itself_and_only_the_missing_ones_are_measured
     assert same(both["one"], first["one"]) and same(again["two"], both["two"])
     other = store.recall_sweeps(decoder, {"one": one}, edits, blocks=[2])
     assert asked[-1] == 1 and not same(other["one"], first["one"])
+    halved = store.recall_sweeps(decoder, {"one": one}, {"half": Scale(0.5)}, blocks=[1])
+    assert asked[-1] == 1 and halved["one"].edits == ("half",)
+
+
+REQUEST = Request(PROMPTS, np.array([[0, 1]]), "last", read_ids=[5])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompts": [*PROMPTS[:3], [8, 9, 2]]},
+        {"pairs": np.array([[1, 0]])},
+        {"positions": [1, 1, 1, 1]},
+        {"donors": torch.zeros(4, 2, 32)},
+        {"read_ids": [6]},
+        {"measure": DistributionMeasure(CLEAN, [0, 3])},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_request_of_other_arguments_is_measured(
+    decoder: Decoder, changes: dict[str, Any]
+) -> None:
+    edits, other = {"exchange": exchange}, replace(REQUEST, **changes)
+    store.recall_sweeps(decoder, {"one": REQUEST}, edits)
+    (fresh,) = sweep_together(decoder, [other], edits)
+    assert same(store.recall_sweeps(decoder, {"one": other}, edits)["one"], fresh)
+    assert len(files()) == 2
+
+
+def test_what_several_calls_computed_is_all_kept(
+    decoder: Decoder, computed: list[list[list[int]]]
+) -> None:
+    for prompts in (PROMPTS[:2], PROMPTS[2:], PROMPTS):
+        recall_residuals(decoder, prompts)
+    assert computed == [PROMPTS[:2], PROMPTS[2:]]
+
+
+@pytest.mark.parametrize("damage", [cut, flip_a_bit, empty, foreign])
+def test_a_damaged_file_costs_the_others_nothing(
+    decoder: Decoder, computed: list[list[list[int]]], damage: Callable[[Path], None]
+) -> None:
+    """Whichever comes first among the files: of four, each but the last has one after it."""
+    for prompt in PROMPTS:
+        recall_residuals(decoder, [prompt])
+    for path in files()[:2]:
+        damage(path)
+    recall_residuals(decoder, PROMPTS)
+    assert [len(prompts) for prompts in computed] == [1, 1, 1, 1, 2]
+
+
+def test_runs_that_others_can_begin_from_are_handed_on(decoder: Decoder) -> None:
+    """What is computed takes the forests that are given, and leaves those that it ran."""
+    forests: list[Forest] = []
+    recall_residuals(decoder, PROMPTS, forests=forests)
+    ran = len(forests)
+    assert ran > 0
+    store.recall_sweeps(decoder, {"one": REQUEST}, {"exchange": exchange}, forests=forests)
+    assert len(forests) == ran
+    others: list[Forest] = []
+    store.recall_sweeps(decoder, {"one": REQUEST}, {"half": Scale(0.5)}, forests=others)
+    assert len(others) > 0
 
 
 def test_everything_is_kept_under_the_code_of_the_module_that_computes_it(
@@ -404,9 +467,11 @@ def test_the_code_of_an_edit_or_measure_is_part_of_a_sweeps_key(
         assert keys._class_key.__wrapped__(kind) != before
 
 
-def test_how_a_sweep_is_announced_makes_no_difference(decoder: Decoder, swept: list[int]) -> None:
+def test_how_a_sweep_is_announced_or_where_it_begins_makes_no_difference(
+    decoder: Decoder, swept: list[int]
+) -> None:
     recall_sweep(decoder, **call(), description="one")
-    recall_sweep(decoder, **call(), description="other")
+    recall_sweep(decoder, **call(), description="other", forests=[])
     assert len(swept) == 1
 
 

@@ -149,23 +149,11 @@ def recall_sweeps(
         ValueError: as `sweep_together`.
     """
     folder = _folder(decoder, "sweeps")
-    paths = {
-        name: _sweep_path(
-            folder,
-            decoder,
-            one.prompts,
-            one.pairs,
-            edits,
-            {
-                "positions": one.positions,
-                "donors": one.donors,
-                "blocks": blocks,
-                "read_ids": one.read_ids,
-                "measure": one.measure,
-            },
-        )
-        for name, one in requests.items()
-    }
+    paths = {}
+    for name, one in requests.items():
+        others = {k: v for k, v in vars(one).items() if k not in ("prompts", "pairs")}
+        told = {**others, "blocks": blocks}
+        paths[name] = _sweep_path(folder, decoder, one.prompts, one.pairs, edits, told)
     read = {name: _read_sweep(path) for name, path in paths.items() if path is not None}
     found = {name: sweep for name, sweep in read.items() if sweep is not None}
     missing = [name for name in requests if name not in found]
