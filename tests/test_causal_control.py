@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
@@ -17,7 +19,8 @@ from lib.evidence.criteria import claim_verdict, judge
 from lib.evidence.steering import ONE_TEMPLATE, RANDOM, ROTATE, Doses, measure_doses
 from lib.evidence.tasks import Pairs
 from lib.evidence.transfer import Transfer, needed_prompts
-from lib.science.estimate import Estimate, Untested
+from lib.reading import causal_control_figures as drawn
+from lib.science.estimate import Estimate, Untested, mean_over_units
 
 
 @pytest.fixture(scope="module")
@@ -351,3 +354,14 @@ def test_a_twins_number_is_one_and_the_seeds_are_the_units(able):
     each = [float(claim.direction_and_norm(one["tiny"])["norm_transfer"]) for one in by_seed]
     assert float(found) == pytest.approx(np.mean(each))
     assert found.units == "seeds" and found.n_units == 4
+
+
+def test_beside_a_method_stands_in_how_many_of_the_books_tasks_it_flips_half():
+    tested = mean_over_units([0.2, 0.4, 0.6], "subjects")
+    some = {"a": tested, "b": tested, "own: mine": tested, "c": Untested("never flips half")}
+    shown = [("rotate to centroid", some), ("add centroid", {"a": tested})]
+    table = pd.concat([drawn.rows(found, method=method) for method, found in shown])
+    figure = drawn.methods_at_half(table, wanted=0.5)
+    names = [one.get_text() for one in figure.axes[0].get_yticklabels()]
+    assert names == ["rotate to centroid (2)", "add centroid (1)"]
+    plt.close(figure)

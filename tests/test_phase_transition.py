@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -517,3 +518,30 @@ def test_a_table_of_nothing_measured_keeps_its_numbers_types_beside_others():
     beside = pd.concat([drawn.by_block({"a": mean_over_units(np.eye(4), "u")}, range(4)), nothing])
     assert len(nothing) == 0
     assert all(beside[name].dtype.kind in "if" for name in ("block", "estimate", "low", "high"))
+
+
+def put_in(panel, *estimates):
+    rows = [
+        (panel, "other task", "prediction arm", f"task {n}", x) for n, x in enumerate(estimates)
+    ]
+    return pd.DataFrame(rows, columns=["panel", "donor", "arm", "task", "estimate"])
+
+
+def drawn_at(axes, marker, size):
+    """Places of a marker on x: small ones are tasks, large ones means."""
+    lines = [one for one in axes.lines if one.get_marker() == marker]
+    chosen = [one for one in lines if (one.get_markersize() == 8) == (size == "large")]
+    return [float(x) for one in chosen for x in one.get_xdata()]
+
+
+def test_what_lies_far_left_is_an_arrowhead_at_the_edge_and_the_rest_keeps_its_place():
+    table = pd.concat([put_in("far", 0.5, -0.25, -39.0), put_in("near", 0.5, -0.25)])
+    figure = drawn.content(table, {"near": 0.1})
+    far, near = figure.axes
+    assert drawn_at(far, "s", "small") == [0.5, -0.25]
+    assert drawn_at(far, "<", "small") == drawn_at(far, "<", "large") == [drawn.LEAST]
+    assert drawn_at(far, "D", "large") == []
+    assert far.get_xlim()[0] == drawn.LEAST and far.get_xlim()[1] > 0.5
+    assert drawn_at(near, "<", "small") == drawn_at(near, "<", "large") == []
+    assert drawn_at(near, "D", "large") == [0.125] and near.get_xlim()[0] > -0.5
+    plt.close(figure)

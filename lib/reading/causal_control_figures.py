@@ -14,6 +14,7 @@ from lib.reading.figures import (
     THRESHOLD,
     TWIN,
     WIDTH,
+    book_rows,
     name_rows,
     of_table,
     shared_legend,
@@ -188,11 +189,14 @@ def spans(table: pd.DataFrame, *, least: float, most: float) -> Figure:
 def methods_at_half(table: pd.DataFrame, *, wanted: float) -> Figure:
     """Return each method's selective share at its own dose of flip rate one half.
 
+    Beside a method stands the number of the book's tasks in which it flips half.
+
     Args:
         table: columns `method`, `task`, `estimate`, `low`, `high`; diamonds are all tasks.
         wanted: what the criterion asks for.
     """
     methods = list(dict.fromkeys(table["method"]))
+    tasks = book_rows(table[table["task"] != POOLED])["method"].value_counts()
     figure, axes = plt.subplots(figsize=(WIDTH, 0.42 * len(methods) + 1.0))
     for method, own in table.groupby("method", sort=False):
         y, colour = methods.index(str(method)), METHOD_STYLES[str(method)]["color"]
@@ -202,7 +206,7 @@ def methods_at_half(table: pd.DataFrame, *, wanted: float) -> Figure:
         axes.plot(pooled["estimate"], [y] * len(pooled), "D", color=colour, markersize=8)
     axes.axvline(wanted, **THRESHOLD)
     axes.axvline(0, color="#444444", linewidth=0.8)
-    name_rows(axes, methods)
+    name_rows(axes, [f"{method} ({tasks.get(method, 0)})" for method in methods])
     axes.set_xlabel("share of the moved probability from source to target, at flip rate one half")
     return figure
 

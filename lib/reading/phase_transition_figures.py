@@ -1,6 +1,7 @@
 """Figures of the phase transition: the hand-over, task by task, its content, two widths."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -154,9 +155,16 @@ def task_panels(
     return figure
 
 
+LEAST = -1.5
+"""Where the axes of what is put in end on the left at the latest: one wrecked prediction would
+leave no room for the rest."""
+
+
 @of_table
 def content(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Figure:
     """Return what each kind of donor does where the arms carry: a row a donor, a dot a task.
+
+    What lies left of `LEAST` is drawn there, as an arrowhead.
 
     Args:
         table: columns `panel`, `donor`, `arm`, `task`, `estimate`; the diamond is their mean.
@@ -176,15 +184,12 @@ def content(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Figure:
             y = rows[panel].index(str(donor)) + (-0.17 if arm == "context arm" else 0.17)
             style = STYLES[str(arm)]
             dots = {"linestyle": "none", "color": style["color"]}
-            axes.plot(
-                own["estimate"],
-                [y] * len(own),
-                marker=style["marker"],
-                alpha=0.4,
-                label=arm,
-                **dots,
-            )
-            axes.plot([book_rows(own)["estimate"].mean()], [y], marker="D", markersize=8, **dots)
+            each = dots | {"marker": style["marker"], "alpha": 0.4, "label": arm}
+            _down_to_least(axes, own["estimate"], y, **each)
+            mean = book_rows(own)["estimate"].mean()
+            _down_to_least(axes, pd.Series([mean]), y, marker="D", markersize=8, **dots)
+        if (table[table["panel"] == panel]["estimate"] < LEAST).any():
+            axes.set_xlim(left=LEAST)
         if panel in thresholds:
             axes.axvline(thresholds[panel], **THRESHOLD)
         axes.axvline(0, color="#444444", linewidth=0.8)
@@ -192,6 +197,15 @@ def content(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Figure:
         axes.set_xlabel(panel)
     shared_legend(figure, grid.flat)
     return figure
+
+
+def _down_to_least(axes: Axes, values: pd.Series, y: float, **style: Any) -> None:
+    """Draw values in a row, those below `LEAST` as arrowheads there."""
+    inside, beyond = values[values >= LEAST], values[values < LEAST]
+    axes.plot(inside, [y] * len(inside), **style)
+    if len(beyond):  # an unclipped line of nothing would upset the layout
+        arrow = {"marker": "<", "label": None, "clip_on": False}
+        axes.plot([LEAST] * len(beyond), [y] * len(beyond), **style | arrow)
 
 
 @of_table

@@ -302,8 +302,10 @@ def of_the_book(found: Mapping[str, T]) -> dict[str, T]:
 def pool(estimates: Mapping[str, Measured]) -> Measured:
     """Return the mean over tasks, its draws the mean of the tasks' draws; untested ones left out.
 
-    Tasks share no units, so their draws are independent; twins' tasks share the seeds, and are
-    paired. A reader's own tasks are left out. Untested if none was measured.
+    Each task's weights are drawn independently, by the task's name; a subject that stands in
+    several tasks counts as several units, so the interval is a little too narrow if its values go
+    together. Twins' tasks share the seeds, and are paired. A reader's own tasks are left out.
+    Untested if none was measured.
     """
     estimates = of_the_book(estimates)
     found = {name: one for name, one in estimates.items() if isinstance(one, Estimate)}
