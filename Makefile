@@ -63,19 +63,19 @@ test-colab: $(TESTS_READY) $(COLAB_VENV)/ready.stamp  ## run every notebook as o
 test-atlas: $(TESTS_READY) $(TOOLS_READY) model  ## run the atlas on two tiny models
 	@$(BIN)/python -m pytest -m atlas tests/test_atlas.py
 
-pdf: book $(TESTS_READY)  ## print the whole book as one PDF
+pdf: $(TESTS_READY)  ## print the book that was built last as one PDF
 	@$(BIN)/python book/_ext/pdf.py
 
 atlas: $(BOOK_READY) $(TOOLS_READY)  ## run the book on all models of workflow/config.yaml, one after the other
 	@$(TOOLS)/bin/snakemake --snakefile workflow/Snakefile --cores 2
 
-summary: book $(TESTS_READY)  ## print the answer at a glance on one sheet
+summary: $(TESTS_READY)  ## print the answer at a glance on one sheet
 	@$(BIN)/python book/_ext/pdf.py summary
 
 floors: $(BOOK_READY)  ## draw lib's floors from the imports
 	@$(BIN)/python book/_ext/floors.py
 
-picture: book  ## take the README's picture from the built book
+picture: $(BOOK_READY)  ## take the README's picture from the built book
 	@$(BIN)/python book/_ext/picture.py
 
 verify: $(BOOK_READY)  ## compare the results with the recorded ones; UPDATE=1 records them anew

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.atlas
 def snakemake(folder: Path) -> str:
     command = [SNAKEMAKE, "--snakefile", "workflow/Snakefile", "--cores", "2"]
     passed = {name: value for name, value in os.environ.items() if name != "PROGRESS_FILE"}
+    passed["TASKS"] = "of-one-book.csv"  # not of the runs that are compared
     done = subprocess.run(
         command, cwd=folder, env=passed, capture_output=True, text=True, check=False
     )

@@ -201,6 +201,16 @@ def test_installation_of_the_tests_cut_off_halfway_is_redone_from_nothing(fake_p
     assert log[0] == "-m venv .venv"
 
 
+@pytest.mark.parametrize("command", ["pdf", "summary", "picture"])
+def test_what_is_printed_is_the_book_that_was_built_last(fake_project, command):
+    """Of whatever model and tasks: a build without them would put another in its place."""
+    _, make = fake_project
+    code, log = make(command)
+    script = "picture.py" if command == "picture" else "pdf.py"
+    assert code == 0 and f"book/_ext/{script}" in log[-1]
+    assert not any("lib.engine.weights" in line or "jupyter-book" in line for line in log)
+
+
 def test_changed_requirements_are_installed(fake_project):
     folder, make = fake_project
     assert make(".venv/book.stamp")[0] == 0
@@ -436,6 +446,21 @@ def test_another_model_makes_chapters_run_again(small_project, monkeypatch):
     monkeypatch.delenv("MODEL")
     assert freshness.chapter_digest("book/a") == before
     monkeypatch.setenv("MODEL", "other")
+    assert freshness.chapter_digest("book/a") != before
+
+
+@pytest.mark.parametrize("folder", ["mine", "/elsewhere"])
+def test_other_weights_in_a_models_folder_make_chapters_run_again(
+    small_project, monkeypatch, folder
+):
+    place = small_project / folder.strip("/")
+    monkeypatch.setenv("MODEL", str(place) if folder.startswith("/") else folder)
+    place.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (place / file).write_text("1")
+    before = freshness.chapter_digest("book/a")
+    assert freshness.chapter_digest("book/a") == before
+    (place / "model.safetensors").write_text("23")
     assert freshness.chapter_digest("book/a") != before
 
 

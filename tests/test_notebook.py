@@ -347,6 +347,18 @@ def test_chapters_ask_for_the_embedded_model_unless_told_otherwise(monkeypatch):
     assert notebook.model_name() == "some/model"
 
 
+def test_a_models_folder_is_named_from_the_projects_on_wherever_a_chapter_is_executed(
+    monkeypatch, tmp_path
+):
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "book").mkdir()
+    monkeypatch.setattr(notebook, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path / "book")
+    for name in ("models/mine", str(tmp_path / "models" / "mine")):
+        monkeypatch.setenv("MODEL", name)
+        assert notebook.model_name() == str(tmp_path / "models" / "mine")
+
+
 # Progress
 
 

@@ -235,6 +235,19 @@ def test_the_environment_names_files_of_the_projects_folder(files, monkeypatch, 
     assert own_tasks() is not None
 
 
+def test_a_file_is_found_from_a_notebooks_folder_and_from_the_projects(
+    files, monkeypatch, tmp_path
+):
+    files()
+    monkeypatch.setenv("TASKS", "")
+    (tmp_path / "book").mkdir()
+    for root, here in ((tmp_path, tmp_path / "book"), (tmp_path / "book", tmp_path)):
+        monkeypatch.setattr(module, "ROOT", root)
+        monkeypatch.chdir(here)
+        assert own_tasks("mine.csv") is not None
+        assert own_tasks("mine.csv", "mine-templates.csv") is not None
+
+
 def test_the_check_before_the_build_ends_it_with_one_line():
     environment = {**os.environ, "TASKS": "no-such.csv"}
     command = [sys.executable, "-m", "lib.evidence.own_tasks"]

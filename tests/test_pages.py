@@ -5,6 +5,7 @@ import json
 import re
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -351,9 +352,31 @@ def test_the_first_picture_has_each_models_curves_and_the_papers_task(monkeypatc
 
 
 def test_recorded_months_are_of_the_base_month_alone():
-    months = front_page.months()
+    months = front_page.months({"m"})
     assert set(months["panel"]) == {front_page.MONTHS}
     assert set(months["curve"]) == set(front_page.ARMS)
+
+
+def test_months_of_an_earlier_build_on_another_model_are_not_shown(monkeypatch, tmp_path):
+    recorded = front_page.months({"m"})
+    monkeypatch.setattr(front_page, "RESULTS", tmp_path)
+    recorded.assign(model="m").to_csv(tmp_path / "recorded-months.csv", index=False)
+    assert set(front_page.months({"m", "small"})["model"]) == {"m"}
+    assert front_page.months({"other"})["model"].tolist() == recorded["model"].tolist()
+
+
+@pytest.mark.parametrize("failed", [[], ["book/norm-code"]])
+def test_a_build_in_which_a_chapter_failed_is_kept_as_no_run(monkeypatch, tmp_path, failed):
+    rows = invented("why-angles")
+    for name in ("RESULTS", "RUNS"):
+        monkeypatch.setattr(records, name, tmp_path / name)
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "RESULTS")
+    monkeypatch.setattr(results, "collect", lambda _env: rows)
+    monkeypatch.setattr(results, "failed_pages", lambda _env: failed)
+    results.write_results(SimpleNamespace(env="there"), None)
+    assert records.read_records(records.results_file()) == rows
+    kept = records.run_folder("m") / "results.json"
+    assert kept.is_file() == (not failed)
 
 
 def test_without_a_run_there_is_a_sentence(monkeypatch, tmp_path):

@@ -160,6 +160,17 @@ def test_half_a_run_is_left_out(llama, facts):
     assert [run["model"] for run in records.read_runs()] == [llama.name]
 
 
+def test_a_run_cut_short_does_not_hide_what_was_recorded(llama):
+    rows = invented("why-angles", llama.name)
+    records.keep_run(llama)
+    records.record_run(llama.name, rows)
+    (run,) = records.read_runs()
+    assert run["source"].startswith("recorded on ") and run["records"] == rows
+    records.keep_records(rows[:-1])
+    (run,) = records.read_runs()
+    assert run["source"] == "computed here" and run["records"] == rows[:-1]
+
+
 def test_a_recorded_run_names_its_commit_and_keeps_what_the_explorer_shows(llama, monkeypatch):
     rows = invented("why-angles", llama.name)
     explored = '{"subject": "Zürich"}'

@@ -79,7 +79,8 @@ def build_book(folder: Path) -> None:
     save_tiny_model(folder / "tiny-llama")
     copy_book(folder)
     environment = {name: value for name, value in os.environ.items() if name != "PROGRESS_FILE"}
-    environment |= {"MODEL": str(folder / "tiny-llama"), "OMP_NUM_THREADS": "1"}
+    # Named from the project's folder on; chapters are executed in another.
+    environment |= {"MODEL": "tiny-llama", "OMP_NUM_THREADS": "1"}
     command = [str(Path(sys.executable).with_name("jupyter-book")), "build", "."]
     done = subprocess.run(
         [*command, "--warningiserror", "--keep-going"],

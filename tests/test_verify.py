@@ -5,6 +5,7 @@ from claimed import invented
 
 from lib.evidence import records, verify
 from lib.evidence.criteria import Record
+from lib.evidence.records import read_records
 
 CLAIM = "why-angles"
 SCORECARD = """\
@@ -154,6 +155,32 @@ def test_every_claim_that_lacks_a_record_is_named():
     assert [problem.split(":")[0] for problem in problems] == ["norm-code", CLAIM]
 
 
+def test_a_model_is_verified_by_name_after_another_was_built(check, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(records, "RUNS", tmp_path / "runs")
+    other = invented(CLAIM, "other/model")
+    records.keep_records(other)
+    assert check(invented(CLAIM)) == 0
+    monkeypatch.setenv("MODEL", "other/model")
+    assert verify.main([]) == 1
+    told = capsys.readouterr().out
+    assert "FAILED other/model: nothing to compare with; UPDATE=1 records these results" in told
+    assert told.endswith(f"{len(other)} records, 1 problems\n")
+    assert verify.main(["--update"]) == 0
+    assert read_records(records.recorded_file("other/model")) == other
+    assert read_records(records.recorded_file("m")) == invented(CLAIM)
+    moved = [row | {"verdict": "undecided"} for row in other]
+    records.write_records(records.recorded_file("other/model"), moved)
+    assert verify.main([]) == 1
+    monkeypatch.setenv("MODEL", "a/third")
+    assert verify.main([]) == 1
+    assert capsys.readouterr().out.endswith(
+        "No results of a/third: run `make book MODEL=a/third`.\n"
+    )
+    monkeypatch.setenv("MODEL", "embedded")
+    assert verify.main([]) == 0  # of the last build
+    assert f"{len(other)} records, 0 problems" in capsys.readouterr().out
+
+
 def test_verification_fails_without_results(check, capsys):
     assert verify.main([]) == 1
     assert "Run `make book`" in capsys.readouterr().out
@@ -210,8 +237,9 @@ def test_what_is_recorded_can_be_shown_beside_what_is_computed(check, tmp_path, 
     facts = '{"model": "m", "n_blocks": 4, "revision": "r"}'
     records.write_atomically(records.run_folder("m") / "run.json", facts)
     assert check(invented(CLAIM), "--update") == 0
+    records.keep_records(invented(CLAIM))
     (run,) = records.read_runs()
-    assert run["source"] == "computed here" and run["records"] == []
+    assert run["source"] == "computed here" and run["records"] == invented(CLAIM)
     (records.run_folder("m") / "run.json").unlink()
     (run,) = records.read_runs()
     assert run["source"].startswith("recorded on 20") and run["revision"] == "r"

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-CATALOGUE = Path(__file__).parents[1] / "data" / "models.toml"
+ROOT = Path(__file__).parents[2]
+CATALOGUE = ROOT / "lib" / "data" / "models.toml"
 DEFAULT = "smollm2-135m"
 ALIASES = {"embedded": DEFAULT}
 
@@ -50,6 +51,14 @@ def catalogue() -> dict[str, Weights]:
 def find_weights(name: str) -> Weights | None:
     """Return a model of the catalogue, or None if it is not there."""
     return catalogue().get(ALIASES.get(name, name))
+
+
+def results_name(model: str) -> str:
+    """Return what results call a model: a folder's last part, the label here, or its own name."""
+    if (folder := ROOT / model).is_dir():
+        return folder.resolve().name
+    weights = find_weights(model)
+    return weights.label if weights else model
 
 
 def preset(name: str) -> dict[str, Any]:

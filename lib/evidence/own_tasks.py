@@ -21,7 +21,8 @@ def own_tasks(tasks: str | Path = "", templates: str | Path = "") -> Tables | No
     """Return a reader's own tasks for `load_tasks`, None where no file is named.
 
     Args:
-        tasks: subjects and answers; by default what TASKS names, in the project's folder.
+        tasks: subjects and answers, named from the current folder or the project's on; by default
+            what TASKS names, in the project's folder.
         templates: wordings; by default what TEMPLATES names, or the file beside `tasks`.
 
     Raises:
@@ -64,9 +65,14 @@ def _files(tasks: str | Path, templates: str | Path) -> list[Path]:
     if not tasks and os.environ.get("TASKS"):
         tasks, named = ROOT / os.environ["TASKS"], os.environ.get("TEMPLATES")
         templates = templates or (ROOT / named if named else "")
-    first = Path(tasks)
+    first = _find(tasks)
     beside = first.with_name(f"{first.stem}-templates.csv") if tasks else first
-    return [first, Path(templates or beside)] if tasks else []
+    return [first, _find(templates or beside)] if tasks else []
+
+
+def _find(file: str | Path) -> Path:
+    """Return a file that is named from the current folder on, else from the project's."""
+    return Path(file) if Path(file).is_file() else ROOT / file
 
 
 def _read(file: Path, *columns: str) -> pd.DataFrame:

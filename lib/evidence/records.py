@@ -282,8 +282,8 @@ def catalogue_place(model: str) -> int:
 def read_runs() -> list[dict[str, Any]]:
     """Return a run of each model, sorted by model: its facts, its `records`, and its `source`.
 
-    Those kept by a build here count before those recorded. A run whose files cannot be read is left
-    out; the next run of that model mends it.
+    Those kept by a build here count before those recorded, unless it was cut short and left no
+    records. A run whose files cannot be read is left out; the next run of that model mends it.
     """
     runs: dict[str, dict[str, Any]] = {}
     recorded = {
@@ -298,7 +298,9 @@ def read_runs() -> list[dict[str, Any]]:
             if file in recorded:
                 source = f"recorded on {run['recorded']}, commit {run['commit']}"
             run |= {"n_blocks": int(run["n_blocks"]), "source": source}
-            runs[run["model"]] = run | {"records": read_records(records)}
+            run["records"] = read_records(records)
+            if run["records"] or run["model"] not in runs:
+                runs[run["model"]] = run
     return [runs[model] for model in sorted(runs)]
 
 

@@ -1,6 +1,7 @@
 """Compares a build's records with the recorded ones: `python -m lib.evidence.verify [--update]`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from lib.engine.catalogue import ALIASES, results_name
 from lib.evidence.criteria import ClaimVerdict, Record, claim_verdict, criteria, registration
 from lib.evidence.records import (
     SIGNS,
@@ -18,6 +20,7 @@ from lib.evidence.records import (
     recorded_file,
     recorded_files,
     results_file,
+    run_folder,
 )
 from lib.science.estimate import is_own
 
@@ -195,19 +198,30 @@ def outdated(rows: Sequence[Record]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the scorecard and what is wrong; return the exit code: 0 only when nothing is."""
+    """Print the scorecard and what is wrong; return the exit code: 0 only when nothing is.
+
+    What is compared are the records of the last build; where MODEL names a model that it was not
+    on, those that the last whole run of that model left.
+    """
     parser = argparse.ArgumentParser(prog="python -m lib.evidence.verify", description=__doc__)
     parser.add_argument("--update", action="store_true", help="record the present results")
     update = parser.parse_args(arguments).update
-    if not results_file().is_file():
+    rows, named = read_records(results_file()), os.environ.get("MODEL", "")
+    whole = results_file().is_file()
+    if named and named not in ALIASES and results_name(named) not in {r["model"] for r in rows}:
+        rows, whole = read_records(run_folder(results_name(named)) / "results.json"), False
+        if not rows:
+            print(f"No results of {named}: run `make book MODEL={named}`.")
+            return 1
+    elif not whole:
         print("No results: the book was not built, or its build was cut short. Run `make book`.")
         return 1
-    rows = read_records(results_file())
     if names := sorted({row["place"] for row in rows if is_own(row["place"])}):
         print(f"Not compared, for a reader's own tasks have no record: {', '.join(names)}.\n")
     rows = [row for row in rows if not is_own(row["place"])]
     print(scorecard(rows), end="\n\n")
-    claims = {one.claim for one in criteria()}
+    problems = [] if rows else ["the build left no records"]
+    claims = {one.claim for one in criteria()} if whole else set()
     chapters = [claim for claim in (Path(page).name for page in pages()) if claim in claims]
     recorded = []
     for model in sorted({row["model"] for row in rows}):
@@ -217,8 +231,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n".join(changes(own, before)) or "Nothing changed.")
             record_run(model, own)
             before = own
+        elif not before:
+            problems.append(f"{model}: nothing to compare with; UPDATE=1 records these results")
+            before = own
         recorded += before
-    problems = verify(rows, recorded, chapters) if rows else ["the build left no records"]
+    if rows:
+        problems += verify(rows, recorded, chapters)
     for file in recorded_files():
         problems += outdated(read_records(file))
     for problem in problems:

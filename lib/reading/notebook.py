@@ -97,8 +97,12 @@ def prepare() -> None:
 
 
 def model_name(default: str = "embedded") -> str:
-    """Return the model to run the chapter on: the environment variable MODEL, else `default`."""
-    return os.environ.get("MODEL") or default
+    """Return the model to run the chapter on: the environment variable MODEL, else `default`.
+
+    A folder is named from the project's on, wherever the chapter is executed.
+    """
+    name = os.environ.get("MODEL") or default
+    return str(ROOT / name) if (ROOT / name).is_dir() else name
 
 
 def glue(name: str, value: Any, fmt: str = "") -> None:

@@ -68,6 +68,9 @@ def chapter_digest(page: str) -> str:
     digest = hashlib.sha256(digest_of_files(file for file in files if file.is_file()).encode())
     model = os.environ.get("MODEL") or "embedded"
     digest.update(f"{platform.python_version()} {version('torch')} {model}".encode())
+    for path in sorted((ROOT / model).glob("*")):  # a folder's; other models keep their names
+        found = path.stat()
+        digest.update(f"{path.name} {found.st_size} {found.st_mtime_ns}".encode())
     if Path(own_tasks.__file__) in modules:
         digest.update(own_tasks.contents())
     if Path(transition.__file__) in modules:

@@ -1,7 +1,7 @@
 """The first page's picture of all models, and what each claim comes to, in a sentence."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -37,7 +37,8 @@ class HandOver(Picture):
 
     def run(self) -> list[nodes.Node]:
         """Return the figure; nothing where no model was run."""
-        table = curves(all_records(collect(self.env)), months())
+        own = collect(self.env)
+        table = curves(all_records(own), months({row["model"] for row in own}))
         if table.empty:
             return []
         # Late, as they take seconds: a build with nothing changed draws nothing.
@@ -84,15 +85,16 @@ def curves(runs: Mapping[str, Sequence[Record]], recorded: pd.DataFrame) -> pd.D
     return pd.DataFrame(rows)
 
 
-def months() -> pd.DataFrame:
-    """Return the paper's own task on the model of this build, else as recorded; empty if neither.
+def months(models: Collection[str]) -> pd.DataFrame:
+    """Return the paper's own task on a model of this build, else as recorded; empty if neither.
 
     Columns `model`, `curve`, `block`, `estimate`, `low`, `high`; an exchange of the base month.
     """
     for folder in (RESULTS, DATA):
         if (file := folder / "recorded-months.csv").is_file():
             found = pd.read_csv(file)
-            return found[found["panel"] == MONTHS]
+            if folder == DATA or set(found["model"]) <= set(models):  # none of an earlier build's
+                return found[found["panel"] == MONTHS]
     return pd.DataFrame(columns=["model", "curve", "block", "estimate", "low", "high"])
 
 

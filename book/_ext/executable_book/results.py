@@ -112,7 +112,8 @@ def write_results(app: Sphinx, exception: Exception | None) -> None:
     rows = collect(app.env)
     write_records(results_file(), rows)
     write_atomically(scorecard_file(), scorecard(rows) + "\n")
-    keep_records(rows)
+    if not failed_pages(app.env):
+        keep_records(rows)
     kept = {claim_file(row["claim"]) for row in rows} | {results_file(), run_file()}
     for file in RESULTS.glob("*.json"):
         if file not in kept:
