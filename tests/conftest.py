@@ -82,6 +82,17 @@ def tiny_tokenizer(words: list[str] | None = None) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=next(iter(vocabulary)))
 
 
+class WithoutFloat64(torch.Tensor):
+    """A tensor as on Apple's GPUs: no float64 until it is on the CPU."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.double:
+            raise TypeError("the MPS framework doesn't support float64")
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return result.as_subclass(torch.Tensor) if func is torch.Tensor.cpu else result
+
+
 def count_tokens(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that grows by the number of tokens of each pass over the model."""
     passes: list[int] = []

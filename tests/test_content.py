@@ -202,6 +202,16 @@ def test_two_answers_leave_no_third(trial):
     assert reasons == {"2 answers leave no third one for some pairs"}
 
 
+def test_third_answers_of_which_some_tokens_have_no_probability_are_numbers(trial, pairs):
+    logits = trial.logits.double()
+    logits[:, 0] = -1000.0  # e⁻¹⁰⁰⁰ is 0 in float64
+    means, constants = content.third_answers(trial.task, pairs, logits)
+    assert torch.isfinite(means).all() and np.isfinite(constants).all()
+    assert (means[:, 0] < -700).all()
+    without, expected = content.third_answers(trial.task, pairs, logits[:, 1:])
+    assert torch.allclose(means[:, 1:], without) and constants == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_control_states_are_what_they_are_called(tiny_trials, trial, pairs, arm):
     many = Pairs(np.repeat(pairs.prompts[:1], 4000, axis=0), np.repeat(pairs.unit[:1], 4000))

@@ -20,6 +20,7 @@ from lib.engine.models import Decoder, load_decoder
 from lib.engine.replay import Forest
 from lib.engine.store import recall_residuals
 from lib.engine.sweeps import sweep_blocks
+from lib.engine.vectors import unembedding_direction
 
 RAGGED = [[5, 9, 4, 33], [8, 3, 17], [6, 6, 12, 40, 2, 9], [11, 30, 22], [7, 21, 9, 50, 50, 1]]
 
@@ -157,6 +158,26 @@ def test_under_a_users_hook_prompts_run_as_they_are(
     llama.model(torch.tensor([[5, 9]]), output_hidden_states=True)  # leaves hooks of its own
     extract_residuals(llama, BEGIN_ALIKE)
     assert passes[-1] == 12
+
+
+def test_an_attention_sink_hides_no_difference_of_other_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
+    with torch.no_grad():
+        decoder.model.get_input_embeddings().weight[3] *= 1e6
+    forward = decoder.model.base_model.forward
+
+    def unplaced(input_ids: torch.Tensor, **options: object) -> object:
+        options.pop("position_ids", None)
+        return forward(input_ids, **options)
+
+    monkeypatch.setattr(decoder.model.base_model, "forward", unplaced)
+    prompts = [[3, 4, 5, 6, 7], [3, 9, 10, 11, 12], [3, 4, 5, 6, 8]]
+    found = extract_residuals(decoder, prompts).states
+    for row, prompt in enumerate(prompts):
+        expected = oracle.block_states(decoder.model, decoder.blocks, prompt)[:, -1]
+        assert torch.allclose(found[:, row], expected, atol=1e-4)
 
 
 def test_prompts_of_few_lengths_run_side_by_side(
@@ -346,6 +367,49 @@ def test_tokenize_returns_plain_lists(llama: Decoder) -> None:
     assert tokenize(llama, ["w3 w4", "w5"]) == [[3, 4], [5]]
 
 
+@pytest.mark.parametrize("texts", ["w1 w2", [], [5], [["w1"]]])
+def test_what_is_no_list_of_texts_is_refused(llama: Decoder, texts: Any) -> None:
+    with pytest.raises(ValueError, match=r"Texts are a list of strings, .*, \[text\]"):
+        tokenize(llama, texts)
+
+
+@pytest.mark.parametrize("token_ids", [[3, 64], [-1, 3], np.array([3, 99])])
+def test_tokens_that_the_model_does_not_score_are_refused(llama: Decoder, token_ids: Any) -> None:
+    states = torch.ones(2, llama.d_model)
+    for call, *given in (
+        (logit_lens, token_ids),
+        (unembedding_direction, token_ids, [5, 6]),
+        (unembedding_direction, [5, 6], token_ids),
+    ):
+        with pytest.raises(ValueError, match=r"^Token (64|-1|99) cannot be read: .* 0 to 63\.$"):
+            call(llama, states, *given)
+    with pytest.raises(ValueError, match=r"^Token ids are whole numbers, got \[1\.0\]"):
+        logit_lens(llama, states, [1.0])  # type: ignore[list-item]
+
+
+def test_the_lens_reads_tokens_backwards_and_none(llama: Decoder) -> None:
+    states, ids = torch.randn(2, llama.d_model), np.array([3, 9, 4])
+    lens = logit_lens(llama, states)
+    assert torch.allclose(logit_lens(llama, states, ids[::-1]), lens[:, [4, 9, 3]], atol=1e-5)
+    assert logit_lens(llama, states, []).shape == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("embedding", "^State of prompt 2 after block 1: not finite, .*; load the model in"),
+        ("unembedding", "^Logits of prompt 0: not finite"),
+    ],
+)
+def test_results_that_are_not_finite_are_refused_with_their_prompt(part: str, words: str) -> None:
+    decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
+    damaged = decoder.unembedding if part == "unembedding" else decoder.model.get_input_embeddings()
+    with torch.no_grad():
+        damaged.weight[40, 3] = torch.nan
+    with pytest.raises(ValueError, match=words):
+        extract_residuals(decoder, RAGGED, blocks=[1, 3], logits=True)
+
+
 @pytest.mark.parametrize(
     ("prompts", "positions", "blocks", "words"),
     [
@@ -358,6 +422,10 @@ def test_tokenize_returns_plain_lists(llama: Decoder) -> None:
         ([[5, 6]], "last", [4], "Block 4 does not exist"),
         ([[5, 6]], "last", [1, 2, 1], "Block 1 is asked for twice"),
         ([[5, 6]], "last", [0.5], r"Blocks are whole numbers, got \[0\.5\]"),
+        ([[5, 6]], "last", 1, "Blocks are whole numbers, got 1; give a list"),
+        ([[5, 6]], 1, None, "Positions are whole numbers, got 1; give a list"),
+        ([1, 2, 3], "last", None, r"Prompt 0 is 1, no list of token ids; give \[prompt\]"),
+        (torch.tensor([1, 2, 3]), "last", None, "Prompt 0 is .*1.*, no list of token ids"),
     ],
 )
 def test_bad_input_is_named(llama: Decoder, prompts, positions, blocks, words) -> None:  # type: ignore[no-untyped-def]

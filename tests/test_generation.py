@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracle import block_states
@@ -133,6 +134,27 @@ def test_the_models_own_generate_is_steered_too(llama: Decoder) -> None:
     assert theirs == plain_steered(llama, prompt, range(len(prompt), 64), N_NEW)
 
 
+def test_positions_may_be_arrays(llama: Decoder) -> None:
+    target, plain = target_of(llama), [1, [0, 2]]
+    for positions in (
+        plain,
+        [np.int64(1), np.array([0, 2])],
+        [torch.tensor(1), torch.tensor([0, 2])],
+    ):
+        with steer(llama, BLOCK, Rotate(120), target, positions):
+            written = generate(llama, PROMPTS[:1] * 2, N_NEW)
+        if positions is plain:
+            expected = written
+        assert written == expected
+    with steer(llama, BLOCK, Rotate(120), target, np.array([1, 1])):
+        assert generate(llama, PROMPTS[:1] * 2, N_NEW)[1] == expected[0]
+
+
+def test_a_text_may_fill_the_context_to_its_end(llama: Decoder) -> None:
+    llama.model.generation_config.eos_token_id = None
+    assert len(generate(llama, [[3] * 62], 2)[0]) == 2
+
+
 def test_leaving_the_context_restores_the_logits_bit_for_bit(decoder: Decoder) -> None:
     before = logits(decoder, PROMPTS[0])
     with steer(decoder, BLOCK, Scale(2.0), target_of(decoder), [[2]]):
@@ -174,6 +196,9 @@ def test_what_cannot_be_steered_is_refused_in_one_line(llama: Decoder) -> None:
         (lambda: attempt(positions=[]), "No positions"),
         (lambda: generate(llama, [], 3), "got 0 prompts"),
         (lambda: generate(llama, [[1], []], 3), "at least one token"),
+        (lambda: generate(llama, [1, 2], 3), "Prompt 0 is 1, no list"),
+        (lambda: generate(llama, [[1], [3] * 62], 3), "62 tokens and 3 new ones .* the 64 that"),
+        (lambda: attempt(positions=[1.5]), r"Positions are whole numbers, got \[1\.5\]"),
     ):
         with pytest.raises(ValueError, match=message) as raised:
             call()

@@ -1,5 +1,6 @@
 """Loading: on one device or several, in any dtype; what cannot be loaded is refused in one line."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -224,6 +225,21 @@ def test_unknown_dtype_and_quantisation_are_refused(tmp_path: Path) -> None:
     assert "float32, bfloat16" in refusal(tmp_path, dtype="half-precision")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "torch.bfloat16"])
+def test_a_dtype_may_be_torchs_own(tmp_path: Path, dtype: Any) -> None:
+    assert load_decoder(saved(tmp_path), dtype=dtype).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", 1.5])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(
+    device: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "_read_config", None)
+    assert f"Device '{device}' cannot be used" in refusal("somebody/model", device=device)
+    given = {"tokenizer": tiny_tokenizer(), "untrained": True, "device": device}
+    assert "Take 'cpu', or one that torch finds here." in refusal(tiny_model("llama"), **given)
+
+
 def test_unknown_quantisation_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "find_spec", lambda _name: object())
     assert "'4bit' or '8bit'" in refusal(saved(tmp_path), quantization="3bit")
@@ -297,3 +313,15 @@ def test_twins_share_their_models_tokenizer_until_its_files_change(tmp_path: Pat
     changed.save_pretrained(folder)
     os.utime(folder / "tokenizer.json", ns=(1, 1))  # whatever the file system's clock makes of it
     assert len(load_decoder(folder).tokenizer) == len(trained.tokenizer) + 1
+
+
+def test_notes_of_the_hub_and_of_transformers_are_held_back_and_come_again() -> None:
+    """A note on a chapter's error stream, such as that no token was sent, would end a build."""
+    loggers = [
+        logging.getLogger(f"{name}.anything") for name in ("huggingface_hub", "transformers")
+    ]
+    before = [logger.isEnabledFor(logging.WARNING) for logger in loggers]
+    with loading.quiet():
+        assert not any(logger.isEnabledFor(logging.WARNING) for logger in loggers)
+        assert all(logger.isEnabledFor(logging.ERROR) for logger in loggers)
+    assert [logger.isEnabledFor(logging.WARNING) for logger in loggers] == before == [True, True]

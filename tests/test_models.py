@@ -73,8 +73,10 @@ def test_an_unembedding_that_is_more_than_its_weights_is_called_as_it_is(llama: 
     for layer in (Doubled(16, 2500), hooked, wrapped):
         with torch.inference_mode():
             found = replace(llama, unembedding=layer).unembed(normed)
+            few = replace(llama, unembedding=layer).unembed(normed, [7, 2499, 7])
             expected = 2 * nn.functional.linear(normed, layer.weight, layer.bias)
         assert torch.allclose(found, expected, atol=1e-5)
+        assert torch.allclose(few, expected[:, [7, 2499, 7]], atol=1e-5)
     kept = torch.randn(7, llama.d_model, requires_grad=True)
     llama.unembed(kept).sum().backward()
     assert kept.grad is not None
@@ -103,6 +105,15 @@ def test_untrained_twin_is_the_same_each_time_and_keeps_the_random_state(tmp_pat
     trained = load_decoder(tmp_path)
     assert first.untrained and not trained.untrained
     assert not torch.equal(first.unembedding.weight, trained.unembedding.weight)
+
+
+def test_what_is_set_on_a_twin_of_a_model_in_hand_leaves_the_model_alone() -> None:
+    model = tiny_model("llama")
+    before = model.config.to_json_string()
+    twin = load_decoder(model, tokenizer=tiny_tokenizer(), untrained=True, dtype="bfloat16")
+    twin.model.set_attn_implementation("eager")
+    assert model.config.to_json_string() == before
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_each_seed_has_a_twin_of_its_own() -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import WithoutFloat64
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, rel_entr
 from scipy.stats import entropy as scipy_entropy
@@ -50,6 +51,12 @@ def test_divergence_and_entropy_equal_those_of_scipy() -> None:
     kept = EDITED.numpy().argmax(1) == CLEAN.numpy().argmax(1)[RECIPIENTS]
     assert (result["argmax_kept"].numpy() == kept).all()
     assert (result["argmax"].numpy() == EDITED.numpy().argmax(1)).all()
+
+
+def test_no_float64_is_needed_where_logits_are() -> None:
+    clean, edited = (one.as_subclass(WithoutFloat64) for one in (CLEAN, EDITED))
+    found = DistributionMeasure(clean, RECIPIENTS)(edited, EVERY)
+    assert torch.equal(found["kl_nats"], read()["kl_nats"])
 
 
 def test_unedited_logits_are_at_divergence_zero() -> None:

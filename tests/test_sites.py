@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import count_tokens, tiny_model, tiny_tokenizer
+from conftest import WithoutFloat64, count_tokens, tiny_model, tiny_tokenizer
 from tiny import tiny_config
 from torch import Tensor, nn
 from transformers import BambaForCausalLM
@@ -490,7 +490,10 @@ def test_sites_leave_the_model_as_it_was(llama: Decoder) -> None:
         ({"x": Site("mlp", (0,))}, PAIRS, {}, "an MLP has no heads"),
         ({}, PAIRS, {}, "No sites were given"),
         (SITES, PAIRS, {"blocks": [4]}, "Block 4 does not exist"),
-        (SITES, np.array([[0, 4]]), {}, "up to 4; there are 4"),
+        (SITES, PAIRS, {"blocks": []}, "No sites were given, or no blocks"),
+        (SITES, PAIRS, {"read_ids": [64]}, "Token 64 cannot be read"),
+        (SITES, PAIRS.astype(float), {}, "Pairs are indices of prompts, whole numbers"),
+        (SITES, np.array([[0, 4]]), {}, "up to 4, but there are 4 prompts"),
         (SITES, np.array([0, 1]), {}, r"shape \[n_pairs, 2\]"),
         (SITES, PAIRS, {"positions": [0, 1, 1, 1]}, "position 0"),
         ({"x": ATTENTION}, PAIRS, {"hidden": HIDDEN}, "name one prompt twice"),
@@ -500,11 +503,74 @@ def test_sites_leave_the_model_as_it_was(llama: Decoder) -> None:
         ({"x": ATTENTION}, PAIRS[:, [0, 0]], {"hidden": [[-1]] * 4}, "position -1 cannot"),
     ],
 )
-def test_bad_input_is_named(
-    llama: Decoder, sites: dict[str, Site], pairs: np.ndarray, options: dict, words: str
+def test_bad_input_is_named_before_any_pass(
+    llama: Decoder,
+    monkeypatch: pytest.MonkeyPatch,
+    sites: dict[str, Site],
+    pairs: np.ndarray,
+    options: dict,
+    words: str,
+) -> None:
+    find_parts(llama)  # compares, once
+    passes = count_tokens(llama, monkeypatch)
+    with pytest.raises(ValueError, match=words):
+        sweep_sites(llama, PROMPTS, pairs, sites, **{"read_ids": ALL, **options})
+    assert passes == []
+
+
+def test_pairs_may_be_read_backwards(llama: Decoder) -> None:
+    sites, back = {"x": ATTENTION}, PAIRS[:, ::-1]
+    found = [
+        sweep_sites(llama, PROMPTS, pairs, sites, blocks=[1], read_ids=ALL).logits
+        for pairs in (back, back.copy())
+    ]
+    assert np.array_equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("measure", "words"),
+    [
+        (
+            lambda logits, pair: {"size": torch.where(pair == 2, torch.nan, logits.amax(-1))},
+            r"^Measure 'size' is nan for group 'g', pair 2 \(recipient 2, donor 0\)",
+        ),
+        (lambda logits, _: {"size": logits.amax().reshape(1)}, r"^Measure 'size' is \(1,\); exp"),
+    ],
+)
+def test_a_measure_of_heads_that_gives_no_number_a_row_is_named(
+    llama: Decoder, measure: Any, words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        sweep_sites(llama, PROMPTS, pairs, sites, read_ids=ALL, **options)
+        patch_heads(llama, PROMPTS, PAIRS, {"none": [], "g": [(1, 0)]}, measure=measure)
+
+
+def test_measures_of_heads_need_no_float64_where_they_are(llama: Decoder) -> None:
+    groups = {"g": [(1, 0)]}
+    plain, other = (
+        patch_heads(
+            llama, PROMPTS, PAIRS, groups,
+            measure=lambda logits, _, kind=kind: {"size": logits[:, 4].clone().as_subclass(kind)},
+        )
+        for kind in (Tensor, WithoutFloat64)
+    )  # fmt: skip
+    assert np.array_equal(plain["size"], other["size"])
+
+
+def test_a_model_that_puts_out_no_number_is_named_with_group_and_pair() -> None:
+    decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
+    with torch.no_grad():
+        decoder.model.get_input_embeddings().weight[4, 3] = torch.nan
+
+    def choice(logits: Tensor, _pair: Tensor) -> dict[str, Tensor]:
+        return {"choice": logits.argmax(-1).double()}
+
+    with pytest.raises(ValueError, match=r"^Last state of group 'g', pair 1 \(recipient 0, don"):
+        patch_heads(decoder, PROMPTS, np.array([[2, 2], [0, 3]]), {"g": []}, measure=choice)
+
+
+def test_no_heads_are_refused(llama: Decoder) -> None:
+    with pytest.raises(ValueError, match="No heads were given"):
+        head_outputs(llama, PROMPTS, [])
 
 
 def test_a_group_names_a_head_or_block_that_does_not_exist(llama: Decoder) -> None:

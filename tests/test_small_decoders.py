@@ -224,6 +224,15 @@ def test_a_training_that_diverges_says_so_and_is_not_run_again(material, tmp_pat
     )
 
 
+def test_a_training_that_diverged_before_its_first_moment_is_read_back(material, tmp_path):
+    wild = replace(TINY, learning_rate=1e25, moments=(11,))
+    lost, again = (train("none", 1, material, size=wild, folder=tmp_path) for _ in range(2))
+    assert lost.diverged and len(lost.losses) < 11
+    assert np.array_equal(lost.losses, again.losses, equal_nan=True)
+    with pytest.raises(ValueError, match="at step 0; there are: none"):
+        again.model()
+
+
 def test_bad_moments_and_bad_truths_are_refused(material):
     with pytest.raises(ValueError, match="ascend from 0"):
         Size(moments=(4, 2))

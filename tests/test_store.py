@@ -15,6 +15,7 @@ from conftest import tiny_model, tiny_tokenizer
 from lib.engine import keys, sources, store
 from lib.engine.edits import Scale, add, exchange, exchange_norm, keep
 from lib.engine.extraction import Residuals, extract_residuals
+from lib.engine.generation import steer
 from lib.engine.models import Decoder, load_decoder
 from lib.engine.readouts import DistributionMeasure
 from lib.engine.replay import Forest
@@ -116,6 +117,70 @@ def test_other_weights_are_not_mistaken_for_these(
     assert torch.equal(found.states, extract_residuals(changed, PROMPTS).states)
 
 
+def zero_through_data(decoder: Decoder) -> None:
+    """The usual way to take a matrix out, which torch does not count as a change."""
+    decoder.model.model.layers[1].mlp.down_proj.weight.data.zero_()
+
+
+def one_head_through_data(decoder: Decoder) -> None:
+    decoder.model.model.layers[1].self_attn.o_proj.weight.data[:, 8:16] = 0
+
+
+def hooked(decoder: Decoder) -> None:
+    decoder.blocks[1].mlp.register_forward_hook(lambda _module, _inputs, output: 2 * output)
+
+
+class Switched(torch.nn.Linear):
+    """As an adapter that lies in a layer and can be switched off."""
+
+    on = False
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return super().forward(states) * (3 if self.on else 1)
+
+
+def switched_on(decoder: Decoder) -> None:
+    Switched.on = True
+
+
+@pytest.mark.parametrize("change", [zero_through_data, one_head_through_data, hooked, switched_on])
+def test_a_model_that_was_changed_is_not_mistaken_for_what_it_was(
+    change: Callable[[Decoder], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also not for what it becomes again: what was measured of a steered model is not kept."""
+    monkeypatch.setattr(Switched, "on", False)
+    model = tiny_model("llama")
+    layer = model.model.layers[2].mlp.up_proj
+    if change is switched_on:
+        model.model.layers[2].mlp.up_proj = Switched(32, layer.out_features, bias=False)
+    decoder = load_decoder(model, tokenizer=tiny_tokenizer())
+    before = recall_residuals(decoder, PROMPTS).states
+    sweep_before = recall_sweep(decoder, **call())
+    change(decoder)
+    found, sweep = recall_residuals(decoder, PROMPTS).states, recall_sweep(decoder, **call())
+    assert torch.equal(found, extract_residuals(decoder, PROMPTS).states)
+    assert not torch.allclose(found, before, atol=1e-2)
+    assert same(sweep, sweep_blocks(decoder, **call())) and not same(sweep, sweep_before)
+
+
+def test_what_a_steered_model_says_is_not_kept_as_the_models(decoder: Decoder) -> None:
+    prompts = [prompt[:3] for prompt in PROMPTS]
+    with steer(decoder, 0, add, torch.ones(32) * 5, positions=[1] * 4):
+        recall_residuals(decoder, prompts)
+    found = recall_residuals(decoder, prompts).states
+    assert torch.equal(found, extract_residuals(decoder, prompts).states)
+
+
+def test_forests_are_not_used_after_a_change_that_torch_does_not_count(decoder: Decoder) -> None:
+    forests: list[Forest] = []
+    arguments: dict[str, Any] = {"positions": [1, 2, 2, 1], "forests": forests}
+    pairs = np.array([[0, 3]])
+    sweep_blocks(decoder, PROMPTS, pairs, {"exchange": exchange}, **arguments)
+    zero_through_data(decoder)
+    with pytest.raises(ValueError, match="weights"):
+        sweep_blocks(decoder, PROMPTS, pairs, {"exchange": exchange}, **arguments)
+
+
 def test_other_code_is_not_trusted(
     decoder: Decoder, computed: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +262,14 @@ def test_few_models_are_kept(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) 
         recall_residuals(decoder, PROMPTS)
     assert len(list(store.STORE.iterdir())) == 2
     assert len(files()) == 2
+
+
+def test_states_sweeps_and_sites_of_two_models_and_their_twins_are_kept() -> None:
+    networks, kinds = 2 * (1 + 5), 3
+    for number in range(networks * kinds):
+        path = store.STORE / str(number) / "states.safetensors"
+        store._write(path, {"states": torch.zeros(1)}, {})
+    assert len(files()) == networks * kinds
 
 
 # Sweeps
@@ -532,37 +605,52 @@ def test_a_sweep_is_returned_where_nothing_can_be_kept(
     assert len(swept) == 2
 
 
+def test_what_is_kept_serves_where_the_store_may_only_be_read(
+    decoder: Decoder,
+    swept: list[int],
+    computed: list[list[list[int]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def denied(*_given: object, **_options: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    expected = recall_sweep(decoder, **call()), recall_residuals(decoder, PROMPTS).states
+    monkeypatch.setattr(store.os, "utime", denied)
+    assert same(recall_sweep(decoder, **call()), expected[0])
+    assert torch.equal(recall_residuals(decoder, PROMPTS).states, expected[1])
+    assert len(swept) == len(computed) == 1
+
+
 class InterruptedRunError(Exception):
     pass
 
 
 def passes(model: Decoder, sweeps: list[dict[str, Any]], stop_after: int = 10**9) -> int:
     """Return the passes through the last block that some sweeps take; stop them after so many."""
-    count = 0
+    count, run = 0, model.blocks[-1].forward
 
-    def hook(*_args: object) -> None:
+    def counted(*given: Any, **named: Any) -> Any:
         nonlocal count
         if count == stop_after:
             raise InterruptedRunError
         count += 1
+        return run(*given, **named)
 
-    handle = model.blocks[-1].register_forward_hook(hook)
+    model.blocks[-1].forward = counted  # a hook would keep anything from being stored
     try:
         for sweep in sweeps:
             recall_sweep(model, **sweep)
     except InterruptedRunError:
         pass
     finally:
-        handle.remove()
+        model.blocks[-1].forward = run
     return count
 
 
 def test_an_interrupted_run_goes_on_at_the_sweep_that_it_had_reached(tmp_path: Path) -> None:
     def fresh() -> Decoder:  # as a new process has it
         made = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
-        with_hook = made.blocks[-1].register_forward_hook(lambda *_: None)  # as `passes` counts
         sweep_blocks(made, **call())  # its self-check, which each process makes anew
-        with_hook.remove()
         return made
 
     sweeps = [call(edits={"edit": edit}, measure=None) for edit in (exchange, keep, add)]

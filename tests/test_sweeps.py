@@ -1,22 +1,24 @@
 """Sweeps: equal to a full recompute with hooks, for every architecture, arm and batch."""
 
 from dataclasses import replace
+from itertools import count
+from typing import Any
 
 import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import count_tokens, tiny_model, tiny_tokenizer
+from conftest import WithoutFloat64, count_tokens, tiny_model, tiny_tokenizer
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lib.engine import replay, sweeps
 from lib.engine.batches import plant_prompts
 from lib.engine.edits import Edit, Rotate, add, exchange, exchange_direction, exchange_norm, keep
-from lib.engine.extraction import extract_residuals
+from lib.engine.extraction import extract_residuals, logit_lens
 from lib.engine.models import Decoder, load_decoder
 from lib.engine.replay import Forest, Prefix, run_forest
-from lib.engine.sweeps import Request, Sweep, sweep_blocks, sweep_together
+from lib.engine.sweeps import Measure, Request, Sweep, sweep_blocks, sweep_together
 
 PROMPTS = [
     [5, 9, 4, 33, 12, 8, 51],
@@ -476,12 +478,141 @@ def test_frame_has_one_row_per_edit_block_and_pair(llama: Decoder) -> None:
         (PAIRS, {"positions": [1, 1, 1, 5, 1]}, "Prompt 3 has 5 tokens; position 5"),
         (PAIRS, {"blocks": [7]}, "Block 7 does not exist"),
         (PAIRS, {"donors": torch.zeros(4, 5, 31)}, "expected"),
+        (PAIRS, {"donors": torch.zeros(32)}, "expected"),
+        (PAIRS.astype(float), {}, "Pairs are indices of prompts, whole numbers; got float64"),
+        (PAIRS, {"positions": 2}, "1 positions for 5 prompts"),
+        (PAIRS, {"blocks": []}, "No edits were given, or no blocks"),
+        (PAIRS, {"edits": {}}, "No edits were given"),
+        (PAIRS, {"read_ids": [64]}, "Token 64 cannot be read: .* scores tokens 0 to 63"),
+        (PAIRS, {"read_ids": [-1]}, "Token -1 cannot be read"),
     ],
 )
-def test_bad_input_is_named(llama: Decoder, pairs: np.ndarray, options: dict, words: str) -> None:
-    options = {"positions": "last", **options}
+def test_bad_input_is_named_before_any_pass(
+    llama: Decoder,
+    monkeypatch: pytest.MonkeyPatch,
+    pairs: np.ndarray,
+    options: dict,
+    words: str,
+) -> None:
+    options = {"edits": EDITS, "positions": "last", "read_ids": READ, **options}
+    passes = count_tokens(llama, monkeypatch)
     with pytest.raises(ValueError, match=words):
-        sweep_blocks(llama, PROMPTS, pairs, {"exchange": exchange}, read_ids=READ, **options)
+        sweep_blocks(llama, PROMPTS, pairs, **options)
+    assert passes == []
+
+
+def test_arrays_may_be_read_backwards_and_donors_be_arrays(llama: Decoder) -> None:
+    donors = torch.randn(4, 5, llama.d_model, generator=torch.Generator().manual_seed(1))
+    plain = {"pairs": PAIRS, "donors": donors, "read_ids": READ}
+    back = {
+        "pairs": PAIRS[:, ::-1].copy()[:, ::-1],
+        "donors": donors.numpy()[::-1].copy()[::-1],
+        "read_ids": np.array(READ)[::-1].copy()[::-1],
+    }
+    one, other = (
+        sweep_blocks(llama, PROMPTS, edits=EDITS, positions="last", **given)
+        for given in (plain, back)
+    )
+    assert np.array_equal(one.logits, other.logits)
+    request = Request(PROMPTS, back["pairs"], "last", back["donors"], back["read_ids"])
+    (together,) = sweep_together(llama, [request], EDITS)
+    assert np.allclose(one.logits, together.logits, atol=1e-5)
+
+
+def sizes(*names: str) -> Measure:
+    return lambda logits, _: {name: logits.amax(-1) for name in names}
+
+
+@pytest.mark.parametrize("positions", ["last", [[2, 3], [2, 3], [2, 3]]])
+def test_measures_of_other_names_are_refused_whether_or_not_they_share_a_pass(
+    llama: Decoder, positions: Any
+) -> None:
+    one = Request(PROMPTS[:3], np.array([[0, 1]]), "last", measure=sizes("a", "b"))
+    other = replace(one, positions=positions, measure=sizes("b"))
+    with pytest.raises(ValueError, match=r"one set of names; got \[.*'b'\], and before \[.*'b'\]"):
+        sweep_together(llama, [other, one], {"keep": keep})
+
+
+def test_a_measure_that_changes_its_names_is_refused(
+    llama: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = count()
+
+    def fickle(logits: Tensor, _: Tensor) -> dict[str, Tensor]:
+        return {str(next(calls)): logits.amax(-1)}
+
+    monkeypatch.setattr(sweeps, "UNEMBEDDING_ROWS", 4)
+    with pytest.raises(ValueError, match=r"one set of names; got \['1'\], and before \['0'\]"):
+        sweep_blocks(llama, PROMPTS, PAIRS, EDITS, positions="last", measure=fickle)
+
+
+def test_one_number_for_all_rows_of_a_request_is_refused(llama: Decoder) -> None:
+    one = Request(
+        PROMPTS, PAIRS, "last", measure=lambda logits, _: {"size": logits.amax().reshape(1)}
+    )
+    with pytest.raises(ValueError, match=r"Measure 'size' is \(1,\); expected a tensor"):
+        sweep_together(llama, [one], EDITS)
+
+
+def broken(token: int) -> Decoder:
+    """Return a model of which one token's embedding is damaged."""
+    decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
+    with torch.no_grad():
+        decoder.model.get_input_embeddings().weight[token, 3] = torch.nan  # type: ignore[index]
+    return decoder
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "words"),
+    [
+        (False, {}, r"^State of prompt 3 after block 0: not finite, .*; load the model in another"),
+        (True, {"read_ids": READ}, "^Unedited logits of prompt 3: not finite"),
+        (
+            True,
+            {"measure": lambda logits, _: {"choice": logits.argmax(-1).double()}},
+            r"^Last state of edit 'exchange' after block 0, pair 0 \(recipient 3, donor 3\): not f",
+        ),
+    ],
+)
+def test_what_a_damaged_model_puts_out_is_refused_with_what_it_was_of(
+    given: bool, options: dict, words: str
+) -> None:
+    donors = torch.ones(2, 5, 32) if given else None
+    with pytest.raises(ValueError, match=words):
+        sweep_blocks(
+            broken(22), PROMPTS, np.array([[3, 3]]), {"exchange": exchange}, positions="last",
+            blocks=[0, 2], donors=donors, **options,
+        )  # fmt: skip
+
+
+def test_edited_logits_that_overflow_are_refused_with_edit_block_and_pair(
+    llama: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lens(decoder: Decoder, states: Tensor, ids: list[int]) -> Tensor:
+        large = states.norm(dim=-1, keepdim=True) > 1e6
+        return logit_lens(decoder, states, ids).masked_fill(large, torch.inf)
+
+    monkeypatch.setattr(sweeps, "logit_lens", lens)
+    donors = torch.ones(1, 5, llama.d_model)
+    donors[0, 4] = 1e7
+    with pytest.raises(
+        ValueError,
+        match=r"^Logits of edit 'exchange' after block 3, pair 5 \(recipient 3, donor 4\)",
+    ):
+        sweep_blocks(
+            llama, PROMPTS, PAIRS, {"exchange": exchange}, positions="last", blocks=[3],
+            donors=donors, read_ids=READ,
+        )  # fmt: skip
+
+
+def test_measures_need_no_float64_where_they_are(llama: Decoder) -> None:
+    def measure(logits: Tensor, _: Tensor) -> dict[str, Tensor]:
+        return {"size": logits.amax(-1).clone().as_subclass(WithoutFloat64)}
+
+    one = Request(PROMPTS, PAIRS, "last", measure=measure)
+    (found,) = sweep_together(llama, [one], EDITS)
+    alone = sweep_blocks(llama, PROMPTS, PAIRS, EDITS, positions="last", measure=measure)
+    assert np.allclose(found.measures["size"], alone.measures["size"], atol=1e-5)
 
 
 def test_replay_is_used_for_a_sliding_window_shorter_than_the_prompt() -> None:
@@ -550,6 +681,37 @@ def test_whether_replay_is_exact_is_found_with_an_edit_that_shows_it(losing: Dec
     """Not with the caller's own, which may change nothing."""
     kept = sweep_blocks(losing, PROMPTS, PAIRS, {"keep": keep}, positions="last", read_ids=READ)
     assert kept.path == "full recompute"
+
+
+@pytest.mark.parametrize("architecture", ["mpt", "bloom", "falcon_h1"])
+def test_a_sweep_of_the_last_block_vouches_for_no_other(architecture: str) -> None:
+    """After the last block nothing is replayed, so that any way would be exact there."""
+    decoder = load_decoder(tiny_model(architecture), tokenizer=tiny_tokenizer())
+    pairs, edits = np.array([[0, 1], [3, 4]]), {"exchange": exchange}
+    read = list(range(decoder.d_vocab))
+    for blocks in ([decoder.n_blocks - 1], None):
+        sweep = sweep_blocks(
+            decoder, PROMPTS, pairs, edits, positions=[2] * 5, blocks=blocks, read_ids=read
+        )
+    expected = by_full_recompute(decoder, [[2]] * 5, edits, pairs)
+    assert np.abs(sweep.logits - expected.numpy()).max() < 1e-4
+
+
+def test_what_was_exact_under_one_hook_is_not_taken_for_exact_under_another() -> None:
+    decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
+    pairs, edits, read = np.array([[0, 1], [3, 4]]), {"exchange": exchange}, list(range(64))
+
+    def at_the_last(_module: object, _inputs: object, output: Tensor) -> Tensor:
+        return torch.cat([output[:, :-1], output[:, -1:] + 1], dim=1)
+
+    for hook in (lambda *_: None, at_the_last):
+        # In a part of a block, where it is as much in force as on the block itself.
+        handle = decoder.blocks[2].mlp.register_forward_hook(hook)
+        sweep = sweep_blocks(decoder, PROMPTS, pairs, edits, positions=[2] * 5, read_ids=read)
+        expected = by_full_recompute(decoder, [[2]] * 5, edits, pairs)
+        handle.remove()
+        assert sweep.path == "full recompute"
+        assert np.abs(sweep.logits - expected.numpy()).max() < 1e-4
 
 
 def test_a_window_shorter_than_a_line_but_not_than_a_prompt_changes_nothing() -> None:

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
-from conftest import count_tokens
+from conftest import WithoutFloat64, count_tokens
 from oracle import block_states, forward, kl, patched_logits
 
 from lib.engine import store
@@ -185,6 +185,21 @@ def test_divergences_from_several_distributions_are_exact_over_a_large_vocabular
     for name, chosen in rows.items():
         expected = kl(given[chosen].double().numpy(), edited.double().numpy())[::-1]
         assert found[name].numpy() == pytest.approx(expected, rel=0, abs=2e-6)
+
+
+def test_divergences_of_float64_logits_are_as_exact_and_leave_them_as_they_were():
+    given, edited = 4 * torch.randn(3, 64), 4 * torch.randn(3, 64).double()
+    before, pair = edited.clone(), torch.arange(3)
+    found = Divergences(Distributions.of(given), {"x": np.arange(3)})(edited, pair)["x"]
+    expected = kl(given.double().numpy(), edited.numpy())
+    assert found.numpy() == pytest.approx(expected, rel=0, abs=1e-6)
+    assert torch.equal(edited, before)
+
+
+def test_distributions_need_no_float64_where_logits_are():
+    logits = torch.randn(20, 64)
+    found, plain = (Distributions.of(one) for one in (logits.as_subclass(WithoutFloat64), logits))
+    assert torch.equal(found.p, plain.p)
 
 
 def test_distributions_of_log_probabilities_are_the_probabilities_themselves():

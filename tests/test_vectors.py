@@ -1,5 +1,7 @@
 """Vectors: held-out centroids, random directions of a given norm, the way to a token's logit."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -72,6 +74,17 @@ def test_unembedding_direction_is_the_steepest_way_to_the_target(decoder: Decode
             + 0.5 * drawn(*way.shape, seed=seed) / way.shape[-1] ** 0.5
         )
         assert (gain(tilted) < best).all()
+
+
+def test_unembedding_direction_is_the_gradient_of_what_scale_and_cap_leave(llama: Decoder) -> None:
+    decoder = replace(llama, logit_scale=0.5, logit_softcap=0.2)
+    states = drawn(3, llama.d_model)
+    free = states.clone().requires_grad_(True)
+    logits = decoder.unembed(decoder.final_norm(free))
+    gain = logits[0, 9] - logits[0, 11] + logits[1, 10] - logits[1, 12] + logits[2, 9]
+    (expected,) = torch.autograd.grad(gain - logits[2, 10], free)
+    way = unembedding_direction(decoder, states, [9, 10, 9], [11, 12, 10])
+    assert torch.allclose(way, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_unembedding_direction_refuses_a_target_that_is_its_source(llama: Decoder) -> None:

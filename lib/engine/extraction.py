@@ -1,7 +1,8 @@
 """Extraction: the residual stream after chosen blocks at chosen positions, and the logit lens."""
 
+import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lib.engine.batches import equal_length_rows, plant_prompts, stack_prompts
-from lib.engine.models import Decoder, evaluated
+from lib.engine.models import Decoder, evaluated, whole_numbers
 from lib.engine.passes import forests_are_exact, run_batch
 from lib.engine.progress import track
 from lib.engine.replay import Forest, forests_hold_states, plant_rest
@@ -38,8 +39,15 @@ class Residuals:
 
 
 def tokenize(decoder: Decoder, texts: Sequence[str]) -> list[list[int]]:
-    """Return each text's token ids, with the special tokens that the tokenizer adds by default."""
-    return [list(ids) for ids in decoder.tokenizer(list(texts))["input_ids"]]
+    """Return each text's token ids, with the special tokens that the tokenizer adds by default.
+
+    Raises:
+        ValueError: no texts, or something else than a list of them.
+    """
+    given = [] if isinstance(texts, str) else list(texts)
+    if not given or not all(isinstance(text, str) for text in given):
+        raise ValueError("Texts are a list of strings, at least one; of a single text, [text].")
+    return [list(ids) for ids in decoder.tokenizer(given)["input_ids"]]
 
 
 @evaluated
@@ -72,12 +80,12 @@ def extract_residuals(
         description: what a progress display calls this; None shows none.
 
     Raises:
-        ValueError: no prompts, an empty prompt or one that the model cannot read, or a block or
-            position that does not exist.
+        ValueError: no prompts, an empty prompt or one that the model cannot read, a block or
+            position that does not exist, or results that are not finite (prompt and block named).
     """
     wanted = check_blocks(decoder, blocks)
-    where = check_positions(prompts, positions)
     prompts = check_prompts(decoder, prompts)
+    where = check_positions(prompts, positions)
     states = torch.empty(len(wanted), len(prompts), decoder.d_model)
     all_logits = torch.empty(len(prompts), decoder.d_vocab) if logits else None
     ends = [len(prompt) - 1 for prompt in prompts]
@@ -92,7 +100,21 @@ def extract_residuals(
             with torch.inference_mode():
                 normed = decoder.final_norm(picked[last][1])
                 all_logits[rows] = decoder.unembed(normed).float().cpu()
+    check_finite(states, lambda block, row, _: f"State of prompt {row} after block {wanted[block]}")
+    if all_logits is not None:
+        check_finite(all_logits, lambda row, _: f"Logits of prompt {row}")
     return Residuals(states, wanted, all_logits)
+
+
+def check_finite(values: Tensor, name: Callable[..., str]) -> None:
+    """Refuse what a model put out unless it is finite; `name` says what stands at an index."""
+    # A sum is not finite either, and costs neither time nor memory.
+    if not math.isfinite(float(values.sum())) and not bool((finite := values.isfinite()).all()):
+        raise ValueError(
+            f"{name(*(~finite).nonzero()[0].tolist())}: not finite, it or a prompt that ran beside "
+            "it; load the model in another dtype, such as float32 or bfloat16, or look for what "
+            "damaged its weights."
+        )
 
 
 def iterate_states(
@@ -129,7 +151,7 @@ def logit_lens(decoder: Decoder, states: Tensor, token_ids: Sequence[int] | None
 
     `states` is `[..., d_model]`; with `token_ids` the last axis holds those tokens alone. At the
     last block the lens is the model's own output. Source: nostalgebraist, "interpreting GPT: the
-    logit lens" (2020).
+    logit lens" (2020). ValueError names a token that the model does not score.
     """
     with torch.inference_mode():
         normed = decoder.final_norm(states.to(decoder.dtype))
@@ -138,7 +160,7 @@ def logit_lens(decoder: Decoder, states: Tensor, token_ids: Sequence[int] | None
 
 def check_blocks(decoder: Decoder, blocks: Sequence[int] | None) -> tuple[int, ...]:
     """Return the blocks asked for, all by default; ValueError names one that cannot be meant."""
-    wanted = tuple(range(decoder.n_blocks) if blocks is None else _indices("Blocks", blocks))
+    wanted = tuple(range(decoder.n_blocks) if blocks is None else whole_numbers("Blocks", blocks))
     for place, block in enumerate(wanted):
         if not 0 <= block < decoder.n_blocks:
             raise ValueError(
@@ -185,15 +207,11 @@ def check_prompts(decoder: Decoder, prompts: Prompts) -> list[list[int]]:
     return checked
 
 
-def _indices(what: str, values: Any) -> list[int]:
-    try:
-        return [operator.index(value) for value in values]
-    except TypeError:
-        raise ValueError(f"{what} are whole numbers, got {list(values)}.") from None
-
-
 def _token_ids(index: int, prompt: Sequence[int] | np.ndarray | Tensor) -> list[int]:
-    given = prompt.tolist() if isinstance(prompt, Tensor | np.ndarray) else list(prompt)
+    given: Any = prompt.tolist() if isinstance(prompt, Tensor | np.ndarray) else prompt
+    if not isinstance(given, Iterable):
+        raise ValueError(f"Prompt {index} is {given!r}, no list of token ids; give [prompt].")
+    given = list(given)
     try:
         return [operator.index(token) for token in given]
     except TypeError:
@@ -218,7 +236,7 @@ def check_positions(prompts: Prompts, positions: Positions) -> list[int]:
     if isinstance(positions, str) and positions != "last":
         raise ValueError(f'Positions {positions!r}: give "last" or one index a prompt.')
     last = isinstance(positions, str)
-    given = [-1] * len(prompts) if last else _indices("Positions", positions)
+    given = [-1] * len(prompts) if last else whole_numbers("Positions", positions)
     if len(given) != len(prompts):
         raise ValueError(f"{len(given)} positions for {len(prompts)} prompts; give one each.")
     for index, (length, position) in enumerate(zip(lengths, given, strict=True)):

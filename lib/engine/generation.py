@@ -9,12 +9,13 @@ import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lib.engine.edits import Edit, apply_edit
 from lib.engine.extraction import Prompts, check_blocks, check_prompts
-from lib.engine.models import Decoder, evaluated
+from lib.engine.models import Decoder, evaluated, whole_numbers
 from lib.engine.passes import generation_is_exact
 from lib.engine.structure import untuple
 
@@ -41,9 +42,10 @@ def steer(
             tokens: `range(len(prompt), 10**6)` steers all of them.
 
     Raises:
-        ValueError: a block that does not exist, a donor of another shape, a negative position; on a
-            pass whose rows are neither the prompts nor repeats of each in turn; on leaving, a
-            position that no pass reached (ranges excepted), so that no edit does nothing unnoticed.
+        ValueError: a block that does not exist, a donor of another shape, a position that is
+            negative or no whole number; on a pass whose rows are neither the prompts nor repeats of
+            each in turn; on leaving, a position that no pass reached (ranges excepted), so that no
+            edit does nothing unnoticed.
     """
     check_blocks(decoder, [block])
     for way in ("cache", "padding"):  # compared now, since no edit may take part in it
@@ -136,8 +138,8 @@ def generate(
             every token recomputes the whole text, which is slower and must give the same.
 
     Raises:
-        ValueError: no prompts, an empty prompt, or no tokens to add; prompts of different lengths
-            for a state-space model.
+        ValueError: no prompts, an empty prompt, no tokens to add, or more than the model's context
+            holds; prompts of different lengths for a state-space model.
     """
     prompts = check_prompts(decoder, prompts)
     if not prompts or min(len(prompt) for prompt in prompts) == 0 or n_new_tokens < 1:
@@ -146,6 +148,11 @@ def generate(
             f"prompts, {n_new_tokens} new tokens."
         )
     longest = max(len(prompt) for prompt in prompts)
+    if decoder.context_length is not None and longest + n_new_tokens > decoder.context_length:
+        raise ValueError(
+            f"{longest} tokens and {n_new_tokens} new ones are more than the "
+            f"{decoder.context_length} that {decoder.name} reads; shorten the prompt or add fewer."
+        )
     takes_cache = "past_key_values" in inspect.signature(decoder.model.forward).parameters
     if min(len(prompt) for prompt in prompts) < longest and not (
         takes_cache and generation_is_exact(decoder, "padding")
@@ -183,16 +190,16 @@ def generate(
 
 
 def _position_set(entry: int | Sequence[int] | range) -> range | frozenset[int]:
-    chosen = [entry] if isinstance(entry, int) else entry
-    if (
-        len(chosen)
-        and min(chosen[0], chosen[-1], *([] if isinstance(chosen, range) else chosen)) < 0
-    ):
+    if isinstance(entry, range):
+        ends = [*entry[:1], *entry[-1:]]  # it may be long
+    else:
+        ends = whole_numbers("Positions", [entry] if np.ndim(entry) == 0 else entry)
+    if min(ends, default=0) < 0:
         raise ValueError(
-            f"Position {min(chosen)} does not exist; positions count from 0 at a prompt's first "
+            f"Position {min(ends)} does not exist; positions count from 0 at a prompt's first "
             "token."
         )
-    return chosen if isinstance(chosen, range) else frozenset(int(place) for place in chosen)
+    return entry if isinstance(entry, range) else frozenset(ends)
 
 
 class _Repeats:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -79,12 +80,14 @@ def _in_one_line(name: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back the loading chatter of transformers (bars, notes), not its errors."""
+    """Hold back the loading chatter of transformers and of the hub (bars, notes), not errors."""
     level, bars = (
         transformers_logging.get_verbosity(),
         transformers_logging.is_progress_bar_enabled(),
     )
+    hub = hub_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
+    hub_logging.set_verbosity(logging.ERROR)
     transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -92,6 +95,7 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         transformers_logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub)
         if bars:
             transformers_logging.enable_progress_bar()
 
@@ -160,9 +164,20 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def dtype_of(name: str) -> torch.dtype:
+def check_device(device: Any) -> None:
+    """Refuse a device that torch does not know or does not find."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(
+            f"Device {str(device)!r} cannot be used: {_first_line(error).rstrip('.')}. Take 'cpu', "
+            "or one that torch finds here."
+        ) from error
+
+
+def dtype_of(name: str | torch.dtype) -> torch.dtype:
     """Return the dtype of weights by its name; ValueError if there is none."""
-    found = getattr(torch, name, None)
+    found = getattr(torch, str(name).removeprefix("torch."), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"{name!r} is no dtype for weights; take float32, bfloat16 or float16.")
     return found

@@ -1,6 +1,8 @@
 """Decoders: a language model with its parts named, ready for extraction and sweeps."""
 
+import copy
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lib.engine.catalogue import DEFAULT, preset
-from lib.engine.loading import dtype_of, fresh_model, label_of, read_model
+from lib.engine.loading import check_device, dtype_of, fresh_model, label_of, read_model
 from lib.engine.structure import (
     check_parts,
     compute_dtype,
@@ -27,6 +29,7 @@ from lib.engine.structure import (
 )
 
 COLUMNS_AT_ONCE = 1024
+SAMPLED = 64  # values of each weight by which a change of it is noticed
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -111,6 +114,16 @@ class Decoder:
                 states = untuple(stage(states))
         return states
 
+    def check_tokens(self, token_ids: Sequence[int]) -> list[int]:
+        """Return tokens whose logits are read; ValueError names one that is not scored."""
+        chosen = whole_numbers("Token ids", token_ids)
+        if wrong := [token for token in chosen if not 0 <= token < self.d_vocab]:
+            raise ValueError(
+                f"Token {wrong[0]} cannot be read: {self.name} scores tokens 0 to "
+                f"{self.d_vocab - 1}."
+            )
+        return chosen
+
     def unembed(self, normed: Tensor, token_ids: Sequence[int] | None = None) -> Tensor:
         """Return logits `[..., d_vocab]`, or `[..., len(token_ids)]`, of final-normed states.
 
@@ -121,6 +134,8 @@ class Decoder:
         with _mode_of(normed):
             if token_ids is None:
                 logits = _map_by_columns(self.unembedding, normed)
+            elif not _is_plain(self.unembedding):  # an adapter or a hook on it: no row says it all
+                logits = self.unembedding(normed)[..., self.check_tokens(token_ids)]
             else:
                 logits = nn.functional.linear(normed, *self.unembedding_rows(token_ids))
             if self.logit_scale != 1.0:
@@ -130,10 +145,15 @@ class Decoder:
         return logits
 
     def unembedding_rows(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Return the unembedding's weights `[n, d_model]` and biases `[n]` of a few tokens."""
+        """Return the unembedding's weights `[n, d_model]` and biases `[n]` of a few tokens.
+
+        Raises:
+            ValueError: as `check_tokens`.
+        """
+        chosen = self.check_tokens(token_ids)
         with weights_of(self.unembedding):
             weight, bias = self.unembedding.weight, self.unembedding.bias
-            rows = torch.as_tensor(token_ids, device=weight.device)
+            rows = torch.tensor(chosen, dtype=torch.long, device=weight.device)
             return weight[rows], None if bias is None else bias[rows]
 
 
@@ -143,7 +163,7 @@ def load_decoder(
     untrained: bool = False,
     seed: int = 0,
     revision: str | None = None,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     device: str | None = None,
     device_map: str | Mapping[str, Any] | None = None,
     quantization: Any = None,
@@ -162,7 +182,7 @@ def load_decoder(
             of every chapter. It lies on one device and is not quantised.
         seed: which twin, 0, 1, …; the same weights each time.
         revision: a commit, branch or tag on the hub.
-        dtype: a torch dtype's name, such as `"float32"` or `"bfloat16"`.
+        dtype: a torch dtype or its name, such as `"float32"` or `"bfloat16"`.
         device: where the weights go.
         device_map: instead of `device`: `"auto"` spreads the weights over the GPUs, then the CPU;
             a mapping says which module goes where, `"disk"` included. Needs accelerate.
@@ -171,13 +191,15 @@ def load_decoder(
         tokenizer: only with a model in hand.
 
     Raises:
-        ValueError: no such model, a folder without one, no access, too little memory, a package
-            that is missing, not a decoder-only model, or parts that do not behave as a decoder's
-            should; the message says which and what to do.
+        ValueError: no such model or device, a folder without one, no access, too little memory, a
+            package that is missing, not a decoder-only model, or parts that do not behave as a
+            decoder's should; the message says which and what to do.
         RuntimeError: a model of the catalogue cannot be fetched; see `fetch_weights`.
     """
     if seed < 0 or (seed and not untrained):
         raise ValueError(f"Seed {seed}: untrained twins have seeds 0, 1, …; trained models none.")
+    if device is not None:
+        check_device(device)
     if not isinstance(name, str | Path):
         model = unwrap(name)
         if tokenizer is None:
@@ -187,7 +209,8 @@ def load_decoder(
         label = label_of(model.config.name_or_path or type(model).__name__)
         if untrained:
             kind = compute_dtype(model) if dtype is None else dtype_of(dtype)
-            model = fresh_model(model.config, kind, seed).to(device or "cpu")  # type: ignore[arg-type]
+            config = copy.deepcopy(model.config)  # the twin's to change
+            model = fresh_model(config, kind, seed).to(device or "cpu")  # type: ignore[arg-type]
             model.eval().requires_grad_(False)
         return _describe(model, tokenizer, label, untrained, seed, "in hand")
     given: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device}
@@ -250,9 +273,8 @@ def _map_by_columns(layer: nn.Linear, states: Tensor) -> Tensor:
     Of a vocabulary's many columns that is up to a third faster: a part of the weights stays in the
     processor's cache while all rows pass.
     """
-    plain = type(layer) is nn.Linear and "forward" not in vars(layer)
-    hooked = layer._forward_hooks or layer._forward_pre_hooks
-    if not plain or hooked or torch.is_grad_enabled() or states.device.type != "cpu":
+    here = "forward" not in vars(layer) and states.device.type == "cpu"
+    if not here or not _is_plain(layer) or torch.is_grad_enabled():
         found: Tensor = layer(states)
         return found
     rows = states.reshape(-1, states.shape[-1])
@@ -266,9 +288,26 @@ def _map_by_columns(layer: nn.Linear, states: Tensor) -> Tensor:
     return result.view(*states.shape[:-1], len(layer.weight))
 
 
+def _is_plain(layer: nn.Linear) -> bool:
+    """Say whether a layer's weights alone make its product, wherever accelerate has put them."""
+    own = "forward" in vars(layer) and not hasattr(layer, "_hf_hook")
+    return type(layer) is nn.Linear and not (
+        own or layer._forward_hooks or layer._forward_pre_hooks
+    )
+
+
 def _mode_of(states: Tensor) -> AbstractContextManager[Any]:
     """Return inference mode for states from it, which no weight with gradients may meet else."""
     return torch.inference_mode() if states.is_inference() else nullcontext()
+
+
+def whole_numbers(what: str, values: Any) -> list[int]:
+    """Return a list of whole numbers; ValueError for anything else, called `what`."""
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError:
+        shown = " ".join(str(values).split())
+        raise ValueError(f"{what} are whole numbers, got {shown}; give a list of them.") from None
 
 
 def evaluated(
@@ -308,9 +347,27 @@ def _logit_softcap(config: Any) -> float | None:
     return None if found is None else float(found)
 
 
-def weight_versions(decoder: Decoder) -> tuple[tuple[int, int], ...]:
-    """Return where a model's weights lie and how often each was changed in place."""
+def weight_versions(decoder: Decoder) -> tuple[tuple[int, int, bytes], ...]:
+    """Return where a model's weights lie, how often each was changed in place, and some values.
+
+    The values tell changes that are not counted: those made through `.data`, or to tensors of
+    inference mode.
+    """
     return tuple(
-        (one.data_ptr(), 0 if one.is_inference() else one._version)
+        (one.data_ptr(), 0 if one.is_inference() else one._version, sample(one).numpy().tobytes())
         for one in decoder.model.state_dict().values()
     )
+
+
+def sample(weight: Tensor) -> Tensor:
+    """Return some values of a weight, on the CPU in float32; none of one that lies elsewhere."""
+    if weight.is_meta:
+        return torch.empty(0)
+    flat = weight.detach().reshape(-1)
+    return flat[_spread(len(flat)).to(flat.device)].float().cpu()
+
+
+@functools.cache
+def _spread(n: int) -> Tensor:
+    """Return places all over `n`, so that no row or column of a matrix repeats among them."""
+    return (torch.arange(min(SAMPLED, n), dtype=torch.float64) * 0.618033988749895 % 1 * n).long()

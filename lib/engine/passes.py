@@ -75,7 +75,7 @@ def forests_are_exact(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> boo
     some attentions keep prompts apart on a single line alone. A model on which a user's hooks lie
     (steering among them) runs prompts as they are, since a hook may count tokens.
     """
-    if _has_hooks(decoder):
+    if has_hooks(decoder):
         return False
     longest = list(max(prompts, key=lambda prompt: len(list(prompt))))
 
@@ -92,21 +92,19 @@ def forests_are_exact(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> boo
         except REFUSALS:
             return False  # no place or mask of each token's own (ALiBi, state-space)
         (slow,), (fast,) = alone.values(), together.values()
-        return agree(slow[batch.rows], fast[batch.lines[:, None], columns])
+        slow, fast = slow[batch.rows], fast[batch.lines[:, None], columns]
+        # A state that is far larger than the others, an attention sink's, must not speak for them.
+        return all(agree(slow[:, place], fast[:, place]) for place in range(length))
 
     return holds(decoder, _forests, compare, len(longest))
 
 
-def _has_hooks(decoder: Decoder) -> bool:
-    """Say whether hooks lie on the model or its blocks, but for those that transformers leaves."""
-    modules = (decoder.model.base_model, *decoder.blocks)
-    found = [
-        hook
-        for module in modules
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    ]
+def has_hooks(decoder: Decoder) -> bool:
+    """Say whether hooks lie anywhere in the model, but for those that transformers leaves."""
     return any(
-        not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in found
+        not str(getattr(hook, "__module__", "")).startswith("transformers.")
+        for module in decoder.model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )
 
 
@@ -155,9 +153,11 @@ def holds(
     """Say whether what `compare` finds of a model holds for a prompt, or for parts of it.
 
     It is asked of a longer prompt first, and parts of half of it, so that the prompts that follow
-    need no asking; of the prompt's own sizes only where it does not hold there.
+    need no asking; of the prompt's own sizes only where it does not hold there. Under a user's
+    hooks it is asked anew each time.
     """
-    found, sizes = known_of(known, decoder), (n_tokens, *parts)
+    found = {} if has_hooks(decoder) else known_of(known, decoder)
+    sizes = (n_tokens, *parts)
     if any(exact and all(map(ge, others, sizes)) for others, exact in found.items()):
         return True
     more = min(-(-n_tokens // ROOM) * ROOM, decoder.context_length or n_tokens)

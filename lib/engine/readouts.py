@@ -74,7 +74,7 @@ class DistributionMeasure:
         log_p = log_softmax(clean)
         p = log_p.exp()
         entropy_p = -(p * log_p).sum(-1)[index]
-        z = logits.double().cpu()
+        z = logits.cpu().double()
         top, argmax = z.max(-1, keepdim=True)
         z = z - top
         weights = z.exp()
@@ -148,7 +148,7 @@ def _fit_row(z: Tensor, wanted: float) -> float:
 
 def log_softmax(logits: Tensor) -> Tensor:
     """Return log-probabilities over the last axis in nats, float64, on the CPU."""
-    return torch.log_softmax(logits.double().cpu(), dim=-1)
+    return torch.log_softmax(logits.cpu().double(), dim=-1)
 
 
 def _rest_kl(log_p: Tensor, log_q: Tensor, left_out: Tensor) -> Tensor:

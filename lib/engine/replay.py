@@ -103,7 +103,7 @@ class Forest:
     cache: DynamicCache
     block_inputs: tuple[dict[str, Any], ...]
     decoder: ref[Decoder]
-    weights: tuple[tuple[int, int], ...]
+    weights: tuple[tuple[int, int, bytes], ...]
 
     @cached_property
     def prompts(self) -> list[tuple[int, ...]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lib.engine.batches import Batch, equal_length_rows, plant_prompts, stack_prompts
 from lib.engine.edits import exchange
-from lib.engine.extraction import Prompts, check_blocks, check_prompts
+from lib.engine.extraction import Prompts, check_blocks, check_finite, check_prompts
 from lib.engine.models import Decoder, evaluated
 from lib.engine.parts import (
     Inputs,
@@ -59,6 +59,9 @@ from lib.engine.sweeps import (
     UNEMBEDDING_ROWS,
     Measure,
     Sweep,
+    check_numbers,
+    check_pairs,
+    name_pair,
     position_table,
     sweep_blocks,
 )
@@ -131,16 +134,17 @@ def sweep_sites(
         description: what a progress display calls this sweep; None shows none.
 
     Raises:
-        ValueError: a site, head, block, pair or position that does not exist, a model without such
-            parts, or tokens that cannot be hidden; the message says which.
+        ValueError: a site, head, block, pair, position or token to read that does not exist, a
+            model without such parts, or tokens that cannot be hidden; the message says which. And
+            as `sweep_blocks` of a measure or a model that returns no finite numbers.
     """
     wanted = check_blocks(decoder, blocks)
     prompts = check_prompts(decoder, prompts)
     where = position_table(prompts, positions)
     parts = find_parts(decoder, wanted)
-    pairs = np.asarray(pairs)
+    read_ids = decoder.check_tokens(read_ids)
     _check_sites(decoder, sites, parts)
-    _check_pairs(pairs, len(prompts))
+    pairs = check_pairs(pairs, len(prompts), len(prompts))
     hide = None if hidden is None else _check_hidden(prompts, pairs, sites, where, hidden)
     forests = [] if forests is None else forests
     outputs = _read_outputs(decoder, prompts, where, np.unique(pairs), wanted, parts, hide, forests)
@@ -214,13 +218,12 @@ def patch_heads(
 
     Raises:
         ValueError: no groups; a head, pair or position that does not exist, a model without such
-            parts, a group without hidden positions, or tokens that cannot be hidden; the message
-            says which.
+            parts, a group without hidden positions, tokens that cannot be hidden, or a measure or a
+            model that does not return finite numbers; the message says which.
     """
     prompts = check_prompts(decoder, prompts)
     where = position_table(prompts, "last")
-    pairs = np.asarray(pairs)
-    _check_pairs(pairs, len(prompts))
+    pairs = check_pairs(pairs, len(prompts), len(prompts))
     if not groups:
         raise ValueError("No groups of heads were given; name at least one.")
     wanted = tuple(sorted({block for group in groups.values() for block, _ in group}))
@@ -243,6 +246,10 @@ def patch_heads(
     chosen = [_heads_by_block(group, parts, outputs) for group in groups.values()]
     firsts = np.array([min(heads, default=decoder.n_blocks) for heads in chosen])
     results: dict[str, np.ndarray] = {}
+
+    def row_name(group: int, pair: int) -> str:
+        return f"group {list(groups)[group]!r}, {name_pair(pair, pairs)}"
+
     for run, own in _recipients(decoder, prompts, pairs, len(groups), forests):
         for some in _in_passes(firsts, isinstance(run, Prefix)):
             which: dict[int, Tensor] = {}
@@ -263,11 +270,16 @@ def patch_heads(
                 last = _run_last(decoder, run, firsts[some].tolist()).flatten(0, 1)
                 logits = decoder.unembed(decoder.final_norm(last)).float()
                 pair = np.repeat(own, len(some))
+                at = (np.tile(some, len(own)), pair)
+                check_finite(
+                    last, lambda row, _, at=at: f"Last state of {row_name(*(a[row] for a in at))}"
+                )
                 read = measure(logits, torch.as_tensor(pair, device=logits.device))
+            check_numbers(read, results, at, row_name)
             for name, values in read.items():
                 if name not in results:
                     results[name] = np.full((len(groups), len(pairs)), np.nan)
-                results[name][np.tile(some, len(own)), pair] = values.double().cpu().numpy()
+                results[name][at] = values.cpu().double().numpy()
     return results
 
 
@@ -297,8 +309,10 @@ def head_outputs(
         `[n_heads, n_rows, d_model]`, float32, on the CPU.
 
     Raises:
-        ValueError: a head that does not exist, or a model without such parts.
+        ValueError: no heads, a head that does not exist, or a model without such parts.
     """
+    if not heads:
+        raise ValueError("No heads were given; name at least one, a block and a head's number.")
     prompts = check_prompts(decoder, prompts)
     where = position_table(prompts, "last")
     wanted = tuple(sorted({block for block, _ in heads}))
@@ -664,8 +678,8 @@ def _hide(call: Inputs, block: int, places: Iterable[Places]) -> Inputs:
 
 
 def _check_sites(decoder: Decoder, sites: Mapping[str, Site], parts: Sequence[Parts]) -> None:
-    if not sites:
-        raise ValueError("No sites were given; name at least one, such as ATTENTION or MLP.")
+    if not sites or not parts:
+        raise ValueError("No sites were given, or no blocks; name at least one, such as ATTENTION.")
     n_heads = min(part.n_heads for part in parts)
     for name, site in sites.items():
         if site.part not in ("attention", "mlp"):
@@ -678,13 +692,6 @@ def _check_sites(decoder: Decoder, sites: Mapping[str, Site], parts: Sequence[Pa
                     f"Site {name!r}: head {head} does not exist; {decoder.name} has heads 0 to "
                     f"{n_heads - 1}."
                 )
-
-
-def _check_pairs(pairs: np.ndarray, n_prompts: int) -> None:
-    if pairs.ndim != 2 or pairs.shape[1] != 2 or len(pairs) == 0:
-        raise ValueError(f"Pairs must have shape [n_pairs, 2] with n_pairs ≥ 1, got {pairs.shape}.")
-    if pairs.min() < 0 or pairs.max() >= n_prompts:
-        raise ValueError(f"Pairs name prompts up to {pairs.max()}; there are {n_prompts}.")
 
 
 def _check_hidden(

@@ -124,9 +124,9 @@ class Training:
         Raises:
             ValueError: no weights were kept at that moment.
         """
-        moment = max(self.weights) if moment is None else moment
+        moment = max(self.weights, default=0) if moment is None else moment
         if moment not in self.weights:
-            kept = ", ".join(map(str, self.weights))
+            kept = ", ".join(map(str, self.weights)) or "none"
             raise ValueError(f"No weights were kept at step {moment}; there are: {kept}.")
         embedded = self.weights[moment]["model.embed_tokens.weight"]
         model = new_model(self.kind, self.seed, self.size, d_vocab=len(embedded))
@@ -330,7 +330,8 @@ def _read(
         at, rest = name.removeprefix("adam/").split("/", 1)
         (states if name.startswith("adam/") else weights).setdefault(int(at), {})[rest] = tensor
     weights = dict(sorted(weights.items()))
-    model.load_state_dict(weights[max(weights)])
+    if weights:  # there are none of a training that diverged before its first moment
+        model.load_state_dict(weights[max(weights)])
     for index, parameter in enumerate(model.parameters()):
         if index in states:
             adam.state[parameter] = states[index]

@@ -35,7 +35,8 @@ from lib.engine.extraction import (
 )
 from lib.engine.files import BUILD, taking_the_place_of
 from lib.engine.keys import NoKeyError, key_of
-from lib.engine.models import Decoder, weight_versions
+from lib.engine.models import Decoder, sample, weight_versions
+from lib.engine.passes import has_hooks
 from lib.engine.replay import Forest
 from lib.engine.sites import Site, sweep_sites
 from lib.engine.sources import digest_of_files, imported_files
@@ -43,8 +44,8 @@ from lib.engine.sweeps import Request, Sweep, sweep_blocks, sweep_together
 
 Name = TypeVar("Name")
 STORE = BUILD / "states"
-KEPT_FOLDERS = 16  # one of states and one of sweeps a model; the least recently used go
-SAMPLED = 64  # values of each weight tensor in the fingerprint, beside its sum
+KEPT_FOLDERS = 36  # states, sweeps and sites of two models and their twins; the oldest go
+KNOWN_PACKAGES = {"torch", "transformers", "accelerate", "bitsandbytes"}  # of a model's modules
 _fingerprints: WeakKeyDictionary[Decoder, tuple[object, str | None]] = WeakKeyDictionary()
 
 
@@ -59,11 +60,12 @@ def recall_residuals(
     """Return `extract_residuals` after all blocks, computing only prompts not computed before.
 
     For prompts that several chapters read: everything computed is kept on disk, of the last
-    `KEPT_FOLDERS` / 2 models. Where nothing can be written (a full disk, a read-only folder) the
-    result is returned all the same.
+    few models and their twins (`KEPT_FOLDERS`). Where nothing can be written (a full disk, a
+    read-only folder) the result is returned all the same.
 
     Args:
-        decoder: the model; one whose weights cannot be read (offloaded to disk) is not stored.
+        decoder: the model; one whose weights cannot be read (offloaded to disk), or on which hooks
+            or modules of other packages lie, is not stored.
         prompts: token ids; lengths may differ.
         positions: as `extract_residuals`.
         forests: as `extract_residuals`.
@@ -72,8 +74,8 @@ def recall_residuals(
     Raises:
         ValueError: as `extract_residuals`.
     """
-    where = check_positions(prompts, positions)
     prompts = check_prompts(decoder, prompts)
+    where = check_positions(prompts, positions)
     folder = _folder(decoder, "extraction")
     names = [_name(prompt, at) for prompt, at in zip(prompts, where, strict=True)]
     states = torch.empty(decoder.n_blocks, len(prompts), decoder.d_model)
@@ -114,7 +116,7 @@ def recall_sweep(
     returned all the same.
 
     Args:
-        decoder: the model; one whose weights cannot be told from others' is not stored.
+        decoder: the model; of which one nothing is stored: see `recall_residuals`.
         prompts: as `sweep_blocks`.
         pairs: as `sweep_blocks`.
         edits: as `sweep_blocks`.
@@ -228,11 +230,10 @@ def fingerprint(decoder: Decoder) -> str | None:
 def _fingerprint(decoder: Decoder, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(decoder.model.config.to_json_string().encode())
     for name, weight in tensors.items():
-        flat = weight.reshape(-1)
-        total = float(flat.sum(dtype=torch.float64))
-        picked = torch.linspace(0, len(flat) - 1, SAMPLED, dtype=torch.float64).round().long()
+        whole = weight.cpu() if weight.device.type == "mps" else weight  # which has no float64
+        total = float(whole.sum(dtype=torch.float64))
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} {total!r}".encode())
-        digest.update(flat[picked.to(flat.device)].double().cpu().numpy().tobytes())
+        digest.update(sample(weight).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -247,9 +248,15 @@ def _code(module: str, n_threads: int) -> str:
 
 def _folder(decoder: Decoder, module: str) -> Path | None:
     weights, code = fingerprint(decoder), _code(module, torch.get_num_threads())
-    if weights is None:
+    if weights is None or has_hooks(decoder) or _is_foreign(decoder):
         return None
     return STORE / hashlib.sha256(f"{weights} {code}".encode()).hexdigest()[:16]
+
+
+def _is_foreign(decoder: Decoder) -> bool:
+    """Say whether modules are of other packages (adapters, say), whose switches no key knows."""
+    packages = {type(module).__module__.split(".")[0] for module in decoder.model.modules()}
+    return not packages <= KNOWN_PACKAGES
 
 
 def _name(prompt: Sequence[int], position: int) -> str:
@@ -270,7 +277,8 @@ def _files(folder: Path, wanted: set[str]) -> Iterator[tuple[dict[str, int], Ten
             states = load_file(path)["states"]
         except (OSError, safetensors.SafetensorError, KeyError):
             continue  # half a file, or another's: computed again
-        os.utime(folder)
+        with suppress(OSError):  # a folder that only others may write
+            os.utime(folder)
         yield kept, states
 
 
@@ -344,7 +352,8 @@ def _read_sweep(path: Path) -> Sweep | None:
         tensors = load_file(path)
         if (about["sha256"], about["name"]) != (_digest(tensors, about), path.name):
             return None
-        os.utime(path.parent)
+        with suppress(OSError):
+            os.utime(path.parent)
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         return Sweep(
             edits=tuple(json.loads(about["edits"])),

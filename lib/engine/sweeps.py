@@ -15,6 +15,7 @@ from lib.engine.edits import Edit, apply_edit
 from lib.engine.extraction import (
     Prompts,
     check_blocks,
+    check_finite,
     check_positions,
     check_prompts,
     iterate_states,
@@ -27,6 +28,7 @@ from lib.engine.passes import (
     Sizes,
     agree,
     forests_are_exact,
+    has_hooks,
     holds,
     lengthened,
 )
@@ -104,7 +106,7 @@ def sweep_blocks(
     edits: Mapping[str, Edit],
     *,
     positions: np.ndarray | Sequence[int] | str,
-    donors: Tensor | None = None,
+    donors: Tensor | np.ndarray | None = None,
     blocks: Sequence[int] | None = None,
     read_ids: Sequence[int] = (),
     measure: Measure | None = None,
@@ -138,22 +140,21 @@ def sweep_blocks(
         description: what a progress display calls this sweep; None shows none.
 
     Raises:
-        ValueError: pairs, positions, blocks or donors that do not fit; an edit or a measure that
-            refuses, or does not return finite numbers in the shape asked for (named with block and
-            pair).
+        ValueError: no edits or blocks; pairs, positions, blocks, donors or tokens to read that do
+            not fit; an edit or a measure that refuses, or does not return finite numbers in the
+            shape asked for, or a model that does not (named with block and pair).
     """
     wanted = check_blocks(decoder, blocks)
-    where = position_table(prompts, positions)
-    prompts = check_prompts(decoder, prompts)
-    pairs = _check_pairs(pairs, len(prompts), donors)
-    if donors is not None:
-        donors = _check_donors(donors, (len(wanted), where.shape[1], decoder.d_model))
+    if not wanted or not edits:
+        raise ValueError("No edits were given, or no blocks; name at least one of each.")
+    asked = Request(prompts, pairs, positions, donors, read_ids)
+    prompts, pairs, where, donors, read_ids = _check_request(decoder, asked, len(wanted))
     from_end = where - np.array([len(prompt) for prompt in prompts])[:, None]
     shape = (len(edits), len(wanted), len(pairs), len(read_ids))
 
     def row_name(edit: int, block: int, pair: int) -> str:
         where = f"edit {list(edits)[edit]!r} after block {wanted[block]}"
-        return f"{where}, {_pair_name(pair, pairs)}"
+        return f"{where}, {name_pair(pair, pairs)}"
 
     logits = np.empty(shape, dtype=np.float32)
     clean = np.empty((len(pairs), len(read_ids)), dtype=np.float32)
@@ -162,22 +163,24 @@ def sweep_blocks(
     run = np.unique(pairs if donors is None else pairs[:, 0])
     kept = [] if forests is None else forests
     planted = plant_rest(decoder, prompts, run, kept, batch_tokens)
-    stands = _stands(
-        decoder, prompts, where, pairs[:, 0], planted.batches, n_rows, batch_tokens, wanted
-    )
+    stands = _stands(decoder, prompts, where, pairs[:, 0], planted.batches, n_rows, batch_tokens)
     if donors is None:
         donors = _own_states(decoder, prompts, where, wanted, pairs, stands, planted)
+        check_finite(donors, lambda at, row, *_: f"State of prompt {row} after block {wanted[at]}")
     prefixes = _prefixes(decoder, prompts, where, stands, planted)
     total = sum(len(stand.groups) for stand in stands)
     for group, shared, prefix in track(prefixes, description, total) if description else prefixes:
         if len(read_ids):
-            own = logit_lens(decoder, prefix.states[-1][:, -1], read_ids).numpy()
-            clean[group.pair_table] = own[:, None]
+            own = logit_lens(decoder, prefix.states[-1][:, -1], read_ids)
+            named = group.recipients
+            check_finite(own, lambda row, _, named=named: f"Unedited logits of prompt {named[row]}")
+            clean[group.pair_table] = own.numpy()[:, None]
         for rows in _row_chunks(len(edits), wanted, group.pair_table.shape[1], prefix):
             edited = _edit(prefix, from_end, group, donors, pairs, edits, wanted, rows)
             compute = replay_rows if shared else recompute_rows
             last = compute(decoder, prefix, [wanted[block] for block in rows.block], edited)
             _read(decoder, last, group, rows, read_ids, measure, logits, measures, row_name)
+    check_finite(torch.from_numpy(logits), lambda *at: f"Logits of {row_name(*at[:3])}")
     path = "prefix replay" if all(stand.exact for stand in stands) else "full recompute"
     return Sweep(tuple(edits), wanted, pairs, logits, clean, measures, path)
 
@@ -189,7 +192,7 @@ class Request:
     prompts: Prompts
     pairs: np.ndarray
     positions: np.ndarray | Sequence[int] | str
-    donors: Tensor | None = None
+    donors: Tensor | np.ndarray | None = None
     read_ids: Sequence[int] = ()
     measure: Measure | None = None
 
@@ -218,7 +221,8 @@ def sweep_together(
         description: as `sweep_blocks`.
 
     Raises:
-        ValueError: as `sweep_blocks`; some requests give donors, or measure, and others do not.
+        ValueError: as `sweep_blocks`; some requests give donors, or measure, and others do not, or
+            their measures return other names.
     """
     for what, given in (
         ("donors", [one.donors is not None for one in requests]),
@@ -229,7 +233,10 @@ def sweep_together(
                 f"Request {given.index(False)} has no {what.removeprefix('a ')}, and request "
                 f"{given.index(True)} has; give {what} to all that run together, or to none."
             )
-    tables = [position_table(one.prompts, one.positions) for one in requests]
+    n_blocks = len(check_blocks(decoder, blocks))
+    requests = [Request(*_check_request(decoder, one, n_blocks), one.measure) for one in requests]
+    tables = [np.asarray(one.positions) for one in requests]
+    names: dict[str, None] = {}
     result: dict[int, Sweep] = {}
     for width in sorted({table.shape[1] for table in tables}):
         numbers = [n for n, table in enumerate(tables) if table.shape[1] == width]
@@ -245,7 +252,7 @@ def sweep_together(
             donors=_side_by_side([one.donors for one in chosen]),
             blocks=blocks,
             read_ids=read_ids,
-            measure=_each_its_own([one.measure for one in chosen], offset),
+            measure=_each_its_own([one.measure for one in chosen], offset, names),
             forests=forests,
             description=description,
         )
@@ -268,21 +275,25 @@ def _renumber(requests: Sequence[Request]) -> np.ndarray:
     """Return the pairs of all requests `[n_pairs, 2]`, numbered through prompts and donors."""
     pairs, n_prompts, n_donors = [], 0, 0
     for one in requests:
-        own = _check_pairs(one.pairs, len(one.prompts), one.donors)
         first = (n_prompts, n_prompts if one.donors is None else n_donors)
-        pairs.append(own + np.array(first))
+        pairs.append(one.pairs + np.array(first))
         n_prompts += len(one.prompts)
         n_donors += 0 if one.donors is None else one.donors.shape[1]
     return np.concatenate(pairs)
 
 
-def _side_by_side(donors: Sequence[Tensor | None]) -> Tensor | None:
-    given = [one for one in donors if one is not None]
+def _side_by_side(donors: Sequence[Tensor | np.ndarray | None]) -> Tensor | None:
+    given = [torch.as_tensor(one) for one in donors if one is not None]
     return torch.cat(given, dim=1) if given else None
 
 
-def _each_its_own(measures: Sequence[Measure | None], offset: np.ndarray) -> Measure | None:
-    """Return the measure that gives each request's rows to its own; requests follow `offset`."""
+def _each_its_own(
+    measures: Sequence[Measure | None], offset: np.ndarray, names: dict[str, None]
+) -> Measure | None:
+    """Return the measure that gives each request's rows to its own; requests follow `offset`.
+
+    `names` are those that were measured before, if any were; they are added to it.
+    """
     if measures[0] is None:
         return None
     bounds = torch.as_tensor(offset[1:])
@@ -297,10 +308,13 @@ def _each_its_own(measures: Sequence[Measure | None], offset: np.ndarray) -> Mea
             rows = slice(first, end) if end - first == len(held) else held
             own = measures[number]
             assert own is not None
-            for name, values in own(logits[rows], pair[rows] - int(offset[number])).items():
+            given = own(logits[rows], pair[rows] - int(offset[number]))
+            _check_form(given, names, len(held))
+            names.update(dict.fromkeys(given))
+            for name, values in given.items():
                 if name not in result:
                     result[name] = torch.full((len(pair),), torch.nan, dtype=torch.float64)
-                result[name][rows] = values.double().cpu()
+                result[name][rows] = values.cpu().double()
         return result
 
     return measure
@@ -340,7 +354,6 @@ def _stands(
     batches: Sequence[Batch],
     n_rows: int,
     batch_tokens: int,
-    wanted: tuple[int, ...],
 ) -> list[_Stand]:
     """Return the recipients of all pairs in groups, and how each group may be run exactly.
 
@@ -351,7 +364,7 @@ def _stands(
     longest_first = sorted(layouts, reverse=True)  # one comparison does for the shorter ones
 
     def exact(layout: tuple[int, int], planted: bool) -> bool:
-        return _replay_is_exact(decoder, prompts[layouts[layout]], layout[1], wanted, planted)
+        return _replay_is_exact(decoder, prompts[layouts[layout]], layout[1], planted)
 
     def groups(members: np.ndarray, *, ragged: bool) -> list[_Group]:
         return _groups(prompts, where, recipients, members, n_rows, batch_tokens, ragged=ragged)
@@ -444,7 +457,7 @@ def _edit(
         pair = group.pair_table[:, rows.column[chosen]].repeat(donor.shape[2])
 
         def pair_name(item: int, pair: np.ndarray = pair) -> str:
-            return _pair_name(int(pair[item]), pairs)
+            return name_pair(int(pair[item]), pairs)
 
         who = f"Edit {list(edits)[edit]!r} after block {wanted[block]}"
         changed = apply_edit(named[edit], state, donor, who, pair_name)
@@ -453,7 +466,8 @@ def _edit(
     return edited
 
 
-def _pair_name(pair: int, pairs: np.ndarray) -> str:
+def name_pair(pair: int, pairs: np.ndarray) -> str:
+    """Return what a message calls a pair."""
     return f"pair {pair} (recipient {pairs[pair, 0]}, donor {pairs[pair, 1]})"
 
 
@@ -473,6 +487,11 @@ def _read(
     edit, block = (np.broadcast_to(axis, pair.shape).ravel() for axis in (rows.edit, rows.block))
     pair = pair.ravel()
     flat = last.reshape(-1, last.shape[-1])
+
+    def last_state(row: int, _: int) -> str:
+        return f"Last state of {row_name(*(int(axis[row]) for axis in (edit, block, pair)))}"
+
+    check_finite(flat, last_state)
     if measure is None:
         if len(read_ids):
             logits[edit, block, pair] = logit_lens(decoder, flat, read_ids).numpy()
@@ -485,30 +504,43 @@ def _read(
             if len(read_ids):
                 logits[at] = full[:, torch.as_tensor(read_ids, device=full.device)].cpu().numpy()
             measured = measure(full, torch.as_tensor(pair[chosen], device=full.device))
+        check_numbers(measured, measures, at, row_name)
         for name, values in measured.items():
             if name not in measures:
                 measures[name] = np.full(logits.shape[:3], np.nan)
-            _check_numbers(name, values, at, row_name)
-            measures[name][at] = values.double().cpu().numpy()
+            measures[name][at] = values.cpu().double().numpy()
 
 
-def _check_numbers(
-    name: str, values: Any, at: tuple[np.ndarray, ...], row_name: Callable[[int, int, int], str]
+def check_numbers(
+    measured: Mapping[str, Any],
+    known: Mapping[str, Any],
+    at: tuple[np.ndarray, ...],
+    row_name: Callable[..., str],
 ) -> None:
-    """Check what a measure gave under one name: finite numbers, one a row."""
-    n_rows = len(at[0])
-    shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-    if shape != (n_rows,):
+    """Check what a measure gave: the names of those known, and finite numbers, one a row."""
+    _check_form(measured, known, len(at[0]))
+    for name, values in measured.items():
+        if not bool((finite := torch.isfinite(values)).all()):
+            row = int(finite.int().argmin())
+            where = row_name(*(int(axis[row]) for axis in at))
+            raise ValueError(
+                f"Measure {name!r} is {float(values[row])} for {where}; a measure returns finite "
+                "numbers."
+            )
+
+
+def _check_form(measured: Mapping[str, Any], known: Mapping[str, Any], n_rows: int) -> None:
+    if known and measured.keys() != known.keys():
         raise ValueError(
-            f"Measure {name!r} is {shape}; expected a tensor ({n_rows},), one number a row."
+            f"Measures that run together return one set of names; got {sorted(measured)}, and "
+            f"before {sorted(known)}."
         )
-    if not bool((finite := torch.isfinite(values)).all()):
-        row = int(finite.int().argmin())
-        where = row_name(*(int(axis[row]) for axis in at))
-        raise ValueError(
-            f"Measure {name!r} is {float(values[row])} for {where}; a measure returns finite "
-            "numbers."
-        )
+    for name, values in measured.items():
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        if shape != (n_rows,):
+            raise ValueError(
+                f"Measure {name!r} is {shape}; expected a tensor ({n_rows},), one number a row."
+            )
 
 
 def _prefixes(
@@ -543,14 +575,17 @@ def _run(
 
 
 def _replay_is_exact(
-    decoder: Decoder, prompt: Sequence[int], row_tokens: int, wanted: tuple[int, ...], planted: bool
+    decoder: Decoder, prompt: Sequence[int], row_tokens: int, planted: bool
 ) -> bool:
     """Compare, once for a model and again for longer prompts and rows, replay with full recompute.
 
-    At an early and a late block a prompt is given its own state with the coordinates in reverse:
-    as long, in another direction. It is `planted` on a forest, or by itself.
+    After the first block and the middle one a prompt is given its own state with the coordinates in
+    reverse: as long, in another direction. It is `planted` on a forest, or by itself. Under a
+    user's hooks, which may count tokens, replay is never taken for exact.
     """
-    block = [sorted(wanted)[place] for place in np.unique([0, len(wanted) // 2])]
+    if has_hooks(decoder):
+        return False
+    block = list(dict.fromkeys((0, decoder.n_blocks // 2)))
 
     def compare(length: int, row_tokens: int) -> bool:
         one, first = lengthened(decoder, prompt, length), length - row_tokens
@@ -605,7 +640,7 @@ def position_table(prompts: Prompts, positions: np.ndarray | Sequence[int] | str
     if isinstance(positions, str):
         table = np.array(check_positions(prompts, "last"))[:, None]
     else:
-        given = np.asarray(positions)
+        given = np.atleast_1d(np.asarray(positions))
         columns = given[:, None] if given.ndim == 1 else given
         table = np.stack([check_positions(prompts, column) for column in columns.T], axis=1)
     if (table == 0).any():
@@ -617,9 +652,26 @@ def position_table(prompts: Prompts, positions: np.ndarray | Sequence[int] | str
     return table
 
 
-def _check_donors(donors: Tensor, expected: tuple[int, int, int]) -> Tensor:
-    given = donors if donors.dim() == 4 else donors[:, :, None]
-    if (given.shape[0], *given.shape[2:]) != expected:
+def _check_request(
+    decoder: Decoder, asked: Request, n_blocks: int
+) -> tuple[list[list[int]], np.ndarray, np.ndarray, Tensor | None, list[int]]:
+    """Return prompts, pairs, positions, donors and tokens to read of a request, checked."""
+    prompts = check_prompts(decoder, asked.prompts)
+    where = position_table(prompts, asked.positions)
+    donors, n_donors = asked.donors, len(prompts)
+    if donors is not None:
+        donors = _check_donors(donors, (n_blocks, where.shape[1], decoder.d_model))
+        n_donors = donors.shape[1]
+    pairs = check_pairs(asked.pairs, len(prompts), n_donors)
+    return prompts, pairs, where, donors, decoder.check_tokens(asked.read_ids)
+
+
+def _check_donors(donors: Tensor | np.ndarray, expected: tuple[int, int, int]) -> Tensor:
+    # Torch takes no array that is read backwards.
+    given = torch.from_numpy(donors.copy()) if isinstance(donors, np.ndarray) else donors
+    if given.dim() == 3:
+        given = given[:, :, None]
+    if given.dim() != 4 or (given.shape[0], *given.shape[2:]) != expected:
         raise ValueError(
             f"Donor states have shape {tuple(given.shape)}; expected [{expected[0]} blocks, "
             f"donors, {expected[1]} positions, {expected[2]}]."
@@ -627,14 +679,16 @@ def _check_donors(donors: Tensor, expected: tuple[int, int, int]) -> Tensor:
     return given
 
 
-def _check_pairs(pairs: np.ndarray, n_prompts: int, donors: Tensor | None) -> np.ndarray:
+def check_pairs(pairs: np.ndarray, n_prompts: int, n_donors: int) -> np.ndarray:
+    """Return pairs `[n_pairs, 2]`; ValueError for those that name no prompt or donor."""
     pairs = np.asarray(pairs)
-    n_donors = n_prompts if donors is None else donors.shape[1]
     if pairs.ndim != 2 or pairs.shape[1] != 2 or len(pairs) == 0:
         raise ValueError(f"Pairs must have shape [n_pairs, 2] with n_pairs ≥ 1, got {pairs.shape}.")
+    if not np.issubdtype(pairs.dtype, np.integer):
+        raise ValueError(f"Pairs are indices of prompts, whole numbers; got {pairs.dtype}.")
     if pairs.min() < 0 or pairs[:, 0].max() >= n_prompts or pairs[:, 1].max() >= n_donors:
         raise ValueError(
             f"Pairs name recipients up to {pairs[:, 0].max()} and donors up to "
             f"{pairs[:, 1].max()}, but there are {n_prompts} prompts and {n_donors} donors."
         )
-    return pairs
+    return np.ascontiguousarray(pairs, dtype=np.int64)  # torch takes no array read backwards

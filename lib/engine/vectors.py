@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lib.engine.edits import norm, unit
 from lib.engine.models import Decoder
+from lib.engine.structure import device_of
 
 
 def random_directions(states: Tensor, generator: torch.Generator) -> Tensor:
@@ -87,10 +88,14 @@ def unembedding_direction(
     rows = [torch.as_tensor(np.asarray(ids)).tolist() for ids in (targets, sources)]
     if same := [token for token, other in zip(*rows, strict=True) if token == other]:
         raise ValueError(f"Token {same[0]} is both target and source; nothing can be gained.")
-    (target, _), (source, _) = (decoder.unembedding_rows(tokens) for tokens in rows)
-    difference = (target - source).detach()
+    tokens = sorted({*rows[0], *rows[1]})
+    target, source = (
+        torch.nn.functional.one_hot(torch.tensor([tokens.index(t) for t in ids]), len(tokens))
+        for ids in rows
+    )
     with torch.enable_grad():
-        free = states.detach().clone().to(difference).requires_grad_(True)
-        gain = (decoder.final_norm(free) * difference).sum()
+        free = states.detach().clone().to(device_of(decoder.unembedding), decoder.dtype)
+        logits = decoder.unembed(decoder.final_norm(free.requires_grad_(True)), tokens)
+        gain = (logits * (target - source).to(logits)).sum()
         (gradient,) = torch.autograd.grad(gain, free)
     return gradient.to(states)

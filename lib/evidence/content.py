@@ -337,6 +337,6 @@ def third_answers(task: Task, pairs: Pairs, logits: Tensor) -> tuple[Tensor, np.
         if not fits.any():
             return None
         mean = p[fits].mean(0)
-        means.append(mean.log().float())
-        constants.append(float(-(mean * mean.log()).sum() - entropy[fits].mean()))
+        means.append(mean.clamp(min=torch.finfo(mean.dtype).tiny).log().float())  # p may underflow
+        constants.append(float(torch.special.entr(mean).sum() - entropy[fits].mean()))
     return torch.stack(means), np.array(constants)

@@ -194,7 +194,7 @@ class Distributions:
         """Return the softmax of logits, or of log-probabilities, `[n, d_vocab]`."""
         p, total = torch.empty(logits.shape), torch.empty(len(logits), dtype=torch.float64)
         for rows in torch.arange(len(logits)).split(ROWS_AT_ONCE):
-            log_p = torch.log_softmax(logits[rows].double().cpu(), -1)
+            log_p = torch.log_softmax(logits[rows].cpu().double(), -1)
             own = log_p.exp()
             p[rows], total[rows] = own.float(), (own * log_p).sum(-1)
         return cls(p, total)
@@ -220,7 +220,7 @@ class Divergences:
 
     def _divergences(self, logits: Tensor, pair: np.ndarray) -> dict[str, Tensor]:
         z = logits - logits.amax(-1, keepdim=True)
-        exact = z.double()
+        exact = z.to(torch.float64, copy=True)
         normaliser = z.exp_().sum(-1, dtype=torch.float64).log()
         found = {}
         for name, rows in self.rows.items():
