@@ -671,7 +671,7 @@ def _check_donors(donors: Tensor | np.ndarray, expected: tuple[int, int, int]) -
     given = torch.from_numpy(donors.copy()) if isinstance(donors, np.ndarray) else donors
     if given.dim() == 3:
         given = given[:, :, None]
-    if given.dim() != 4 or (given.shape[0], *given.shape[2:]) != expected:
+    if (given.shape[0], *given.shape[2:]) != expected:
         raise ValueError(
             f"Donor states have shape {tuple(given.shape)}; expected [{expected[0]} blocks, "
             f"donors, {expected[1]} positions, {expected[2]}]."
