@@ -88,16 +88,16 @@ def log_norms(states: Tensor, blocks: Sequence[int]) -> np.ndarray:
     return found
 
 
-def nuisances(certain: np.ndarray, last_tokens: Sequence[int]) -> np.ndarray:
+def nuisances(logits: Tensor, last_tokens: Sequence[int]) -> np.ndarray:
     """Return what is regressed out of log r `[n_items, n_columns]`.
 
-    Entropy (nats) and top-1 log-probability of the prediction, `certain`, and an indicator for each
-    last token that ends three items or more.
+    Entropy (nats) and top-1 log-probability of the prediction, and an indicator for each last token
+    that ends three items or more.
     """
     _, place, count = np.unique(last_tokens, return_inverse=True, return_counts=True)
     common = np.flatnonzero(count >= FEWEST_OF_A_TOKEN)
     indicators = (place[:, None] == common[None, :]).astype(np.float64)
-    return np.column_stack([certain, indicators])
+    return np.column_stack([certainty(logits), indicators])
 
 
 def text_attributes(reading: Reading, blocks: Sequence[int]) -> dict[str, Measured]:
@@ -107,7 +107,7 @@ def text_attributes(reading: Reading, blocks: Sequence[int]) -> dict[str, Measur
     frequency, both in thirds.
     """
     last = [tokens[-1] for tokens in reading.tokens]
-    left = residuals(log_norms(reading.states, blocks), nuisances(certainty(reading.logits), last))
+    left = residuals(log_norms(reading.states, blocks), nuisances(reading.logits, last))
     labels: Mapping[str, Sequence[object] | np.ndarray] = {
         "kind of text": reading.kinds,
         "position": thirds([len(tokens) for tokens in reading.tokens]),
@@ -139,10 +139,7 @@ def task_attribute(
     template = task.prompts["template"].to_numpy()
     if len(np.unique(template)) < 2:
         return Untested("one template alone")
-    last = [tokens[-1] for tokens in task.tokens]
-    if attribute == "template" and len(set(last)) == len(np.unique(template)):
-        return Untested("each template ends in a token of its own")
-    left = residuals(log_norms(trial.states("last"), blocks), nuisances(trial.certainty, last))
+    left = residuals(log_norms(trial.states("last"), blocks), trial.certainty)
     if within_answer:
         if len(task.answers) == task.n_units:
             return Untested("every answer has one subject")
