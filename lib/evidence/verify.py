@@ -92,8 +92,8 @@ def tolerance(row: Record) -> float:
     stated = registration()["tolerance"]
     if row["low"] is None:
         return float(stated["absolute"])
-    width = row["high"] - row["low"]
-    return float(max(stated["absolute"], stated["share_of_interval"] * width))
+    share = stated["share_where_trained"].get(row["claim"], stated["share_of_interval"])
+    return float(max(stated["absolute"], share * (row["high"] - row["low"])))
 
 
 def changes(rows: Sequence[Record], recorded: Sequence[Record]) -> list[str]:
