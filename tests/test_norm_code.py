@@ -9,6 +9,7 @@ from conftest import count_tokens
 from oracle import block_states, forward, kl, patched_logits
 from scipy.special import softmax
 from scipy.stats import rankdata
+from scipy.stats import t as student_t
 
 from lib.claims import norm_code
 from lib.engine import store
@@ -42,7 +43,7 @@ def reading(reader: Decoder) -> norm_code.Reading:
 def trial(reader: Decoder) -> Trial:
     subjects, answers = [f"w{10 + k}" for k in range(14)], [f"w{40 + k % 3}" for k in range(14)]
     items = pd.DataFrame({"subject": subjects, "answer": answers, "group": ""})
-    templates = ["of {subject} comes then", "the word {subject} has", "then {subject} comes"]
+    templates = ["of {subject} comes then", "the word {subject} has", "has {subject} comes then"]
     return read_tasks(reader, {"toy": build_task("toy", items, templates, reader)})["toy"]
 
 
@@ -151,6 +152,19 @@ def test_a_planted_template_is_told_from_the_norm_also_within_an_answer(trial: T
         assert gain.n_units == 14
 
 
+def test_a_last_token_is_not_told_as_the_template(reader: Decoder, trial: Trial):
+    """Norms that follow the last token alone tell no template; with one each there is none."""
+    ends = torch.as_tensor(trial.task.prompts["template"].to_numpy()) == 1
+    for apart in (False, True):
+        planted = _with_norms(trial, 1 + 0.5 * ends)
+        gain = norm_code.task_attribute(planted, LATE, "template", within_answer=apart)
+        assert gain.interval().low < 0.1
+    table = trial.task.prompts[["subject", "answer"]].drop_duplicates().assign(group="")
+    task = build_task("toy", table, ["of {subject} comes", "the {subject} has"], reader)
+    found = norm_code.task_attribute(replace(trial, task=task), LATE, "template")
+    assert isinstance(found, Untested) and "ends in a token of its own" in found.reason
+
+
 def test_a_planted_answer_is_no_context_within_the_answer(trial: Trial):
     answer = torch.as_tensor(trial.task.answer_index)
     planted = _with_norms(trial, 1 + 1.0 * answer)
@@ -221,7 +235,10 @@ def test_attributes_of_prompts_are_told_by_subjects_and_in_other_templates_alone
 ):
     """By the loop: what of log r is regressed out, who shares a fold, what a subject's label is."""
     prompts = trial.task.prompts
-    table = pd.DataFrame(left_over(trial.states("last"), certainty(trial.logits)))
+    last = np.array([tokens[-1] for tokens in trial.task.tokens])
+    ends = (last[:, None] == sorted(set(last))).astype(float)  # two, of which one ends two wordings
+    columns = np.column_stack([certainty(trial.logits), ends])
+    table = pd.DataFrame(left_over(trial.states("last"), columns))
     if apart:
         table = table - table.groupby(prompts["answer"]).transform("mean")
     template, unit = prompts["template"].to_numpy(), prompts["unit"].to_numpy()
@@ -240,26 +257,71 @@ def test_attributes_of_prompts_are_told_by_subjects_and_in_other_templates_alone
     assert float(found) == pytest.approx(expected.gain.mean(), abs=1e-9)
 
 
-def test_gains_within_an_answer_are_those_of_the_tasks_within_an_answer(
+def test_gains_are_those_of_each_task_with_and_without_the_answers_means(
     reading: norm_code.Reading, trial: Trial
 ):
     planted = _with_norms(trial, 1 + 1.0 * torch.as_tensor(trial.task.answer_index))
-    everywhere, within = norm_code.attribute_gains(reading, {"toy": planted}, LATE)
+    found = norm_code.measure_norm_code(reading, {"toy": planted}, LATE)
     for attribute in ("template", "subject"):
-        for found, apart in ((everywhere, False), (within, True)):
+        for gain, apart in (
+            (found.gains[attribute], False),
+            (found.within[attribute]["toy"], True),
+        ):
             one = norm_code.task_attribute(planted, LATE, attribute, within_answer=apart)
-            assert float(found[attribute]) == pytest.approx(float(one))
-    assert float(everywhere["subject"]) > float(within["subject"]) + 0.1
-    assert set(everywhere) - set(within) == {"kind of text", "position", "token frequency"}
+            assert float(gain) == pytest.approx(float(one))
+    assert float(found.gains["subject"]) > float(found.within["subject"]["toy"]) + 0.1
+    assert set(found.gains) - set(found.within) == {"kind of text", "position", "token frequency"}
+
+
+def number(value: float, units: str = "subjects", n: int = 30) -> Estimate:
+    """A gain whose units are spread about it, so that it has an interval."""
+    values = np.linspace(value - 0.1, value + 0.1, n)
+    found = mean_over_units(values, units)
+    assert isinstance(found, Estimate)
+    return found
+
+
+def code(within: norm_code.ByTask, gains: dict | None = None) -> norm_code.NormCode:
+    """What a network's norms tell, with nothing else measured."""
+    nothing = norm_code.NormExchange(*[Untested("not measured")] * 3)
+    return norm_code.NormCode(gains or {}, within, {}, nothing, (), ())
 
 
 def test_the_second_attribute_and_the_best_one_within_an_answer_are_what_is_judged():
-    gains = {name: mean_over_units(np.full(9, k), name) for k, name in enumerate("abc")}
-    within = {name: mean_over_units(np.full(9, k / 10), name) for k, name in enumerate("de")}
-    nothing = norm_code.NormExchange(*[Untested("not measured")] * 3)
-    found = norm_code.NormCode(gains, within, {}, nothing, (), ()).statistics()
-    assert float(found["second_attribute_gain"]) == 1
-    assert float(found["within_answer_gain"]) == pytest.approx(0.1)
+    gains = {name: number(k) for k, name in enumerate("abc")}
+    within = {
+        "template": {"x": number(0.1, "x"), "y": Untested("one template alone")},
+        "subject": {"x": number(0.0, "x"), "y": number(0.4, "y")},
+    }
+    found = code(within, gains).statistics()
+    assert float(found["second_attribute_gain"]) == pytest.approx(1)
+    assert float(found["within_answer_gain"]) == pytest.approx(0.2)
+
+
+def test_twins_are_subtracted_on_the_same_tasks_each_network_by_its_own_best_attribute():
+    """Tasks that one of the networks lacks, and those of a reader's, count for none of them."""
+    trained = code(
+        {
+            "template": {"x": number(0.5, "x"), "y": number(0.3, "y"), "z": number(0.9, "z")},
+            "subject": {"x": number(0.1, "x"), "y": number(0.1, "y"), "z": number(0.9, "z")},
+        }
+    )
+    twins = [
+        code(
+            {
+                "template": {"x": number(0.1, "x"), "y": Untested("a feature is the same")},
+                "subject": {"x": number(0.3 + k, "x"), "y": number(0.2 + k, "y")},
+            }
+        )
+        for k in (-0.05, 0.0, 0.05)
+    ]
+    found = norm_code.beyond_twins(trained, twins)
+    assert isinstance(found, Estimate)
+    assert float(found) == pytest.approx(0.5 - 0.25)  # template on x; the twins' subject on x, y
+    width = found.interval().high - found.interval().low  # the twins', by Student's t of three
+    assert width == pytest.approx(2 * student_t.ppf(0.975, 2) * 0.05 / np.sqrt(3), rel=0.1)
+    lost = [*twins, code({"template": {}, "subject": {}})]
+    assert isinstance(norm_code.beyond_twins(trained, lost), Untested)
 
 
 def test_groups_are_compared_apart_and_the_order_of_prompts_does_not_matter(reader: Decoder):
@@ -287,7 +349,9 @@ def test_groups_are_compared_apart_and_the_order_of_prompts_does_not_matter(read
 
 
 def test_what_the_prediction_says_is_regressed_out(reading: norm_code.Reading):
-    columns = norm_code.nuisances(reading.logits, [tokens[-1] for tokens in reading.tokens])
+    columns = norm_code.nuisances(
+        norm_code.certainty(reading.logits), [tokens[-1] for tokens in reading.tokens]
+    )
     p = softmax(reading.logits.double().numpy(), axis=1)
     assert columns[:, 0] == pytest.approx(-(p * np.log(p)).sum(axis=1))
     assert columns[:, 1] == pytest.approx(np.log(p.max(axis=1)))
@@ -307,12 +371,18 @@ def test_all_statistics_of_the_claim_are_measured_and_judged_with_twins(
 ):
     found = norm_code.measure_norm_code(reading, {"toy": trial, "gone": Untested("x")}, [0, 1, 2])
     records = judge(
-        "norm-code", "m", found.statistics(), norm_code.over_twins([found] * 3 + [found])
+        "norm-code",
+        "m",
+        found.statistics() | {"within_answer_beyond_twins": number(0.1)},
+        norm_code.over_twins([found] * 3 + [found]),
     )
     assert claim_verdict(records, "norm-code", "m").parts.keys() == {
         "carries context",
+        "learned",
         "does not determine",
     }
+    twins = claim_verdict(records, "norm-code", "m", untrained=True)
+    assert twins.parts["learned"] == "not testable"
     (row,) = [r for r in records if r["place"] == "gone" and not r["untrained"]]
     assert row["verdict"] == "not testable"
     seeds = [r for r in records if r["untrained"] and r["estimate"] is not None]

@@ -166,9 +166,22 @@ def test_a_run_cut_short_does_not_hide_what_was_recorded(llama):
     records.record_run(llama.name, rows)
     (run,) = records.read_runs()
     assert run["source"].startswith("recorded on ") and run["records"] == rows
-    records.keep_records(rows[:-1])
+    again = [row | {"n": 7} for row in rows]
+    records.keep_records(again)
     (run,) = records.read_runs()
-    assert run["source"] == "computed here" and run["records"] == rows[:-1]
+    assert run["source"] == "computed here" and run["records"] == again
+
+
+def test_a_claim_is_left_out_of_a_run_that_was_before_one_of_its_criteria(llama):
+    old, other = invented("norm-code", llama.name), invented("why-angles", llama.name)
+    before = [row for row in old if row["statistic"] != "within_answer_beyond_twins"]
+    records.keep_run(llama)
+    records.record_run(llama.name, [*old, *other])
+    (run,) = records.read_runs()
+    assert run["records"] == [*old, *other]
+    records.record_run(llama.name, [*before, *other])
+    (run,) = records.read_runs()
+    assert run["records"] == other
 
 
 def test_a_recorded_run_names_its_commit_and_keeps_what_the_explorer_shows(llama, monkeypatch):

@@ -229,6 +229,10 @@ def test_a_record_of_another_model_has_to_agree_with_the_criteria_as_they_stand(
         records.write_records(other, changed(rows, statistic, **changes))
         assert check(invented(CLAIM)) == 1
         assert words in capsys.readouterr().out
+    records.write_records(other, [row for row in rows if row["statistic"] != statistic])
+    assert check(invented(CLAIM)) == 1
+    told = f"other: {CLAIM} / {statistic}: no record of this criterion; run the model again"
+    assert told in capsys.readouterr().out
     records.write_records(other, [rows[0] | {"statistic": "gone"}, *rows[1:]])
     assert check(invented(CLAIM)) == 1
     assert "no criterion names it now" in capsys.readouterr().out

@@ -36,6 +36,7 @@ from lib.science.estimate import (
     Measured,
     Untested,
     generator,
+    independent_difference,
     means_by_unit,
     over_seeds,
     pool,
@@ -47,6 +48,8 @@ from lib.science.geometry import angles, jeffreys_divergence, log_norm_differenc
 CLAIM = "norm-code"
 FEWEST_OF_A_TOKEN = 3
 Attribute = Literal["template", "subject"]
+ByTask = Mapping[str, Mapping[str, Measured]]
+"""Gains by attribute and task."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,16 +91,16 @@ def log_norms(states: Tensor, blocks: Sequence[int]) -> np.ndarray:
     return found
 
 
-def nuisances(logits: Tensor, last_tokens: Sequence[int]) -> np.ndarray:
+def nuisances(certain: np.ndarray, last_tokens: Sequence[int]) -> np.ndarray:
     """Return what is regressed out of log r `[n_items, n_columns]`.
 
-    Entropy (nats) and top-1 log-probability of the prediction, and an indicator for each last token
-    that ends three items or more.
+    Entropy (nats) and top-1 log-probability of the prediction, `certain`, and an indicator for each
+    last token that ends three items or more.
     """
     _, place, count = np.unique(last_tokens, return_inverse=True, return_counts=True)
     common = np.flatnonzero(count >= FEWEST_OF_A_TOKEN)
     indicators = (place[:, None] == common[None, :]).astype(np.float64)
-    return np.column_stack([certainty(logits), indicators])
+    return np.column_stack([certain, indicators])
 
 
 def text_attributes(reading: Reading, blocks: Sequence[int]) -> dict[str, Measured]:
@@ -107,7 +110,7 @@ def text_attributes(reading: Reading, blocks: Sequence[int]) -> dict[str, Measur
     frequency, both in thirds.
     """
     last = [tokens[-1] for tokens in reading.tokens]
-    left = residuals(log_norms(reading.states, blocks), nuisances(reading.logits, last))
+    left = residuals(log_norms(reading.states, blocks), nuisances(certainty(reading.logits), last))
     labels: Mapping[str, Sequence[object] | np.ndarray] = {
         "kind of text": reading.kinds,
         "position": thirds([len(tokens) for tokens in reading.tokens]),
@@ -139,7 +142,10 @@ def task_attribute(
     template = task.prompts["template"].to_numpy()
     if len(np.unique(template)) < 2:
         return Untested("one template alone")
-    left = residuals(log_norms(trial.states("last"), blocks), trial.certainty)
+    last = [tokens[-1] for tokens in task.tokens]
+    if attribute == "template" and len(set(last)) == len(np.unique(template)):
+        return Untested("each template ends in a token of its own")
+    left = residuals(log_norms(trial.states("last"), blocks), nuisances(trial.certainty, last))
     if within_answer:
         if len(task.answers) == task.n_units:
             return Untested("every answer has one subject")
@@ -170,25 +176,23 @@ def _elsewhere(values: np.ndarray, unit: np.ndarray, template: np.ndarray) -> np
     return label
 
 
-def attribute_gains(
-    reading: Reading, trials: Mapping[str, Trial], blocks: Sequence[int]
-) -> tuple[dict[str, Measured], dict[str, Measured]]:
-    """Return the gain of each attribute, and of those told within groups of the same answer.
-
-    Template and subject are pooled over tasks.
-    """
-    everywhere = text_attributes(reading, blocks)
-    within: dict[str, Measured] = {}
+def task_gains(
+    trials: Mapping[str, Trial], blocks: Sequence[int], *, within_answer: bool = False
+) -> ByTask:
+    """Return `task_attribute` of template and subject on each task."""
     attributes: tuple[Attribute, ...] = ("template", "subject")
-    for attribute in attributes:
-        for found, apart in ((everywhere, False), (within, True)):
-            found[attribute] = pool(
-                {
-                    name: task_attribute(trial, blocks, attribute, within_answer=apart)
-                    for name, trial in trials.items()
-                }
-            )
-    return everywhere, within
+    return {
+        attribute: {
+            name: task_attribute(trial, blocks, attribute, within_answer=within_answer)
+            for name, trial in trials.items()
+        }
+        for attribute in attributes
+    }
+
+
+def pooled_gains(by_task: ByTask) -> dict[str, Measured]:
+    """Return each attribute's gain, pooled over tasks."""
+    return {attribute: pool(gains) for attribute, gains in by_task.items()}
 
 
 def ranked(gains: Mapping[str, Measured], place: int) -> Measured:
@@ -354,7 +358,7 @@ class NormCode:
 
     Attributes:
         gains: by attribute, decoded from log r beyond shuffled labels.
-        gains_within: the same within groups of the same answer.
+        within: the same within groups of the same answer, by attribute and task.
         partials: partial ρ(|Δ log r|, J | θ) at each late block, by place.
         exchange: what an exchange of norms does on texts.
         blocks: after which norms were exchanged.
@@ -362,7 +366,7 @@ class NormCode:
     """
 
     gains: Mapping[str, Measured]
-    gains_within: Mapping[str, Measured]
+    within: ByTask
     partials: Mapping[str, Measured]
     exchange: NormExchange
 
@@ -370,10 +374,10 @@ class NormCode:
     late: tuple[int, ...]
 
     def statistics(self) -> dict[str, Measured | Mapping[str, Measured]]:
-        """Return what the criteria name."""
+        """Return what the criteria name, but for what compares with twins."""
         return {
             "second_attribute_gain": ranked(self.gains, 1),
-            "within_answer_gain": ranked(self.gains_within, 0),
+            "within_answer_gain": ranked(pooled_gains(self.within), 0),
             "partial_given_angle": self.partials,
             "norm_exchange_transfer": {TEXTS: self.exchange.transfer},
             "norm_cost_ratio": {TEXTS: self.exchange.cost_ratio},
@@ -392,9 +396,30 @@ def measure_norm_code(
     for name, trial in trials.items():
         partials[name] = trial if isinstance(trial, Untested) else partial_on_task(trial, late)
     chosen = sorted({late[0], late[len(late) // 2], late[-1]})
-    gains, within = attribute_gains(reading, able, late)
+    gains = text_attributes(reading, late) | pooled_gains(task_gains(able, late))
+    within = task_gains(able, late, within_answer=True)
     done = exchange_norms(reading, late, chosen)
     return NormCode(gains, within, partials, done, tuple(chosen), tuple(late))
+
+
+def beyond_twins(trained: NormCode, twins: Sequence[NormCode]) -> Measured:
+    """Return the best gain within an answer less that of untrained twins, on the same tasks.
+
+    Each network's own best attribute counts, on those tasks on which all of them could be tested.
+    """
+
+    def tested(attribute: str, task: str) -> bool:
+        found = [one.within[attribute].get(task) for one in (trained, *twins)]
+        return all(isinstance(one, Estimate) for one in found)
+
+    def best(one: NormCode) -> Measured:
+        kept = {
+            attribute: {task: gain for task, gain in gains.items() if tested(attribute, task)}
+            for attribute, gains in one.within.items()
+        }
+        return ranked(pooled_gains(kept), 0)
+
+    return independent_difference(best(trained), over_seeds([best(twin) for twin in twins]))
 
 
 def over_twins(twins: Sequence[NormCode]) -> dict[str, Measured | Mapping[str, Measured]]:

@@ -261,6 +261,22 @@ def judged(row: Mapping[str, Any]) -> bool:
     return row["place"] in (TEXTS, POOLED, MODEL)
 
 
+def without_record(records: Iterable[Mapping[str, Any]]) -> list[Criterion]:
+    """Return the criteria without a record, of the claims that the records of a model judge.
+
+    A claim whose criteria were amended lacks them until it is run again.
+    """
+    found = {
+        (row["claim"], row["statistic"])
+        for row in records
+        if row["criterion"] and judged(row) and not row["untrained"]
+    }
+    claims = {claim for claim, _ in found}
+    return [
+        one for one in criteria() if one.claim in claims and (one.claim, one.statistic) not in found
+    ]
+
+
 def claim_verdict(
     records: Iterable[Mapping[str, Any]], claim: str, model: str, *, untrained: bool = False
 ) -> ClaimVerdict:

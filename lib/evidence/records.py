@@ -23,7 +23,7 @@ import yaml
 
 from lib.engine.catalogue import DEFAULT, catalogue, find_weights
 from lib.engine.files import BUILD, ROOT, write_atomically
-from lib.evidence.criteria import VERDICTS, Record, is_held_out
+from lib.evidence.criteria import VERDICTS, Record, is_held_out, without_record
 from lib.science.estimate import Measured, Untested, is_own
 
 if TYPE_CHECKING:  # the build reads records without loading torch
@@ -283,7 +283,8 @@ def read_runs() -> list[dict[str, Any]]:
     """Return a run of each model, sorted by model: its facts, its `records`, and its `source`.
 
     Those kept by a build here count before those recorded, unless it was cut short and left no
-    records. A run whose files cannot be read is left out; the next run of that model mends it.
+    records. A run whose files cannot be read is left out; the next run of that model mends it. So
+    is a claim for which a criterion came after the run: it has no verdict until it is run again.
     """
     runs: dict[str, dict[str, Any]] = {}
     recorded = {
@@ -298,7 +299,9 @@ def read_runs() -> list[dict[str, Any]]:
             if file in recorded:
                 source = f"recorded on {run['recorded']}, commit {run['commit']}"
             run |= {"n_blocks": int(run["n_blocks"]), "source": source}
-            run["records"] = read_records(records)
+            rows = read_records(records)
+            unjudged = {one.claim for one in without_record(rows)}
+            run["records"] = [row for row in rows if row["claim"] not in unjudged]
             if run["records"] or run["model"] not in runs:
                 runs[run["model"]] = run
     return [runs[model] for model in sorted(runs)]

@@ -10,7 +10,14 @@ from typing import Any
 import pandas as pd
 
 from lib.engine.catalogue import ALIASES, results_name
-from lib.evidence.criteria import ClaimVerdict, Record, claim_verdict, criteria, registration
+from lib.evidence.criteria import (
+    ClaimVerdict,
+    Record,
+    claim_verdict,
+    criteria,
+    registration,
+    without_record,
+)
 from lib.evidence.records import (
     SIGNS,
     key_of,
@@ -174,10 +181,14 @@ def _number(value: float | None) -> str:
 def outdated(rows: Sequence[Record]) -> list[str]:
     """Return what of a model's recorded results the present criteria do not allow, a line each.
 
-    Nothing is computed anew: each judged number has to have its criterion, and no verdict may go
-    against its own interval.
+    Nothing is computed anew: each judged number has to have its criterion, each criterion of its
+    claim a number, and no verdict may go against its own interval.
     """
-    problems = []
+    problems = [
+        f"{rows[0]['model']}: {one.claim} / {one.statistic}: no record of this criterion; run the "
+        "model again"
+        for one in without_record(rows)
+    ]
     known = {(one.claim, one.statistic): one for one in criteria()}
     for row in (row for row in rows if row["criterion"]):
         criterion = known.get((row["claim"], row["statistic"]))
