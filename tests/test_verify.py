@@ -74,6 +74,21 @@ def test_a_wider_interval_allows_itself_no_more_than_the_recorded_one():
     assert found == "estimate 0.61 now, 0.5 as recorded; 0.1 is allowed"
 
 
+def test_a_single_task_may_pass_to_or_from_undecided_and_what_enters_a_claim_may_not():
+    row = invented("norm-code")[0] | {"place": "cities", "verdict": "refuted"}
+    undecided = {"verdict": "undecided"}
+    assert verify.difference(row | undecided, row) == verify.difference(row, row | undecided) == ""
+    for now, before in (
+        (row, row | {"verdict": "supported"}),
+        (row | {"verdict": "not testable"}, row),
+        (row | undecided | {"estimate": row["estimate"] + 1}, row),
+        (row | undecided | {"place": "all tasks"}, row | {"place": "all tasks"}),
+        (row | undecided | {"place": "texts"}, row | {"place": "texts"}),
+        (row | undecided | {"place": "model"}, row | {"place": "model"}),
+    ):
+        assert verify.difference(now, before)
+
+
 def test_a_number_that_is_gone_or_new_is_a_difference():
     row = invented(CLAIM)[0] | {"verdict": "not testable"}
     gone = row | dict.fromkeys(verify.NUMBERS)
