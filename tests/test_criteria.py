@@ -14,6 +14,8 @@ from lib.evidence.criteria import (
 )
 from lib.science.estimate import Estimate, Untested, mean_over_units
 
+GAINS = ("second_attribute_gain", "within_answer_gain", "within_answer_beyond_twins")
+
 
 def number(value: float, half_width: float = 0.01, units: str = "units") -> Estimate:
     """Return an estimate whose interval is about value ± half_width."""
@@ -56,7 +58,7 @@ def test_a_record_shows_the_interval_of_its_criterions_level_and_is_judged_by_it
     draws = np.linspace(-1, 1, 2001)
     spread = Estimate(np.r_[0.0, draws * 0.1 / 0.925], "texts", 10_000)
     assert spread.interval(0.9).high < 0.1 < spread.interval(0.95).high
-    statistics = {name: number(0.01) for name in ("second_attribute_gain", "within_answer_gain")}
+    statistics = {name: number(0.01) for name in GAINS}
     statistics |= {
         name: {TEXTS: number(0.01)} for name in ("norm_exchange_transfer", "norm_cost_ratio")
     }
@@ -82,7 +84,7 @@ def test_every_criterion_of_the_registration_is_complete():
         *("phase-transition", "angular-code", "norm-code", "causal-control"),
         *("inside-the-switch", "why-angles"),
     }
-    assert len(criteria()) == 42
+    assert len(criteria()) == 43
     assert not is_held_out("capitals")
     assert is_held_out("continents")
     with pytest.raises(ValueError, match="choose one of phase-transition"):
@@ -152,7 +154,7 @@ def test_a_number_per_block_has_to_hold_at_each_and_shows_its_worst():
     curve = Estimate(
         np.tile([0.02, -0.3, 0.05], (40, 1)) + np.linspace(-0.01, 0.01, 40)[:, None], "t", 10_000
     )
-    statistics = {name: number(0.01) for name in ("second_attribute_gain", "within_answer_gain")}
+    statistics = {name: number(0.01) for name in GAINS}
     statistics |= {
         name: {TEXTS: number(0.01)} for name in ("norm_exchange_transfer", "norm_cost_ratio")
     }
