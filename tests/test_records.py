@@ -13,7 +13,7 @@ from claimed import invented, number
 from conftest import tiny_model
 
 from lib.evidence import records
-from lib.evidence.criteria import claim_verdict
+from lib.evidence.criteria import claim_verdict, judged
 from lib.evidence.records import check, read_records, shown, write_records
 from lib.science.estimate import Untested
 
@@ -174,14 +174,22 @@ def test_a_run_cut_short_does_not_hide_what_was_recorded(llama):
 
 def test_a_claim_is_left_out_of_a_run_that_was_before_one_of_its_criteria(llama):
     old, other = invented("norm-code", llama.name), invented("why-angles", llama.name)
-    before = [row for row in old if row["statistic"] != "within_answer_beyond_twins"]
     records.keep_run(llama)
     records.record_run(llama.name, [*old, *other])
     (run,) = records.read_runs()
     assert run["records"] == [*old, *other]
-    records.record_run(llama.name, [*before, *other])
-    (run,) = records.read_runs()
-    assert run["records"] == other
+    names = ("within_answer_gain", "partial_given_angle")
+    twins_alone, task_alone = (
+        [row for row in old if row["statistic"] != name or row["untrained"] or not judged(row)]
+        for name in names
+    )
+    task_alone.append(old[0] | {"statistic": names[1], "place": "cities"})
+    assert {*names} <= {row["statistic"] for row in (*twins_alone, *task_alone)}
+    never = [row for row in old if row["statistic"] != "within_answer_beyond_twins"]
+    for before in (never, twins_alone, task_alone):
+        records.record_run(llama.name, [*before, *other])
+        (run,) = records.read_runs()
+        assert run["records"] == other
 
 
 def test_a_recorded_run_names_its_commit_and_keeps_what_the_explorer_shows(llama, monkeypatch):
