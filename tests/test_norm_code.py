@@ -299,7 +299,7 @@ def test_the_second_attribute_and_the_best_one_within_an_answer_are_what_is_judg
 
 
 def test_twins_are_subtracted_on_the_same_tasks_each_network_by_its_own_best_attribute():
-    """Tasks that one of the networks lacks, and those of a reader's, count for none of them."""
+    """A task that one of the networks lacks counts for none of them."""
     trained = code(
         {
             "template": {"x": number(0.5, "x"), "y": number(0.3, "y"), "z": number(0.9, "z")},

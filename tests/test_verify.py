@@ -74,12 +74,13 @@ def test_a_wider_interval_allows_itself_no_more_than_the_recorded_one():
     assert found == "estimate 0.61 now, 0.5 as recorded; 0.1 is allowed"
 
 
-def test_a_single_task_may_pass_to_or_from_undecided_and_what_enters_a_claim_may_not():
+def test_a_single_task_whose_numbers_moved_may_pass_to_or_from_undecided_and_nothing_else_may():
     row = invented("norm-code")[0] | {"place": "cities", "verdict": "refuted"}
-    undecided = {"verdict": "undecided"}
+    undecided = {"verdict": "undecided", "high": row["high"] + 1e-6}
     assert verify.difference(row | undecided, row) == verify.difference(row, row | undecided) == ""
     for now, before in (
-        (row, row | {"verdict": "supported"}),
+        (row, row | {"verdict": "supported", "high": row["high"] + 1e-6}),
+        (row | {"verdict": "undecided"}, row),
         (row | {"verdict": "not testable"}, row),
         (row | undecided | {"estimate": row["estimate"] + 1}, row),
         (row | undecided | {"place": "all tasks"}, row | {"place": "all tasks"}),

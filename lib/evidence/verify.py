@@ -76,11 +76,14 @@ def verify(
 def difference(now: Record, before: Record) -> str:
     """Return in what a record differs from the recorded one beyond tolerance; empty if in nothing.
 
-    Verdict and criterion have to be the same, numbers within the tolerance of criteria.toml. The
-    verdict on a single task, which enters no claim, may pass to or from undecided: on Gemma one did
-    where processors differ by 3e-6, since an interval at Bonferroni's level ended at its threshold.
+    Verdict and criterion have to be the same, numbers within the tolerance of criteria.toml. A
+    single task's verdict may pass to or from undecided where its numbers moved at all: on Gemma one
+    did by 3e-6, since an interval at Bonferroni's level ended at its threshold. Where tasks refute
+    what is pooled, the pooled verdict shows it, and that has to be the same.
     """
-    stepped = not judged(before) and "undecided" in (now["verdict"], before["verdict"])
+    moved = any(now[field] != before[field] for field in NUMBERS)
+    step = "undecided" in (now["verdict"], before["verdict"])
+    stepped = step and moved and not judged(before)
     if now["verdict"] != before["verdict"] and not stepped:
         return f"{now['verdict']} now, {before['verdict']} as recorded"
     if now["criterion"] != before["criterion"]:
