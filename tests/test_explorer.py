@@ -270,9 +270,18 @@ def test_a_model_that_is_recorded_is_shown_as_it_was_found(
             assert again == value
     html = explorer_html([found, other])
     options = re.findall(r'<optgroup label="(.*?)"><option value="(\d)">', html)
-    assert options == [(one.model, "0"), ("other", "1")]
+    assert options == [(one.model, "0"), ("other", "1")] * 2
     assert [len(part["x"]) for part in embedded_data(html)] == [N_BLOCKS, 7]
     assert "<optgroup" not in explorer_html([one, one])
+    page = Controls()
+    page.feed(html)
+    assert page.named[0] == ("select", "Show")
+    assert page.named[1][1].startswith("Beside") and len(page.named) == 5
+    assert html.count(">nothing</option>") == 1 and html.count("<optgroup") == 4
+    assert [part["title"] for part in embedded_data(html)] == [
+        f"{one.model}, {one.name}",
+        "other, word",
+    ]
 
 
 def example(

@@ -98,6 +98,7 @@ def test_estimate_reads_as_prose_quotes_it():
 
 def test_small_and_negative_numbers_do_not_become_zero_or_hyphens():
     assert estimate_text(estimate_of(0.0004, 0.2)) == "0.0004 [\u22120.20, 0.20]"
+    assert estimate_text(estimate_of(0.00003, 0.00004)) == "0.00003 [\u22120.00001, 0.00007]"
 
 
 def test_an_estimate_of_several_numbers_is_refused():

@@ -21,7 +21,8 @@ from lib.engine.catalogue import catalogue
 from lib.evidence import records
 from lib.evidence.criteria import criteria
 from lib.evidence.records import shown
-from lib.reading.phase_transition_figures import by_model
+from lib.reading.figures import forest
+from lib.reading.phase_transition_figures import by_model, depths_by_model
 from lib.science.estimate import Untested
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,6 +67,22 @@ def test_forest_draws_each_number_to_scale_and_twins_grey():
     assert float(threshold) == pytest.approx(6 + 118 * (0.8 - low) / (high - low), abs=0.06)
     assert html.count(f'stroke="{scorecard.TWIN}"') == 2  # interval and mark
     assert "● supported" in html and "○ refuted" in html and 'href="a.html"' in html
+
+
+def test_a_chapters_forest_gives_lines_for_tasks_only_to_what_tasks_have():
+    rows = invented("norm-code")
+    of_tasks = {row["statistic"] for row in rows if row["place"] == "capitals"}
+    assert of_tasks and of_tasks < {row["statistic"] for row in rows}
+    figure = forest(rows)
+    drawn = {}
+    for axes in figure.axes:  # a line of panels shares the names of its rows, which the first has
+        places = [one.get_text() for one in axes.get_yticklabels()]
+        if axes.get_title(loc="left"):
+            drawn[axes.get_title(loc="left").replace(" ", "_")] = places
+    assert set(drawn) == {row["statistic"] for row in rows}
+    for statistic, places in drawn.items():
+        assert ("capitals" in places) == (statistic in of_tasks), statistic
+    plt.close(figure)
 
 
 def test_numbers_beyond_the_axis_are_drawn_at_its_end_and_untested_ones_not_at_all():
@@ -218,6 +235,26 @@ def test_depth_counts_from_the_first_block_to_the_last():
     assert [row[0] for row in rows] == ["capitals", "median"]
     assert rows[0][1].startswith("0.80 [") and rows[0][2].startswith("0.40 [")
     assert rows[1] == ["median", "0.80", "0.40"]
+
+
+def test_the_picture_of_depths_has_each_models_tasks_to_scale_and_its_median():
+    table = comparison.relative_depths([run("a", 31, 24.0), run("b", 11, 4.0)])
+    later = table.assign(task="plurals", estimate=1.0, low=0.9, high=1.0)
+    table = pd.concat([table, later[later["model"] == "a"]])
+    figure = depths_by_model(table, {"a": "#000000", "b": "#777777"})
+    (axes,) = figure.axes
+    marks = {one.get_label(): one.lines[0] for one in axes.containers}
+    assert list(marks["a"].get_xdata()) == pytest.approx([0.8, 1.0])
+    assert list(marks["b"].get_xdata()) == pytest.approx([0.4])
+    assert [round(y) for y in marks["a"].get_ydata()] == [0, 1]
+    assert [one.get_text() for one in axes.get_yticklabels()] == ["capitals", "plurals"]
+    dotted = [one for one in axes.lines if one.get_linestyle() == ":"]
+    assert [(one.get_xdata()[0], one.get_color()) for one in dotted] == [
+        (pytest.approx(0.9), "#000000"),
+        (pytest.approx(0.4), "#777777"),
+    ]
+    assert marks["a"].get_marker() != marks["b"].get_marker() and axes.get_xlim() == (0, 1)
+    plt.close(figure)
 
 
 def test_verdicts_of_models_stand_side_by_side_and_what_was_not_run_is_a_dash():

@@ -260,6 +260,31 @@ def test_the_address_keeps_the_explorers_view(fresh):
     assert page.evaluate("location.hash") == "#explore=1,4,2"
 
 
+def test_two_models_stand_side_by_side_at_the_same_share_of_their_depths(fresh):
+    page = fresh(EXPLORER)
+    explorer = page.locator(".depth-explorer")
+    other = explorer.locator(".beside optgroup").last.locator("option").first
+    explorer.locator(".beside").select_option(other.get_attribute("value"))
+    left, right = explorer.locator(".task:not([hidden])").all()
+    assert right.bounding_box()["x"] > left.bounding_box()["x"] + left.bounding_box()["width"]
+    slider = explorer.locator("input[type=range]")
+    for share in (0, 0.5, 1):
+        slider.fill(str(round(share * int(slider.get_attribute("max")))))
+        found = [re.search(r"block (\d+) of 0–(\d+)", one.locator(".where").inner_text())
+                 for one in (left, right)]  # fmt: skip
+        (block, last), (beside, depth) = [(int(one[1]), int(one[2])) for one in found]
+        assert str(block) == slider.input_value() and beside == round(block / last * depth)
+        assert depth != last
+    address = page.evaluate("location.hash")
+    assert address.count(",") == 4
+    page.reload()
+    assert explorer.locator(".task:not([hidden])").count() == 2
+    assert page.evaluate("location.hash") == address
+    explorer.locator(".beside").select_option(explorer.locator(".choice").input_value())
+    assert explorer.locator(".task:not([hidden])").count() == 1  # nothing beside itself
+    assert not explorer.locator(".where").first.is_visible()
+
+
 def test_no_line_of_code_is_cut(opened):
     cut = opened.page.evaluate(
         """() => [...document.querySelectorAll("article.bd-article .cell_input pre")]

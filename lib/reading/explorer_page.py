@@ -42,6 +42,10 @@ _COLOURS = (
 _ORDERED = ((0, 34, 78), (124, 123, 120), (254, 232, 56))
 # Size of a plot of curves and its margins: left, right, top, bottom, in the drawing's own units.
 _PLOT, _MARGINS = (360, 150), (30, 10, 10, 26)
+_BESIDE = (
+    '<label>Beside <select class="beside"><option value="">nothing</option>{options}</select>'
+    "</label>"
+)
 # Each curve's mark: the same shapes as in the book's other figures.
 _MARKS = {
     "o": ("●", '<circle r="5"/>'),
@@ -54,7 +58,8 @@ def explorer_html(explorations: Sequence[Exploration]) -> str:
     """Return the explorer as one piece of HTML, which begins at the first block after ℓ*.
 
     Args:
-        explorations: one a task; a list lets the reader choose. Without any it says so.
+        explorations: one a task; a list lets the reader choose, and of several models two can
+            stand side by side. Without any it says so.
 
     Raises:
         ValueError: parts of one that differ in length, or a curve without a value at a block.
@@ -65,8 +70,10 @@ def explorer_html(explorations: Sequence[Exploration]) -> str:
     n_blocks = len(explorations[0].top_tokens)
     place = explorations[0].transition
     start = n_blocks - 1 if place is None else min(int(np.ceil(place)), n_blocks - 1)
+    options, several = _options_html(explorations), len({one.model for one in explorations}) > 1
     parts = {
-        "OPTIONS": _options_html(explorations),
+        "OPTIONS": options,
+        "BESIDE": _BESIDE.format(options=options) if several else "",
         "LAST": str(n_blocks - 1),
         "START": str(start),
         "BODIES": "".join(
@@ -78,7 +85,7 @@ def explorer_html(explorations: Sequence[Exploration]) -> str:
         parts[name] = style_of(curve)["color"]
     parts["ANGLE"] = style_of(ANGLE)["color"]
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    parts |= {"DATA": text, "SLIDER": (DATA / "slider.js").read_text(encoding="utf-8")}
+    parts["DATA"] = text
     page = (DATA / "explorer.html").read_text(encoding="utf-8")
     return re.sub(r"\[\[([A-Z]+)\]\]", lambda found: parts[found[1]], page)
 
@@ -103,7 +110,8 @@ def _task_html(one: Exploration, number: int, block: int) -> str:
         f'<option value="{k}">{escape(text)} …</option>' for k, text in enumerate(one.texts)
     )
     return (
-        f'<div class="task"{" hidden" if number else ""}><div class="panels"><figure class="map">'
+        f'<div class="task"{" hidden" if number else ""}><p class="where" hidden></p>'
+        f'<div class="panels"><figure class="map">'
         f"<figcaption>Prompts by the direction of their state, "
         f'<span class="read"></span></figcaption><svg viewBox="0 0 {SIZE} {SIZE}" role="img" '
         f'aria-label="Map of the {len(one.texts)} prompts of {name}; those that lie close have '
@@ -217,6 +225,7 @@ def _data(one: Exploration) -> dict[str, object]:
     place = {token: k for k, token in enumerate(tokens)}
     best = np.vectorize(place.__getitem__)(one.top_tokens)
     return {
+        "title": f"{one.model}, {one.name}",
         "at": _pixels(one.positions).reshape(n_blocks, -1).tolist(),
         "shown": [f"{share:.0%} of their spread shown" for share in one.shown],
         "x": [_x(block, n_blocks) for block in range(n_blocks)],

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from lib.evidence.criteria import MODEL, POOLED, TEXTS
 from lib.science.estimate import OWN, Estimate, Measured
 
 _P = ParamSpec("_P")
@@ -63,6 +64,7 @@ STYLES: Mapping[str, Mapping[str, Any]] = {
 THRESHOLD: Mapping[str, Any] = {"color": "#b00020", "linestyle": "--", "linewidth": 1}
 """How what a criterion asks for is drawn."""
 
+_POOLED = (POOLED, TEXTS, MODEL)
 _FILLS = {"supported": "full", "refuted": "none", "undecided": "left", "shown": "full"}
 
 WIDTH = 7.2
@@ -315,8 +317,9 @@ def forest(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
     Intervals as recorded, the criterion's threshold dashed, untrained twins grey; a marker is full
     where supported, hollow where refuted, half full where undecided. What could not be tested
-    leaves its line empty. Of numbers without a criterion those are drawn that tasks have; curves
-    have figures of their own.
+    leaves its line empty. Statistics that no single task has stand below, without lines for tasks.
+    Of numbers without a criterion those are drawn that tasks have; curves have figures of their
+    own.
 
     Args:
         rows: records of `lib.evidence.criteria.judge` and `lib.evidence.records.shown`.
@@ -324,29 +327,51 @@ def forest(rows: Sequence[Mapping[str, Any]]) -> Figure:
     use_theme()
     places_of = Counter(row["statistic"] for row in rows if not row["place"].startswith("block "))
     rows = [row for row in rows if row["criterion"] or places_of[row["statistic"]] > 1]
-    places = list(dict.fromkeys(row["place"] for row in rows))
-    places.sort(key=lambda place: place in ("all tasks", "texts", "model"))
-    names = list(dict.fromkeys(row["statistic"] for row in rows))
     if not any(row["estimate"] is not None for row in rows):
         return nothing_to_show()
-    columns = min(3, len(names))
-    lines = -(-len(names) // columns)
-    height = lines * (0.17 * len(places) + 0.75) + 0.5
-    figure, grid = plt.subplots(lines, columns, figsize=(WIDTH, height), sharey=True, squeeze=False)
-    for axes, name in zip(grid.flat, names, strict=False):
-        own = [row for row in rows if row["statistic"] == name and row["estimate"] is not None]
-        _draw_intervals(axes, own, places)
-        axes.set_title(name.replace("_", " "), fontsize="small")
-        axes.tick_params(labelsize="x-small")
-    for axes in grid.flat[len(names) :]:
-        axes.set_axis_off()
-    name_rows(grid[0, 0], places, 0.6)
+    by_task = {row["statistic"] for row in rows if row["place"] not in _POOLED}
+    groups = [
+        [row for row in rows if (row["statistic"] in by_task) == of_tasks]
+        for of_tasks in (True, False)
+    ]
+    lines = [
+        (names[start : start + 3], places)
+        for group in groups
+        for names, places in [_panels(group)]
+        for start in range(0, len(names), 3)
+    ]
+    heights = [0.17 * len(places) + 0.75 for _, places in lines]
+    columns = max(len(names) for names, _ in lines)
+    figure, grid = plt.subplots(
+        len(lines),
+        columns,
+        figsize=(WIDTH, sum(heights) + 0.5),
+        sharey="row",
+        squeeze=False,
+        height_ratios=heights,
+    )
+    for line, (names, places) in zip(grid, lines, strict=True):
+        for axes, name in zip(line, names, strict=False):
+            own = [row for row in rows if row["statistic"] == name and row["estimate"] is not None]
+            _draw_intervals(axes, own, places)
+            axes.set_title(name.replace("_", " "), fontsize="small")
+            axes.tick_params(labelsize="x-small")
+        for axes in line[len(names) :]:
+            axes.set_axis_off()
+        name_rows(line[0], places, 0.6)
     verdicts = [one for one in _FILLS if any(row["verdict"] == one for row in rows)]
     handles = [Line2D([], [], label=one, **_marker(one, "#222222")) for one in verdicts]
     if any(row["untrained"] for row in rows):
         handles.append(Line2D([], [], label="untrained twins", **_marker("supported", TWIN)))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
+
+
+def _panels(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """Return the statistics of some records, and their places with what is pooled at the end."""
+    places = list(dict.fromkeys(row["place"] for row in rows))
+    names = list(dict.fromkeys(row["statistic"] for row in rows))
+    return names, sorted(places, key=lambda place: place in _POOLED)
 
 
 def _draw_intervals(axes: Axes, rows: Sequence[Mapping[str, Any]], places: Sequence[str]) -> None:

@@ -94,6 +94,30 @@ def _twin_bands(axes: Axes, twins: pd.DataFrame) -> None:
         axes.plot(ends.index, ends["mean"], label=f"{arm}, untrained", **style)
 
 
+@of_table
+def depths_by_model(table: pd.DataFrame, colours: Mapping[str, str]) -> Figure:
+    """Return each task's transition on the relative depth of each model, medians dotted.
+
+    Args:
+        table: columns `task`, `model`, `estimate`, `low`, `high`, from 0, the first block, to 1.
+        colours: of each model; markers tell them apart as well.
+    """
+    tasks, models = sorted(set(table["task"])), list(dict.fromkeys(table["model"]))
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.26 * len(tasks) + 1.1))
+    for place, (model, marker) in enumerate(zip(models, "osDvP^X", strict=False)):
+        one = table[table["model"] == model]
+        rows = [tasks.index(task) + 0.16 * (place - (len(models) - 1) / 2) for task in one["task"]]
+        errors = [one["estimate"] - one["low"], one["high"] - one["estimate"]]
+        style = {"color": colours[model], "marker": marker, "linestyle": "none"}
+        axes.errorbar(one["estimate"], rows, xerr=errors, label=model, elinewidth=1.2, **style)
+        axes.axvline(one["estimate"].median(), color=colours[model], linestyle=":", linewidth=1)
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("relative depth of the transition, 0 first block, 1 last")
+    name_rows(axes, tasks, 0.7, fontsize="small")
+    shared_legend(figure, [axes])
+    return figure
+
+
 def by_model(table: pd.DataFrame) -> Figure:
     """Return both arms over each model's own depth, a panel a model, the twins' on the same axes.
 

@@ -1,5 +1,7 @@
 """Words for numbers: how an estimate, a record and a verdict read in prose and in tables."""
 
+import numpy as np
+
 from lib.evidence.criteria import Record
 from lib.evidence.records import SIGNS
 from lib.science.estimate import Measured, Untested, is_own, share_limits
@@ -11,7 +13,11 @@ RECORDS_KEY = "records"
 def number_text(value: float, decimals: int = 2) -> str:
     """Return a number with a true minus sign; small ones with one significant digit."""
     tiny = value != 0 and abs(value) < 0.5 * 10**-decimals
-    text = f"{value:.1g}" if tiny else f"{value:.{decimals}f}"
+    text = (
+        np.format_float_positional(value, precision=1, fractional=False)
+        if tiny
+        else f"{value:.{decimals}f}"
+    )
     return text.replace("-", "\N{MINUS SIGN}")
 
 

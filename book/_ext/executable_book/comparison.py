@@ -1,16 +1,16 @@
 """The appendix that lays the models' runs side by side, as soon as there are several."""
 
 from collections.abc import Mapping, Sequence
-from statistics import median
 from typing import Any
 
+import pandas as pd
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from executable_book.displays import table
+from executable_book.displays import Picture, table
 from executable_book.results import all_records, collect, ordered_runs
-from executable_book.scorecard import short_name
+from executable_book.scorecard import colour_of, short_name
 from lib.evidence.criteria import MODEL, POOLED, TEXTS, Record, claim_verdict, criteria
 from lib.evidence.records import SIGNS
 from lib.evidence.transition import CLAIM, STATISTIC
@@ -52,6 +52,39 @@ class ModelComparison(SphinxDirective):
             return [nodes.paragraph("", ONE.format(model=models[0])), *found]
         said = [nodes.list_item("", nodes.paragraph("", one)) for one in agreement(runs)]
         return [nodes.bullet_list("", *said), *found]
+
+
+class RelativeDepths(Picture):
+    """Show where each task's switch lies on the relative depth of each model.
+
+    The content is the caption::
+
+        ```{relative-depths}
+        :alt: A point for each task and model.
+
+        What it shows.
+        ```
+    """
+
+    def run(self) -> list[nodes.Node]:
+        """Return the figure; nothing where no transition was found."""
+        own = all_records([row for row in collect(self.env) if not is_own(row["place"])])
+        table = relative_depths(
+            [{**run, "records": own.get(run["model"], [])} for run in ordered_runs()]
+        )
+        if table.empty:
+            return []
+        # Late, as they take seconds: a build with nothing changed draws nothing.
+        import matplotlib.pyplot as plt
+
+        from lib.reading.phase_transition_figures import depths_by_model
+
+        colours = {short_name(model): colour_of(model, list(own)) for model in own}
+        picture = self.place("relative-depths.png")
+        figure = depths_by_model(table, colours)
+        figure.savefig(picture)
+        plt.close(figure)
+        return [self.figure(picture)]
 
 
 def verdict_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -126,31 +159,41 @@ def _cell(row: Record) -> str:
     return f"{sign} not testable" if row["estimate"] is None else f"{sign} {record_text(row)}"
 
 
-def depth_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return each task's transition as a share of each model's depth, ℓ* / (L − 1), and medians."""
-    cells: dict[str, dict[str, str]] = {}
-    medians = []
-    for run in runs:
-        last = run["n_blocks"] - 1
-        own = [
-            row
-            for row in run["records"]
-            if (row["claim"], row["statistic"]) == (CLAIM, STATISTIC)
-            and not row["untrained"]
-            and row["estimate"] is not None
-        ]
-        for row in own:
-            middle, low, high = (row[field] / last for field in ("estimate", "low", "high"))
-            text = f"{middle:.2f} [{low:.2f}, {high:.2f}], n = {row['n']}"
-            cells.setdefault(row["place"], {})[run["model"]] = text
-        medians.append(f"{median(row['estimate'] / last for row in own):.2f}" if own else "–")
+def relative_depths(runs: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return each task's transition as a share of each model's depth, ℓ* / (L − 1).
+
+    Returns:
+        Columns `task`, `model` (its short name), `estimate`, `low`, `high`, `n`.
+    """
     rows = [
-        [task, *(by_model.get(run["model"], "–") for run in runs)]
-        for task, by_model in sorted(cells.items())
+        {"task": row["place"], "model": short_name(run["model"]), "n": row["n"]}
+        | {field: row[field] / (run["n_blocks"] - 1) for field in ("estimate", "low", "high")}
+        for run in runs
+        for row in run["records"]
+        if (row["claim"], row["statistic"]) == (CLAIM, STATISTIC)
+        and not row["untrained"]
+        and row["estimate"] is not None
     ]
-    return [*rows, ["median", *medians]]
+    return pd.DataFrame(rows, columns=["task", "model", "estimate", "low", "high", "n"])
+
+
+def depth_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return a row for each task: its transition's relative depth by model; and the medians."""
+    table = relative_depths(runs)
+    models = [short_name(run["model"]) for run in runs]
+    cells = {
+        (row.task, row.model): f"{row.estimate:.2f} [{row.low:.2f}, {row.high:.2f}], n = {row.n}"
+        for row in table.itertuples()
+    }
+    medians = table.groupby("model")["estimate"].median()
+    tasks = sorted(set(table["task"]))
+    return [
+        *([task, *(cells.get((task, one), "–") for one in models)] for task in tasks),
+        ["median", *(f"{medians[one]:.2f}" if one in medians else "–" for one in models)],
+    ]
 
 
 def setup(app: Sphinx) -> None:
     """Connect this part to the build."""
     app.add_directive("model-comparison", ModelComparison)
+    app.add_directive("relative-depths", RelativeDepths)
