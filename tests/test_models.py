@@ -135,6 +135,27 @@ def test_a_trained_model_has_no_seed(llama: Decoder) -> None:
             load_decoder(llama.model, tokenizer=llama.tokenizer, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"device": "cpu"}, "device"),
+        ({"revision": "main", "dtype": "float16"}, "dtype, revision"),
+        ({"untrained": True, "device_map": "auto", "device": "cpu"}, "device_map"),
+        ({"untrained": True, "quantization": "4bit"}, "quantization"),
+    ],
+)
+def test_what_only_loading_can_do_is_refused_for_a_model_in_hand(
+    llama: Decoder, options: dict[str, object], named: str
+) -> None:
+    with pytest.raises(ValueError, match=f"taken as it is, so {named} cannot be given"):
+        load_decoder(llama.model, tokenizer=llama.tokenizer, **options)  # type: ignore[arg-type]
+
+
+def test_a_tokenizer_for_a_named_model_is_refused_before_anything_is_read(llama: Decoder) -> None:
+    with pytest.raises(ValueError, match="'no/such-model' brings its tokenizer"):
+        load_decoder("no/such-model", tokenizer=llama.tokenizer)
+
+
 def test_label_never_names_a_folder_above_the_model(tmp_path: Path) -> None:
     folder = tmp_path / "my-model"
     tiny_model("llama").save_pretrained(folder)

@@ -1,12 +1,13 @@
 """The catalogue of models, `lib/data/models.toml`: where weights are, how models are loaded."""
 
+import re
 import tomllib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-CATALOGUE = ROOT / "lib" / "data" / "models.toml"
+from lib.engine.files import DATA, ROOT
+
+CATALOGUE = DATA / "models.toml"
 DEFAULT = "smollm2-135m"
 ALIASES = {"embedded": DEFAULT}
 
@@ -59,6 +60,11 @@ def results_name(model: str) -> str:
         return folder.resolve().name
     weights = find_weights(model)
     return weights.label if weights else model
+
+
+def folder_name(model: str) -> str:
+    """Return the name of the folder of a model's run, from what results call the model."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "--", model)
 
 
 def preset(name: str) -> dict[str, Any]:

@@ -191,16 +191,33 @@ def load_decoder(
         tokenizer: only with a model in hand.
 
     Raises:
-        ValueError: no such model or device, a folder without one, no access, too little memory, a
-            package that is missing, not a decoder-only model, or parts that do not behave as a
-            decoder's should; the message says which and what to do.
+        ValueError: no such model or device, a folder without one, no access, too little memory,
+            options of loading for a model in hand (its twin takes dtype and device), a tokenizer
+            for a named one, a package that is missing, not a decoder-only model, or parts that do
+            not behave as a decoder's should; the message says which and what to do.
         RuntimeError: a model of the catalogue cannot be fetched; see `fetch_weights`.
     """
     if seed < 0 or (seed and not untrained):
         raise ValueError(f"Seed {seed}: untrained twins have seeds 0, 1, …; trained models none.")
     if device is not None:
         check_device(device)
+    given = {
+        option: value
+        for option, value in {
+            "revision": revision,
+            "dtype": dtype,
+            "device": device,
+            "device_map": device_map,
+            "quantization": quantization,
+        }.items()
+        if value is not None
+    }
     if not isinstance(name, str | Path):
+        if unused := sorted(set(given) - ({"dtype", "device"} if untrained else set())):
+            raise ValueError(
+                f"A model in hand is taken as it is, so {', '.join(unused)} cannot be given: "
+                "change the model itself, model.to(…) say, or name it to have it loaded."
+            )
         model = unwrap(name)
         if tokenizer is None:
             raise ValueError(
@@ -213,9 +230,11 @@ def load_decoder(
             model = fresh_model(config, kind, seed).to(device or "cpu")  # type: ignore[arg-type]
             model.eval().requires_grad_(False)
         return _describe(model, tokenizer, label, untrained, seed, "in hand")
-    given: dict[str, Any] = {"revision": revision, "dtype": dtype, "device": device}
-    given |= {"device_map": device_map, "quantization": quantization}
-    options = preset(str(name)) | {key: value for key, value in given.items() if value is not None}
+    if tokenizer is not None:
+        raise ValueError(
+            f"Model {str(name)!r} brings its tokenizer; give one with a model in hand."
+        )
+    options = preset(str(name)) | given
     if device is not None and device_map is None:
         options.pop("device_map", None)
     model, tokenizer, label, revision = read_model(name, options, untrained=untrained, seed=seed)

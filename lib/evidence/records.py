@@ -10,7 +10,6 @@ import json
 import math
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from lib.engine.catalogue import DEFAULT, catalogue, find_weights
+from lib.engine.catalogue import DEFAULT, catalogue, find_weights, folder_name
 from lib.engine.files import BUILD, ROOT, write_atomically
 from lib.evidence.criteria import VERDICTS, Record, is_held_out, without_record
 from lib.science.estimate import Measured, Untested, is_own
@@ -222,7 +221,7 @@ def model_facts(decoder: "Decoder") -> dict[str, Any]:
 
 def run_folder(model: str) -> Path:
     """Return the folder of a model's run, from the name that its records carry."""
-    return RUNS / re.sub(r"[^A-Za-z0-9._-]+", "--", model)
+    return RUNS / folder_name(model)
 
 
 def keep_run(decoder: "Decoder") -> None:
@@ -244,7 +243,7 @@ def keep_records(rows: Sequence[Record]) -> None:
 
 def recorded_file(model: str) -> Path:
     """Return the file of a model's reviewed records."""
-    return RECORDED / f"{run_folder(model).name}.json"
+    return RECORDED / f"{folder_name(model)}.json"
 
 
 def recorded_files() -> list[Path]:

@@ -108,7 +108,7 @@ def depths_by_model(table: pd.DataFrame, colours: Mapping[str, str]) -> Figure:
         one = table[table["model"] == model]
         rows = [tasks.index(task) + 0.16 * (place - (len(models) - 1) / 2) for task in one["task"]]
         errors = [one["estimate"] - one["low"], one["high"] - one["estimate"]]
-        style = {"color": colours[model], "marker": marker, "linestyle": "none"}
+        style: dict[str, Any] = {"color": colours[model], "marker": marker, "linestyle": "none"}
         axes.errorbar(one["estimate"], rows, xerr=errors, label=model, elinewidth=1.2, **style)
         axes.axvline(one["estimate"].median(), color=colours[model], linestyle=":", linewidth=1)
     axes.set_xlim(0, 1)
