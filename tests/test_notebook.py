@@ -141,6 +141,15 @@ def test_where_prose_pastes_nothing_the_figure_is_shown_once_it_is_there(shell):
     assert "image/png" in first.data and first.data == second.data
 
 
+def test_the_answer_says_why_a_number_that_passes_stays_undecided():
+    rows = invented("inside-the-switch")
+    row = next(one for one in rows if one["place"] == "all tasks" and not one["untrained"])
+    row |= {"verdict": "undecided", "reason": "5 of 16 tasks refute it"}
+    first, *others = answer_table(rows, "inside-the-switch")["verdict"]
+    assert first == "◐ undecided (5 of 16 tasks refute it)"
+    assert all(one == "● supported" for one in others)
+
+
 # Prose in the notebooks for Colab
 
 

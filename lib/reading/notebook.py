@@ -284,6 +284,7 @@ def answer_table(rows: Sequence[Record], claim: str) -> pd.DataFrame:
 def _answer_row(criterion: Criterion, row: Record, twin: Record | None) -> dict[str, str]:
     place = {"model": "", "all tasks": ", tasks"}.get(row["place"], f", {row['place']}")
     twins = "compared" if criterion.comparative else "–"
+    why = f" ({row['reason']})" if row["reason"] and row["estimate"] is not None else ""
     if twin is not None and twin["estimate"] is not None:
         twins = record_text(twin)
     return {
@@ -292,7 +293,7 @@ def _answer_row(criterion: Criterion, row: Record, twin: Record | None) -> dict[
         "trained": record_text(row),
         "untrained twins": twins,
         "criterion": f"{criterion.wanted} {_UNITS.get(criterion.unit, criterion.unit)}".strip(),
-        "verdict": verdict_text(row),
+        "verdict": verdict_text(row) + why,
     }
 
 
