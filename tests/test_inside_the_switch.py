@@ -101,9 +101,9 @@ def test_too_few_subjects_are_not_halved(trial):
 
 
 def test_the_planted_head_is_found_and_carries_everything(opened):
-    assert opened.chosen.block == PLANTED[0]
-    assert opened.chosen.best(1) == [PLANTED]
-    assert opened.chosen.heads[PLANTED] == pytest.approx(1, abs=1e-6)
+    assert opened.block == PLANTED[0]
+    assert opened.best(1) == [PLANTED]
+    assert opened.heads[PLANTED] == pytest.approx(1, abs=1e-6)
     tested = claim.transfer_on_testing_half(opened, [PLANTED, (0, 0), (2, 3)])
     for name in ("attention", "best 1", "best 3", "elsewhere"):
         assert float(tested[name]) == pytest.approx(1, abs=1e-6)
@@ -177,7 +177,7 @@ def all_of(block):
 def test_parts_are_chosen_on_one_half_and_tested_on_the_other(trial):
     halves = claim.halve(trial)
     opened = claim.open_switch(trial, halves)
-    chosen = opened.chosen
+    chosen = opened
     by_block = {block: by_hooks(trial, all_of(block), halves.choosing) for block in range(3)}
     assert chosen.block == max(by_block, key=lambda block: by_block[block])
     assert set(chosen.heads) == {head for block in range(3) for head in all_of(block)}
@@ -198,7 +198,7 @@ def test_parts_are_chosen_on_one_half_and_tested_on_the_other(trial):
 
 def test_heads_are_looked_for_where_attention_carries_most(trial, monkeypatch):
     monkeypatch.setattr(claim, "N_BLOCKS", 1)
-    chosen = claim.choose(trial, claim.halve(trial).choosing)
+    chosen = claim.open_switch(trial, claim.halve(trial))
     assert {block for block, _ in chosen.heads} == {chosen.block}
 
 
@@ -273,8 +273,8 @@ def test_the_last_block_is_never_chosen():
 
 def test_random_heads_are_others_of_the_same_blocks(opened):
     drawn = claim.random_heads(opened, 3)
-    assert len(set(drawn)) == 3 and not set(drawn) & set(opened.chosen.best(3))
-    assert {block for block, _ in drawn} <= {block for block, _ in opened.chosen.heads}
+    assert len(set(drawn)) == 3 and not set(drawn) & set(opened.best(3))
+    assert {block for block, _ in drawn} <= {block for block, _ in opened.heads}
 
 
 def test_twins_are_measured_on_seen_tasks_and_one_held_out_in_any_order():

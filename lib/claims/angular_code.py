@@ -32,7 +32,7 @@ from lib.science.estimate import (
     Untested,
     generator,
     independent_difference,
-    over_seeds,
+    mean_of,
     unit_weights,
 )
 from lib.science.geometry import angles, distances, jeffreys_divergence
@@ -114,11 +114,9 @@ def items_by_template(trial: Trial | Untested) -> list[Items] | Untested:
         return trial
     states, task = trial.states("last"), trial.task
     result = []
-    for _, prompts in task.prompts.groupby(["template", "group"], sort=True):
-        if len(prompts) == task.n_units:
-            rows = prompts.sort_values("unit").index.tolist()
-            logits = logit_lens(trial.decoder, states[-1, rows])
-            result.append(Items(states[:, rows], jeffreys_divergence(logits), task.units))
+    for rows in map(torch.as_tensor, task.cells()):
+        logits = logit_lens(trial.decoder, states[-1, rows])
+        result.append(Items(states[:, rows], jeffreys_divergence(logits), task.units))
     return result or Untested("no template holds every subject")
 
 
@@ -143,14 +141,6 @@ def correlate_items(
         for part in parts
     ]
     return mean_of(curves)
-
-
-def mean_of(measured: Sequence[Measured]) -> Measured:
-    """Return the mean of paired numbers; Untested where one is."""
-    total = measured[0]
-    for one in measured[1:]:
-        total = total + one
-    return total / float(len(measured))
 
 
 # --- the fair reader -----------------------------------------------------------------------------
@@ -323,35 +313,19 @@ def statistics(
         beyond_reader: of the texts, as `correlate_beyond` returns it.
         windows: the blocks that count; those of the trained model for its twins.
     """
-    result: dict[str, dict[str, Measured]] = {}
-    for place in angle:
-        own = _of_curves(angle[place], distance[place], windows)
-        for name, value in own.items():
-            result.setdefault(name, {})[place] = value
-    result["beyond_reader"] = {TEXTS: windows if isinstance(windows, Untested) else beyond_reader}
-    return result
-
-
-def _of_curves(
-    angle: Measured, distance: Measured, windows: Windows | Untested
-) -> dict[str, Measured]:
     if isinstance(windows, Untested):
         names = ("late_correlation", "late_minus_early", "set_in", "angle_minus_distance")
-        return dict.fromkeys(names, windows)
-    late = angle.over(windows.late)
+        lost = {name: dict.fromkeys(angle, windows) for name in names}
+        return {**lost, "beyond_reader": {TEXTS: windows}}
+    late = {place: one.over(windows.late) for place, one in angle.items()}
     return {
         "late_correlation": late,
-        "late_minus_early": late - angle.over(windows.early),
-        "set_in": angle.over(windows.after) - angle.over(windows.before),
-        "angle_minus_distance": late - distance.over(windows.late),
-    }
-
-
-def over_twins(twins: Sequence[Statistics]) -> Statistics:
-    """Return the means of the twins' statistics, their seeds the units."""
-    return {
-        name: {place: over_seeds([twin[name][place] for twin in twins]) for place in places}
-        for name, places in twins[0].items()
+        "late_minus_early": {p: late[p] - one.over(windows.early) for p, one in angle.items()},
+        "set_in": {
+            p: one.over(windows.after) - one.over(windows.before) for p, one in angle.items()
+        },
+        "angle_minus_distance": {p: late[p] - distance[p].over(windows.late) for p in late},
+        "beyond_reader": {TEXTS: beyond_reader},
     }
 
 

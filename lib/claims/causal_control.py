@@ -7,17 +7,19 @@ the last token. Units are subjects; of untrained twins, seeds.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from operator import itemgetter
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lib.engine.edits import ExchangeSubspace, exchange, exchange_direction, exchange_norm
+from lib.engine.edits import ExchangeSubspace, exchange_direction, exchange_norm
 from lib.engine.models import Decoder
 from lib.engine.sweeps import Sweep
-from lib.evidence.by_task import both, each
+from lib.engine.vectors import held_out_centroids
+from lib.evidence.by_task import both, each, over_twins
 from lib.evidence.steering import (
     ONE_TEMPLATE,
     RANDOM,
@@ -45,7 +47,6 @@ from lib.science.estimate import (
     Untested,
     generator,
     of_the_book,
-    over_seeds,
 )
 
 CLAIM = "causal-control"
@@ -113,7 +114,7 @@ def measure_edited(
             whole[name] = own.where(np.tile(np.arange(len(own)), len(states)))
             given[name] = torch.cat(list(states.values()), dim=1)
     able = {name: trial for name, trial in trials.items() if isinstance(trial, Trial)}
-    found = measure_transfers(able, whole, "last", edit=exchange, donors=given, blocks=blocks)
+    found = measure_transfers(able, whole, "last", donors=given, blocks=blocks)
     return {
         name: states if isinstance(states, Untested) else _apart(found[name], list(states))
         for name, states in edited.items()
@@ -123,18 +124,7 @@ def measure_edited(
 def _apart(whole: Transfer, names: Sequence[str]) -> dict[str, Transfer]:
     """Return the parts of a transfer whose pairs were repeated once a name."""
     n = whole.after.shape[1] // len(names)
-    parts = {name: slice(place * n, (place + 1) * n) for place, name in enumerate(names)}
-    return {
-        name: replace(
-            whole,
-            after=whole.after[:, own],
-            before=whole.before[own],
-            choice=whole.choice[:, own],
-            target=whole.target[own],
-            unit=whole.unit[own],
-        )
-        for name, own in parts.items()
-    }
+    return {name: whole.where(slice(k * n, (k + 1) * n)) for k, name in enumerate(names)}
 
 
 def measure_parts(
@@ -194,14 +184,9 @@ def answer_basis(states: Tensor, answer: IntArray, template: IntArray, held_out:
         template: of each prompt.
         held_out: the template that plays no part.
     """
-    others = template != held_out
-    wide = states.double()
-    centroids = torch.stack(
-        [
-            wide[torch.as_tensor(others & (answer == one))].mean(dim=0)
-            for one in np.unique(answer[others])
-        ]
-    )
+    answers = np.unique(answer[template != held_out])
+    held = np.full(len(answers), held_out)
+    centroids = held_out_centroids(states[None].double(), answer, template, answers, held)[0]
     _, sizes, rows = torch.linalg.svd(centroids - centroids.mean(dim=0), full_matrices=False)
     rank = int((sizes > sizes[0] * 1e-6).sum())
     return rows[: min(rank, MOST_DIRECTIONS)]
@@ -429,20 +414,22 @@ def statistics(
         control: `measure_control` by task.
         doses: `measure_doses` by task.
     """
-    result: Statistics = {name: {} for name in (*PARTS, *SPANS, *CONTROL)}
-    for task, part in parts.items():
-        own = _of(PARTS, part, direction_and_norm) | _of(SPANS, spans[task], dict)
-        own |= _of(CONTROL[:2], control[task], flips) | _of(CONTROL[2:], doses[task], selectivity)
-        for name, one in own.items():
-            result[name][task] = one
-    return result
+    return {
+        **_of(PARTS, parts, direction_and_norm),
+        **_of(SPANS, spans, dict),
+        **_of(CONTROL[:2], control, flips),
+        **_of(CONTROL[2:], doses, selectivity),
+    }
 
 
 def _of(
-    names: Sequence[str], found: Found | Untested, function: Callable[[Found], dict[str, Measured]]
-) -> dict[str, Measured]:
-    """Return a function's statistics, by name; all of them untested where nothing was found."""
-    return dict.fromkeys(names, found) if isinstance(found, Untested) else function(found)
+    names: Sequence[str],
+    found: Mapping[str, Found | Untested],
+    function: Callable[[Found], dict[str, Measured]],
+) -> Statistics:
+    """Return a function's statistics by name and task; untested where nothing was found."""
+    own = each(found, function)
+    return {name: each(own, itemgetter(name)) for name in names}
 
 
 def twin_statistics(
@@ -455,13 +442,8 @@ def twin_statistics(
     Args:
         twins: `measure_parts` by task, of each seed.
     """
-    result: Statistics = {
+    return {
         **{name: dict.fromkeys(twins[0], _NOT_ON_TWINS) for name in SPANS},
         **{name: dict.fromkeys(twins[0], _TRAINED_ONLY) for name in CONTROL},
-        **{name: {} for name in PARTS},
+        **over_twins([_of(PARTS, twin, direction_and_norm) for twin in twins]),
     }
-    for task in twins[0]:
-        found = [_of(PARTS, twin[task], direction_and_norm) for twin in twins]
-        for name in PARTS:
-            result[name][task] = over_seeds([one[name] for one in found])
-    return result

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,7 @@ from lib.engine.models import Decoder
 from lib.engine.parts import find_parts
 from lib.engine.sites import ATTENTION, MLP, Head, Site, each_head, head_outputs, patch_heads
 from lib.engine.store import recall_sites
+from lib.evidence.by_task import each
 from lib.evidence.criteria import is_held_out
 from lib.evidence.tasks import Pairs, Task
 from lib.evidence.transfer import (
@@ -41,7 +43,6 @@ from lib.science.estimate import (
     is_own,
     mean_over_units,
     means_by_unit,
-    over_seeds,
     ratio_of_sums,
     sums_by_unit,
 )
@@ -211,17 +212,19 @@ def total(transfer: Transfer) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class Chosen:
-    """What one half of a task's subjects chose.
+class Opened:
+    """A task whose switch was opened, and what the choosing half of its subjects chose.
 
     Attributes:
-        pairs: on which they did.
+        trial: the task as the model reads it.
+        halves: pairs of each half.
         parts: what exchanging the attention's output, or the MLP's, of each block did.
         block: the block of most attention transfer, the last one left out.
         heads: of the heads of some blocks, T of each alone, the largest first.
     """
 
-    pairs: Pairs
+    trial: Trial
+    halves: Halves
     parts: Mapping[str, Transfer]
     block: int
     heads: Mapping[Head, float]
@@ -231,14 +234,14 @@ class Chosen:
         return list(self.heads)[:n]
 
 
-def choose(trial: Trial, pairs: Pairs, parts: Mapping[str, Site] = PARTS) -> Chosen:
-    """Return the block and the heads that carry most on some pairs; `parts` are looked at too."""
-    trial = _apart(trial)
-    found = exchange_sites(trial, pairs, parts)
+def open_switch(trial: Trial, halves: Halves, parts: Mapping[str, Site] = PARTS) -> Opened:
+    """Return what the choosing half chose: the block and the heads that carry most."""
+    alone, pairs = _apart(trial), halves.choosing
+    found = exchange_sites(alone, pairs, parts)
     ranked = rank_blocks([total(found["attention"])])
-    heads = transfer_by_head(trial, pairs, ranked[:N_BLOCKS])
+    heads = transfer_by_head(alone, pairs, ranked[:N_BLOCKS])
     order = sorted(heads, key=lambda head: -heads[head])
-    return Chosen(pairs, found, ranked[0], {head: heads[head] for head in order})
+    return Opened(trial, halves, found, ranked[0], {head: heads[head] for head in order})
 
 
 def rank_blocks(curves: Sequence[np.ndarray]) -> list[int]:
@@ -260,26 +263,12 @@ def transfer_by_head(trial: Trial, pairs: Pairs, blocks: Sequence[int]) -> dict[
 # --- what is tested -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Opened:
-    """A task whose switch was opened: its reading, its halves, and what the first half chose."""
-
-    trial: Trial
-    halves: Halves
-    chosen: Chosen
-
-
-def open_switch(trial: Trial, halves: Halves, parts: Mapping[str, Site] = PARTS) -> Opened:
-    """Return a task with what the choosing half of its subjects chose."""
-    return Opened(trial, halves, choose(trial, halves.choosing, parts))
-
-
 def heads_alone(opened: Opened, blocks: Sequence[int]) -> dict[Head, float]:
     """Return T of each head of some blocks on the choosing half, those known included."""
-    known = dict(opened.chosen.heads)
+    known = dict(opened.heads)
     missing = set(blocks) - {block for block, _ in known}
     if missing:
-        known |= transfer_by_head(opened.trial, opened.chosen.pairs, sorted(missing))
+        known |= transfer_by_head(opened.trial, opened.halves.choosing, sorted(missing))
     return {head: value for head, value in known.items() if head[0] in set(blocks)}
 
 
@@ -294,7 +283,7 @@ def heads_of_seen_tasks(opened: Mapping[str, Opened]) -> list[Head] | Untested:
     seen = {name: one for name, one in opened.items() if not is_held_out(name)}
     if not seen:
         return Untested("none of the tasks on which heads are chosen was measured")
-    blocks = rank_blocks([total(one.chosen.parts["attention"]) for one in seen.values()])[:N_BLOCKS]
+    blocks = rank_blocks([total(one.parts["attention"]) for one in seen.values()])[:N_BLOCKS]
     by_task = [heads_alone(one, blocks) for one in seen.values()]
     mean = {head: np.mean([found[head] for found in by_task]) for head in by_task[0]}
     return sorted(mean, key=lambda head: -mean[head])[:FEW]
@@ -302,7 +291,7 @@ def heads_of_seen_tasks(opened: Mapping[str, Opened]) -> list[Head] | Untested:
 
 def random_heads(opened: Opened, n: int) -> list[Head]:
     """Return n of the heads that were looked at but the n best, drawn by the task's name."""
-    others = list(opened.chosen.heads)[n:]
+    others = list(opened.heads)[n:]
     order = generator("random heads", opened.trial.task.name).permutation(len(others))
     return [others[place] for place in order[:n]]
 
@@ -321,12 +310,12 @@ def transfer_on_testing_half(
     `attention`: the chosen block's attention output. `best n`: the n chosen heads. `random 3`:
     others of the same five blocks. `elsewhere`: three heads that other tasks chose.
     """
-    trial, pairs, chosen = _apart(opened.trial), opened.halves.testing, opened.chosen
-    groups = {f"best {n}": chosen.best(n) for n in COUNTS}
+    trial, pairs = _apart(opened.trial), opened.halves.testing
+    groups = {f"best {n}": opened.best(n) for n in COUNTS}
     groups[f"random {FEW}"] = random_heads(opened, FEW)
     if not isinstance(elsewhere, Untested):
         groups["elsewhere"] = list(elsewhere)
-    groups["attention"] = every_head(trial.decoder, [chosen.block])
+    groups["attention"] = every_head(trial.decoder, [opened.block])
     found = exchange_heads(trial, pairs, groups)
     return {"elsewhere": elsewhere, **found} if isinstance(elsewhere, Untested) else found
 
@@ -337,12 +326,11 @@ def as_table(opened: Opened, tested: Mapping[str, Measured]) -> pd.DataFrame:
     Columns `model`, `date`, `task`, `offsets` (the groups that the model masters), `exchanged`,
     `where` (a block, or heads as block.head), `estimate`, `low`, `high`, `n`.
     """
-    chosen = opened.chosen
-    groups = {f"best {n}": chosen.best(n) for n in COUNTS}
+    groups = {f"best {n}": opened.best(n) for n in COUNTS}
     groups[f"random {FEW}"] = random_heads(opened, FEW)
     places = {name: " ".join(f"{b}.{h}" for b, h in heads) for name, heads in groups.items()}
     rows = []
-    for name, where in {"attention": str(chosen.block), **places}.items():
+    for name, where in {"attention": str(opened.block), **places}.items():
         one = tested[name]
         if isinstance(one, Estimate):
             interval = one.interval()
@@ -363,9 +351,7 @@ def statistics(
     """Return the claim's statistics by task; heads of the seen tasks only on the held-out ones."""
 
     def of(what: str) -> dict[str, Measured]:
-        return {
-            name: one if isinstance(one, Untested) else one[what] for name, one in tested.items()
-        }
+        return each(tested, itemgetter(what))
 
     return {
         "attention_transfer": of("attention"),
@@ -403,16 +389,6 @@ def measure_twin(
     return statistics(
         {name: transfer_on_testing_half(one, elsewhere) for name, one in opened.items()}
     )
-
-
-def over_twins(
-    twins: Sequence[Mapping[str, Mapping[str, Measured]]],
-) -> dict[str, dict[str, Measured]]:
-    """Return the twins' statistics, each the mean over seeds, the units."""
-    return {
-        statistic: {name: over_seeds([twin[statistic][name] for twin in twins]) for name in by_task}
-        for statistic, by_task in twins[0].items()
-    }
 
 
 # --- what is lost, read, written ------------------------------------------------------------------

@@ -37,6 +37,7 @@ from lib.science.estimate import (
     Untested,
     generator,
     independent_difference,
+    mean_of,
     means_by_unit,
     over_seeds,
     pool,
@@ -217,16 +218,11 @@ def partial_on_task(trial: Trial, blocks: Sequence[int]) -> Measured:
     Groups that lack a subject are left out.
     """
     task, states, logits = trial.task, trial.states("last"), trial.logits
-    cells = task.prompts.groupby(["template", "group"]).indices.values()
-    whole = [rows for rows in cells if len(rows) == task.n_units]
-    if not whole:
-        return Untested("no template holds every subject")
-    found: Measured = Untested("")
-    for number, rows in enumerate(whole):
-        order = torch.as_tensor(rows[np.argsort(task.unit[rows])])
-        one = _partial(trial.decoder, states[:, order], logits[order], blocks, task.units)
-        found = one if number == 0 else found + one
-    return found * (1 / len(whole))
+    found = [
+        _partial(trial.decoder, states[:, rows], logits[rows], blocks, task.units)
+        for rows in map(torch.as_tensor, task.cells())
+    ]
+    return mean_of(found) if found else Untested("no template holds every subject")
 
 
 def _partial(
@@ -362,16 +358,13 @@ class NormCode:
         partials: partial ρ(|Δ log r|, J | θ) at each late block, by place.
         exchange: what an exchange of norms does on texts.
         blocks: after which norms were exchanged.
-        late: the late blocks.
     """
 
     gains: Mapping[str, Measured]
     within: ByTask
     partials: Mapping[str, Measured]
     exchange: NormExchange
-
     blocks: tuple[int, ...]
-    late: tuple[int, ...]
 
     def statistics(self) -> dict[str, Measured | Mapping[str, Measured]]:
         """Return what the criteria name, but for what compares with twins."""
@@ -399,7 +392,7 @@ def measure_norm_code(
     gains = text_attributes(reading, late) | pooled_gains(task_gains(able, late))
     within = task_gains(able, late, within_answer=True)
     done = exchange_norms(reading, late, chosen)
-    return NormCode(gains, within, partials, done, tuple(chosen), tuple(late))
+    return NormCode(gains, within, partials, done, tuple(chosen))
 
 
 def beyond_twins(trained: NormCode, twins: Sequence[NormCode]) -> Measured:

@@ -20,6 +20,7 @@ from lib.engine.edits import add
 from lib.engine.extraction import tokenize
 from lib.engine.models import Decoder
 from lib.engine.vectors import held_out_centroids
+from lib.evidence.by_task import each, over_twins
 from lib.evidence.content import CONTROLS, Content, states_at
 from lib.evidence.criteria import Record
 from lib.evidence.records import shown
@@ -42,6 +43,7 @@ from lib.science.estimate import (
     Measured,
     Untested,
     independent_difference,
+    mean_of,
     of_the_book,
     over_seeds,
     pool,
@@ -97,21 +99,8 @@ class Arms:
 
     def restrict(self, pairs: np.ndarray, blocks: Sequence[int]) -> Arms:
         """Return the arms on some of the pairs `[n_kept]` and blocks."""
-        return replace(
-            self,
-            transfers={
-                arm: replace(
-                    one,
-                    blocks=tuple(blocks),
-                    after=one.after[[one.blocks.index(b) for b in blocks]][:, pairs],
-                    before=one.before[pairs],
-                    choice=one.choice[[one.blocks.index(b) for b in blocks]][:, pairs],
-                    target=one.target[pairs],
-                    unit=one.unit[pairs],
-                )
-                for arm, one in self.transfers.items()
-            },
-        )
+        kept = {arm: one.where(pairs, blocks) for arm, one in self.transfers.items()}
+        return replace(self, transfers=kept)
 
 
 ByTask = Mapping[str, Measured]
@@ -251,10 +240,7 @@ def beyond_twins(trained: Mapping[str, Arms], twins: Sequence[ArmsByTask]) -> Me
         twins: the same of each seed.
     """
     own = {name: hand_over(arms) for name, arms in trained.items()}
-    seeds = [
-        {name: one if isinstance(one, Untested) else hand_over(one) for name, one in twin.items()}
-        for twin in twins
-    ]
+    seeds = [each(twin, hand_over) for twin in twins]
     shared = [
         name for name in own if all(isinstance(one.get(name), Estimate) for one in (own, *seeds))
     ]
@@ -274,22 +260,12 @@ def alignment(trial: Trial, transfer: Transfer) -> Measured:
     whole = transfer.estimate()
     if isinstance(whole, Untested):
         return whole
-    prompts, units = trial.task.prompts, np.unique(transfer.unit)
     states, logits = trial.states("last"), trial.logits
     found: list[Measured] = []
-    for _, cell in prompts.groupby(["template", "group"]):
-        own = cell[cell["unit"].isin(units)].sort_values("unit")
-        if len(own) < len(units):
-            continue  # a group that lacks some of the subjects
-        rows = torch.as_tensor(own.index.to_numpy(copy=True))
+    for rows in map(torch.as_tensor, trial.task.cells(np.unique(transfer.unit))):
         by_block = [angles(states[block, rows]) for block in range(len(states) - 1)]
         found.append(correlate(by_block, jeffreys_divergence(logits[rows]), whole.units))
-    if not found:
-        return Untested("no template or group holds all subjects")
-    total = found[0]
-    for one in found[1:]:
-        total = total + one
-    return total / len(found)
+    return mean_of(found) if found else Untested("no template or group holds all subjects")
 
 
 def rise_width(rho: Measured) -> Measured:
@@ -459,11 +435,7 @@ def _by_statistic(arms: ArmsByTask) -> dict[str, ByTask]:
 
 
 def _twin_statistics(n_blocks: int, twins: Sequence[ArmsByTask]) -> dict[str, Measured | ByTask]:
-    tables = [_by_statistic(twin) for twin in twins]
-    result: dict[str, Measured | ByTask] = {
-        name: {task: over_seeds([table[name][task] for table in tables]) for task in by_task}
-        for name, by_task in tables[0].items()
-    }
+    result: dict[str, Measured | ByTask] = {**over_twins([_by_statistic(one) for one in twins])}
     result["transition_spread"] = over_seeds([_spread(twin, n_blocks) for twin in twins])
     for name in (*CONTROLS, "content_margin", "same_answer_disturbance", "width_gap"):
         result[name] = dict.fromkeys(twins[0], _TRAINED_ONLY)

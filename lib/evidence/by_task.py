@@ -1,9 +1,9 @@
 """By task: functions of what was found of every task, where what is untested stays so."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from lib.science.estimate import Untested
+from lib.science.estimate import Measured, Untested, over_seeds
 
 Found = TypeVar("Found")
 Other = TypeVar("Other")
@@ -31,4 +31,14 @@ def both(
         else (other if isinstance(other, Untested) else function(one, other))
         for name, one in found.items()
         for other in (others[name],)
+    }
+
+
+def over_twins(
+    twins: Sequence[Mapping[str, Mapping[str, Measured]]],
+) -> dict[str, dict[str, Measured]]:
+    """Return the means of the twins' statistics by name and place, their seeds the units."""
+    return {
+        name: {place: over_seeds([twin[name][place] for twin in twins]) for place in places}
+        for name, places in twins[0].items()
     }

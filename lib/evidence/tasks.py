@@ -84,6 +84,17 @@ class Task:
         """The right answer of each prompt, an index into `answers` `[n_prompts]`."""
         return self.prompts["answer_index"].to_numpy(dtype=np.int64)
 
+    def cells(self, units: np.ndarray | None = None) -> list[np.ndarray]:
+        """Return the prompts of each template and group that holds all units, in the units' order.
+
+        Args:
+            units: which units, ascending; all by default.
+        """
+        wanted = np.arange(self.n_units) if units is None else units
+        own = self.prompts[self.prompts["unit"].isin(wanted)].sort_values("unit")
+        groups = own.groupby(["template", "group"])
+        return [cell.index.to_numpy(copy=True) for _, cell in groups if len(cell) == len(wanted)]
+
 
 def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """Return a table of text with the columns wanted; an empty cell is an empty string.
@@ -278,45 +289,36 @@ def exchange_pairs(
     rng = generator("pairs", task.name, "")
     prompts = task.prompts
     kept = sorted(set(prompts["group"]) if groups is None else set(groups) & set(prompts["group"]))
-    cells = [(t, g) for t in sorted(set(prompts["template"])) for g in kept]
-    keys = list(zip(prompts["template"], prompts["group"], task.unit.tolist(), strict=True))
+    templates = sorted(set(prompts["template"]))
+    keys = zip(prompts["template"], prompts["group"], task.unit.tolist(), strict=True)
     place = {key: row for row, key in enumerate(keys)}
     answer_of = {key[1:]: int(task.answer_index[row]) for key, row in place.items()}
     order = rng.permutation(task.n_units)
     pairs: list[tuple[int, int]] = []
     for group in kept:
-        own = [(t, g) for t, g in cells if g == group]
         circle = [unit for unit in order.tolist() if (group, unit) in answer_of]
         circle.sort(key=lambda unit: answer_of[group, unit])
-        for donor_number in range(n_donors):
+        answers = [answer_of[group, unit] for unit in circle]
+        for number, distance in enumerate(_distances(answers, n_donors)):
             for index, unit in enumerate(circle):
-                donor = _donor(circle, index, donor_number, n_donors, group, answer_of)
-                template = own[(index + donor_number) % len(own)][0]
-                if donor is not None:
-                    pairs.append((place[template, group, unit], place[template, group, donor]))
+                donor = (index + distance) % len(circle)
+                if answers[donor] != answers[index]:
+                    template = templates[(index + number) % len(templates)]
+                    x, y = (place[template, group, one] for one in (unit, circle[donor]))
+                    pairs.append((x, y))
     if len(kept) > 1:  # as many pairs a subject as without groups, spread over them
         pairs = _thin(pairs, task.unit, n_donors)
     chosen = np.array(sorted(set(pairs)), dtype=np.int64).reshape(-1, 2)
     return Pairs(chosen, task.unit[chosen[:, 0]])
 
 
-def _donor(
-    circle: Sequence[int],
-    index: int,
-    number: int,
-    n_donors: int,
-    group: str,
-    answer_of: dict[tuple[str, int], int],
-) -> int | None:
-    """Return the subject at the distance that belongs to a donor's number; None if none fits."""
-    answers = [answer_of[group, unit] for unit in circle]
+def _distances(answers: Sequence[int], n_donors: int) -> list[int]:
+    """Return how far along a circle of subjects, given by their answers, each donor stands."""
     widest = int(np.bincount(answers).max())
-    first, last = widest, len(circle) - widest  # at these distances no subject meets its own answer
+    first, last = widest, len(answers) - widest  # there no subject meets its own answer
     if first > last:
-        first, last = 1, len(circle) - 1
-    distance = first + round((number + 1) * (last - first) / (n_donors + 1))
-    donor = (index + distance) % len(circle)
-    return circle[donor] if answers[donor] != answers[index] else None
+        first, last = 1, len(answers) - 1
+    return [first + round((k + 1) * (last - first) / (n_donors + 1)) for k in range(n_donors)]
 
 
 def _thin(pairs: list[tuple[int, int]], unit: np.ndarray, n_donors: int) -> list[tuple[int, int]]:

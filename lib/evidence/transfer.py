@@ -268,6 +268,20 @@ class Transfer:
         both = np.broadcast_to(below[:, None], above.shape)
         return ratio_of_sums(both - above, both, name_units(self, units))
 
+    def where(self, pairs: np.ndarray | slice, blocks: Sequence[int] | None = None) -> "Transfer":
+        """Return the transfer of some of the pairs, at some of the blocks; all by default."""
+        chosen = self.blocks if blocks is None else tuple(blocks)
+        rows = [self.blocks.index(block) for block in chosen]
+        return replace(
+            self,
+            blocks=chosen,
+            after=self.after[rows][:, pairs],
+            before=self.before[pairs],
+            choice=self.choice[rows][:, pairs],
+            target=self.target[pairs],
+            unit=self.unit[pairs],
+        )
+
     def flip_rate(self) -> Measured:
         """Return the share of pairs whose choice became the donor's answer, a mean over units."""
         flipped = means_by_unit(self.choice == self.target, self.unit)
@@ -281,11 +295,7 @@ def name_units(whole: Task | Transfer, units: np.ndarray) -> str:
     return f"{whole.units} ({hashlib.sha256(units.tobytes()).hexdigest()[:8]})"
 
 
-def measure_transfer(
-    trial: Trial,
-    pairs: Pairs,
-    site: Site,
-) -> Transfer:
+def measure_transfer(trial: Trial, pairs: Pairs, site: Site) -> Transfer:
     """Return what an exchange at `site` does to every pair, after each block."""
     return measure_transfers({"": trial}, {"": pairs}, site)[""]
 
@@ -295,17 +305,12 @@ def measure_transfers(
     pairs: Mapping[str, Pairs],
     site: Site,
     *,
-    edit: Edit = exchange,
     donors: Mapping[str, Tensor] | None = None,
     blocks: Sequence[int] | None = None,
-    description: str | None = None,
 ) -> dict[str, Transfer]:
-    """Return by task what an edit at `site` does to every pair: `measure_sites` of one site."""
+    """Return by task what an exchange at `site` does to every pair: `measure_sites` of one site."""
     given = None if donors is None else {site: donors}
-    found = measure_sites(
-        trials, pairs, [site], edit=edit, donors=given, blocks=blocks, description=description
-    )
-    return found[site]
+    return measure_sites(trials, pairs, [site], donors=given, blocks=blocks)[site]
 
 
 def measure_sites(
@@ -341,24 +346,20 @@ def measure_sites(
         return {site: {} for site in sites}
     decoder = trials[next(iter(pairs))].decoder
     wanted = check_blocks(decoder, blocks)
-    in_line: dict[tuple[Site, str], Pairs] = {}
-    classes: dict[tuple[Site, str, int], np.ndarray] = {}
-    before: dict[tuple[Site, str], np.ndarray] = {}
+    planned: dict[tuple[Site, str], tuple[Pairs, list[np.ndarray]]] = {}
     requests: dict[tuple[Site, str, int], Request] = {}
     for name, own in pairs.items():
         task, logits = trials[name].task, trials[name].logits
         for site in sites:
             mirror = edit == exchange and donors is None
             kept, found = _classes(task, own, site, mirror)
-            in_line[site, name] = kept
-            before[site, name] = divergence(logits, *kept.prompts.T[::-1])
+            planned[site, name] = kept, [rows for _, rows, _ in found]
             for number, (positions, rows, mirrored) in enumerate(found):
                 asked = kept.prompts[rows]
                 swept, states = asked[:, ::-1] if mirrored else asked, None
                 if donors is not None:
                     swept = np.stack([asked[:, 0], np.arange(len(asked))], axis=1)
                     states = donors[site][name][:, torch.as_tensor(rows)]
-                classes[site, name, number] = rows
                 requests[site, name, number] = Request(
                     task.tokens,
                     swept,
@@ -376,17 +377,18 @@ def measure_sites(
         description=description,
     )
     result: dict[Site, dict[str, Transfer]] = {site: {} for site in sites}
-    for (site, name), own in in_line.items():
+    for (site, name), (own, parts) in planned.items():
         task = trials[name].task
+        before = divergence(trials[name].logits, *own.prompts.T[::-1])
         after = np.empty((len(wanted), len(own)))
         choice = np.empty((len(wanted), len(own)), dtype=np.int64)
-        for key, rows in classes.items():
-            if key[:2] == (site, name):
-                after[:, rows] = sweeps[key].measures["kl_nats"][0]
-                choice[:, rows] = sweeps[key].logits[0].argmax(-1)
+        for number, rows in enumerate(parts):
+            sweep = sweeps[site, name, number]
+            after[:, rows] = sweep.measures["kl_nats"][0]
+            choice[:, rows] = sweep.logits[0].argmax(-1)
         target = task.answer_index[own.prompts[:, 1]]
         result[site][name] = Transfer(
-            wanted, after, before[site, name], choice, target, own.unit, task.units, task.n_units
+            wanted, after, before, choice, target, own.unit, task.units, task.n_units
         )
     return result
 

@@ -51,7 +51,8 @@ def _measure(decoder: Decoder) -> dict[str, float]:
         pairs = pairs.where(np.arange(min(QUICK_PAIRS, len(pairs))))
         curves = [measure_transfer(trial, pairs, site).estimate() for site in ARMS.values()]
         if all(isinstance(curve, Estimate) for curve in curves):
-            context, prediction = (curve.value for curve in curves if isinstance(curve, Estimate))
+            # The last block counts nowhere.
+            context, prediction = (one.value[:-1] for one in curves if isinstance(one, Estimate))
             if not math.isnan(block := crossing(context, prediction)):
                 found[trial.task.name] = block
     return found

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from lib.engine.catalogue import ALIASES, results_name
 from lib.evidence.criteria import (
     ClaimVerdict,
@@ -139,10 +137,8 @@ def scorecard(rows: Sequence[Record]) -> str:
             table.append(_line(f"  {part}", verdict, twins.parts[part] if twins else None))
     if not table:
         return "No claim has been judged."
-    columns = ["claim", "verdict", "untrained twins"]
-    frame = pd.DataFrame(table, columns=columns)
-    widths = [max(map(len, [name, *frame[name]])) for name in columns]
-    lines = [columns, *frame.itertuples(index=False, name=None)]
+    lines = [["claim", "verdict", "untrained twins"], *table]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
@@ -155,8 +151,6 @@ def _line(name: str, verdict: str, twins: str | None) -> list[str]:
 
 
 def _twins(rows: Sequence[Record], claim: str, model: str) -> ClaimVerdict | None:
-    if (claim, model, True) not in _claims(rows):
-        return None
     try:
         return claim_verdict(rows, claim, model, untrained=True)
     except ValueError:

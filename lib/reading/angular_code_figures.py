@@ -12,18 +12,15 @@ from lib.reading.figures import (
     THRESHOLD,
     TWIN,
     WIDTH,
+    draw_block_axis,
     draw_curve,
-    mark_last_block,
+    draw_numbers,
     mark_transition,
     name_rows,
     of_table,
     shared_legend,
-    small_multiples,
     style_of,
     use_theme,
-)
-from lib.reading.figures import (
-    curve_table as curve_table,  # for the chapter, which draws with this module alone
 )
 from lib.science.estimate import Estimate, Measured, Untested
 
@@ -52,7 +49,6 @@ def by_depth(
         for name, own in table.groupby("curve", sort=False):
             draw_curve(axes, own, str(name))
         _frame(axes, n_blocks, transition)
-        axes.set_xlabel("block")
         axes.set_title(title, fontsize="small")
     grid[0, 0].set_ylabel("rank correlation with J")
     grid[0, 0].set_ylim(-0.15, 1.05)
@@ -72,8 +68,7 @@ def _twin_band(axes: Axes, curves: Sequence[Measured], blocks: Sequence[int] | r
 def _frame(axes: Axes, n_blocks: int, transition: float | Untested) -> None:
     if not isinstance(transition, Untested):
         mark_transition(axes, transition, transition, transition)
-    mark_last_block(axes, n_blocks)
-    axes.set_xlim(-0.5, n_blocks - 0.5)
+    draw_block_axis(axes, n_blocks)
 
 
 def readers(
@@ -106,7 +101,6 @@ def readers(
             draw_curve(axes, own, str(name))
         _frame(axes, n_blocks, transition)
         axes.axhline(0, color="#444444", linewidth=0.8)
-        axes.set_xlabel("block")
         axes.set_title(title, fontsize="small")
     grid[0, 0].set_ylabel("(partial) rank correlation with J")
     shared_legend(figure, grid.flat)
@@ -124,37 +118,12 @@ def rivals(table: pd.DataFrame, threshold: float) -> Figure:
     names = list(dict.fromkeys(table["rival"]))
     figure, axes = plt.subplots(figsize=(WIDTH, 0.42 * len(names) + 1.4))
     for untrained, own in table.groupby("untrained"):
-        y = np.array([names.index(name) for name in own["rival"]]) + (0.14 if untrained else -0.14)
-        errors = [own["estimate"] - own["low"], own["high"] - own["estimate"]]
-        style = style_of("angle", untrained=bool(untrained)) | {"linestyle": "none"}
-        label = "untrained twins" if untrained else "trained"
-        axes.errorbar(own["estimate"], y, xerr=errors, capsize=3, label=label, **style)
+        y = [names.index(name) + (0.14 if untrained else -0.14) for name in own["rival"]]
+        style = style_of("angle", untrained=bool(untrained))
+        draw_numbers(axes, own, y, label="untrained twins" if untrained else "trained", **style)
     axes.axvline(threshold, **THRESHOLD)
     axes.axvline(0, color="#444444", linewidth=0.8)
     name_rows(axes, names)
     axes.set_xlabel("partial ρ with J given the affine reader, late blocks")
     shared_legend(figure, [axes])
-    return figure
-
-
-@of_table
-def task_panels(table: pd.DataFrame, *, n_blocks: int, transition: float | Untested) -> Figure:
-    """Return ρ(θ, J) within templates, a small panel a task: all pairs, and different answers.
-
-    Args:
-        table: a `curve_table` with a column `task`; curves are "angle" and "different answers".
-        n_blocks: depth of the model.
-        transition: ℓ*.
-    """
-    tasks = list(dict.fromkeys(table["task"]))
-    figure, grid = small_multiples(len(tasks), 4, (1.35, 0.9), "small")
-    for axes, task in zip(grid.flat, tasks, strict=False):
-        for name, own in table[table["task"] == task].groupby("curve", sort=False):
-            draw_curve(axes, own, str(name))
-        _frame(axes, n_blocks, transition)
-        axes.set_title(task, fontsize="x-small")
-        axes.tick_params(labelsize="x-small")
-    grid[0, 0].set_ylim(-0.3, 1.05)
-    figure.supylabel("rank correlation with J", fontsize="small")
-    shared_legend(figure, grid.flat)
     return figure

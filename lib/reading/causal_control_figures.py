@@ -15,11 +15,13 @@ from lib.reading.figures import (
     TWIN,
     WIDTH,
     book_rows,
+    curve_table,
+    draw_numbers,
     name_rows,
     of_table,
     shared_legend,
 )
-from lib.science.estimate import Estimate, Measured, pool
+from lib.science.estimate import Measured, pool
 
 METHOD_STYLES: Mapping[str, Mapping[str, Any]] = {
     "rotate to centroid": STYLES["angle"],
@@ -43,19 +45,8 @@ def rows(measured: Mapping[str, Measured], **columns: Any) -> pd.DataFrame:
     Returns:
         Columns `task`, `place` (the entry of a curve), `estimate`, `low`, `high`, `n`, and those.
     """
-    every = {**measured, POOLED: pool(measured)}
-    frames = [
-        one.to_frame(axis="place").assign(task=name, **columns)
-        for name, one in every.items()
-        if isinstance(one, Estimate)
-    ]
-    if frames:
-        return pd.concat(frames)
-    numbers = {name: pd.Series(dtype=float) for name in ("estimate", "low", "high", "n")}
-    kinds = {name: pd.Series(dtype=type(value)) for name, value in columns.items()}
-    return pd.DataFrame(
-        {"task": pd.Series(dtype=str), "place": pd.Series(dtype=int)} | numbers | kinds
-    )
+    table = curve_table({**measured, POOLED: pool(measured)}, named="task")
+    return table.rename(columns={"block": "place"}).assign(**columns)
 
 
 @of_table
@@ -221,5 +212,4 @@ def _dots(
     marker: str,
 ) -> None:
     y = [tasks.index(task) + offset for task in own["task"]]
-    axes.hlines(y, own["low"], own["high"], color=colour, linewidth=1.2)
-    axes.plot(own["estimate"], y, marker, color=colour, label=label)
+    draw_numbers(axes, own, y, color=colour, marker=marker, label=label)

@@ -139,7 +139,7 @@ def explore_trial(trial: Trial, twin: Decoder) -> Exploration:
     context, prediction = arms.values()
     place = None
     if isinstance(context, Estimate) and isinstance(prediction, Estimate):
-        crossed = crossing(context.value, prediction.value)
+        crossed = crossing(context.value[:-1], prediction.value[:-1])  # as the chapter
         place = None if np.isnan(crossed) else crossed
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(N_SHOWN, len(rows))).round().astype(int))
     prompts = task.prompts.iloc[rows[chosen]]

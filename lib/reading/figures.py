@@ -35,19 +35,11 @@ STYLES: Mapping[str, Mapping[str, Any]] = {
     "logit lens": {"color": _COLOURS[5], "marker": "X"},
     "affine reader": {"color": _COLOURS[0], "marker": "P"},
     "different answers": {"color": "#222222", "marker": "."},
-    "angle beyond the lens": {"color": _COLOURS[9], "marker": "*"},
-    # what a dissimilarity matrix is compared with
-    "context": {"color": _COLOURS[0], "marker": "o"},
-    "prediction": {"color": _COLOURS[3], "marker": "s"},
-    "angles against context": {"color": _COLOURS[9], "marker": "P"},
     "angles against prediction": {"color": _COLOURS[2], "marker": "D"},
     # edits and their controls
     "exchange": {"color": "#222222", "marker": "o"},
     "steering on held-out templates": {"color": _COLOURS[1], "marker": "h"},
-    "same answer": {"color": _COLOURS[2], "marker": "X"},
-    "random direction": {"color": _COLOURS[4], "marker": "*"},
     "random plane": {"color": _COLOURS[9], "marker": "*"},
-    "own answer": {"color": "#333333", "marker": "p"},
     # parts of a block
     "attention": {"color": "#332288", "marker": "o"},
     "mlp": {"color": "#999933", "marker": "s"},
@@ -57,7 +49,6 @@ STYLES: Mapping[str, Mapping[str, Any]] = {
     # sites of an edit
     "subject": {"color": _COLOURS[0], "marker": "o"},
     "subject to second last": {"color": _COLOURS[9], "marker": "<"},
-    "subject to last": {"color": _COLOURS[4], "marker": ">"},
 }
 """Colour and marker of everything that appears in more than one figure."""
 
@@ -139,28 +130,29 @@ def draw_curve(
 
 
 def curve_table(
-    curves: Mapping[str, Measured], blocks: Sequence[int], named: str = "curve"
+    curves: Mapping[str, Measured], blocks: Sequence[int] | None = None, named: str = "curve"
 ) -> pd.DataFrame:
-    """Return curves over depth as a tidy table; those that could not be measured are left out.
+    """Return curves or numbers as a tidy table; those that could not be measured are left out.
 
     Args:
         curves: by name, each `[len(blocks)]`.
-        blocks: what the entries are.
+        blocks: what the entries are, their places by default.
         named: the column that holds the names.
 
     Returns:
         Columns `named`, `block`, `estimate`, `low`, `high`, `n`.
     """
     frames = [
-        one.to_frame().assign(block=list(blocks), **{named: name})
+        one.to_frame().assign(**{named: name} | ({} if blocks is None else {"block": list(blocks)}))
         for name, one in curves.items()
         if isinstance(one, Estimate)
     ]
     columns = [named, "block", "estimate", "low", "high", "n"]
     if frames:
-        return pd.concat(frames)[columns]
+        return pd.concat(frames, ignore_index=True)[columns]
     # Columns of numbers even where there is none: beside others, objects would spread to them.
-    return pd.DataFrame(columns=columns).astype(dict.fromkeys(columns[1:], float))
+    kinds = {**dict.fromkeys(columns, float), named: str, "block": int}
+    return pd.DataFrame(columns=columns).astype(kinds)
 
 
 def mark_transition(axes: Axes, block: float, low: float, high: float) -> None:
@@ -288,23 +280,71 @@ def book_rows(table: pd.DataFrame) -> pd.DataFrame:
     return table[~table["task"].astype(str).str.startswith(OWN)]
 
 
+def draw_numbers(axes: Axes, table: pd.DataFrame, rows: Sequence[float], **style: Any) -> None:
+    """Draw numbers with their intervals, each on its row.
+
+    Args:
+        axes: where to draw.
+        table: columns `estimate`, `low`, `high`; an interval may leave its number outside.
+        rows: the row of each.
+        **style: colour, marker and label.
+    """
+    axes.hlines(rows, table["low"], table["high"], color=style["color"], linewidth=1.2)
+    axes.plot(table["estimate"], rows, **style | {"linestyle": "none"})
+
+
+@of_table
+def task_panels(
+    table: pd.DataFrame,
+    *,
+    n_blocks: int,
+    transitions: Mapping[str, tuple[float, float, float]],
+    ylabel: str,
+) -> Figure:
+    """Return small multiples of depth curves, a panel a task, each with its ℓ* where it has one.
+
+    Args:
+        table: a `curve_table` with a column `task`.
+        n_blocks: depth of the model.
+        transitions: ℓ* and its interval by task.
+        ylabel: what is measured.
+    """
+    tasks = list(dict.fromkeys(table["task"]))
+    figure, grid = small_multiples(len(tasks), 4, (1.3, 0.8), "small")
+    for axes, task in zip(grid.flat, tasks, strict=False):
+        for name, own in table[table["task"] == task].groupby("curve", sort=False):
+            draw_curve(axes, own, str(name))
+        if task in transitions:
+            mark_transition(axes, *transitions[task])
+        mark_last_block(axes, n_blocks)
+        axes.set_xlim(-0.5, n_blocks - 0.5)
+        axes.set_title(task, fontsize="x-small", pad=2)
+        axes.tick_params(labelsize="x-small")
+    grid[0, 0].set_ylim(-0.3, 1.08)
+    figure.supylabel(ylabel, fontsize="small")
+    shared_legend(figure, grid.flat)
+    return figure
+
+
 @of_table
 def transition_forest(table: pd.DataFrame, *, n_blocks: int, title: str) -> Figure:
     """Return the transition block of each task with its interval, and the width as a bar.
 
     Args:
-        table: columns `task`, `block`, `low`, `high`, `width_share` (of the depth); one row a task.
+        table: columns `task`, `estimate` (the block), `low`, `high`, `width_share` (of the depth);
+            one row a task.
         n_blocks: depth of the model.
         title: title above.
     """
-    table = table.dropna(subset=["block"]).sort_values("block", ascending=False)
+    table = table.dropna(subset=["estimate"]).sort_values("estimate", ascending=False)
     figure, axes = plt.subplots(figsize=(WIDTH, 0.36 * len(table) + 1.3))
     rows = range(len(table))
     half = table["width_share"].astype(float) * n_blocks / 2
-    axes.barh(rows, 2 * half, left=table["block"] - half, height=0.5, color="#cfcfcf", zorder=1)
-    errors = [table["block"] - table["low"], table["high"] - table["block"]]
-    axes.errorbar(table["block"], rows, xerr=errors, fmt="o", color="#222222", capsize=3, zorder=2)
-    axes.axvline(book_rows(table)["block"].median(), color="#444444", linestyle=":", linewidth=1.2)
+    left = table["estimate"] - half
+    axes.barh(rows, 2 * half, left=left, height=0.5, color="#cfcfcf", zorder=1)
+    draw_numbers(axes, table, rows, color="#222222", marker="o")
+    middle = book_rows(table)["estimate"].median()
+    axes.axvline(middle, color="#444444", linestyle=":", linewidth=1.2)
     axes.set_yticks(list(rows), table["task"])
     axes.set_xlim(-0.5, n_blocks - 0.5)
     axes.set_xlabel("block")

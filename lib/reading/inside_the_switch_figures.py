@@ -129,7 +129,7 @@ def number_of_heads(table: pd.DataFrame, threshold: float) -> Figure:
         if end["estimate"] < 0.3:
             axes.annotate(str(name), (end["n_heads"], end["estimate"]), fontsize="x-small")
     mean = best[best["task"] == POOLED]
-    curve = mean.rename(columns={"n_heads": "block"})
+    curve = mean.assign(block=mean["n_heads"])
     draw_curve(axes, curve, "head", label="best heads, mean over tasks")
     for kind, label in (
         ("random", "others of the same blocks"),
@@ -140,9 +140,8 @@ def number_of_heads(table: pd.DataFrame, threshold: float) -> Figure:
         style = style_of(f"{kind} heads") | {"linestyle": "none"}
         axes.plot(dots["n_heads"], dots["estimate"], alpha=0.35, **style)
         whole = own[own["task"] == POOLED]
-        errors = [whole["estimate"] - whole["low"], whole["high"] - whole["estimate"]]
-        large = style | {"markersize": 9}
-        axes.errorbar(whole["n_heads"], whole["estimate"], yerr=errors, label=label, **large)
+        axes.vlines(whole["n_heads"], whole["low"], whole["high"], color=style["color"])
+        axes.plot(whole["n_heads"], whole["estimate"], label=label, **style | {"markersize": 9})
     axes.axhline(threshold, **THRESHOLD)
     axes.set_xticks(sorted(best["n_heads"].unique()))
     axes.set_xlabel("heads exchanged together")

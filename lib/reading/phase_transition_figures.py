@@ -19,9 +19,9 @@ from lib.reading.figures import (
     curve_table,
     draw_block_axis,
     draw_curve,
+    draw_numbers,
     mark_transition,
     name_rows,
-    nothing_to_show,
     of_table,
     shared_legend,
     small_multiples,
@@ -107,9 +107,7 @@ def depths_by_model(table: pd.DataFrame, colours: Mapping[str, str]) -> Figure:
     for place, (model, marker) in enumerate(zip(models, "osDvP^X", strict=False)):
         one = table[table["model"] == model]
         rows = [tasks.index(task) + 0.16 * (place - (len(models) - 1) / 2) for task in one["task"]]
-        errors = [one["estimate"] - one["low"], one["high"] - one["estimate"]]
-        style: dict[str, Any] = {"color": colours[model], "marker": marker, "linestyle": "none"}
-        axes.errorbar(one["estimate"], rows, xerr=errors, label=model, elinewidth=1.2, **style)
+        draw_numbers(axes, one, rows, color=colours[model], marker=marker, label=model)
         axes.axvline(one["estimate"].median(), color=colours[model], linestyle=":", linewidth=1)
     axes.set_xlim(0, 1)
     axes.set_xlabel("relative depth of the transition, 0 first block, 1 last")
@@ -141,40 +139,6 @@ def by_model(table: pd.DataFrame) -> Figure:
     grid[0, 0].set_ylim(min(-0.1, table["low"].min() - 0.03), 1.08)
     for axes in grid[:, 0]:
         axes.set_ylabel("transfer T", fontsize="small")
-    shared_legend(figure, grid.flat)
-    return figure
-
-
-def task_panels(
-    table: pd.DataFrame,
-    *,
-    n_blocks: int,
-    transitions: Mapping[str, tuple[float, float, float]],
-) -> Figure:
-    """Return small multiples: both arms of each task with their bands and its ℓ*.
-
-    Args:
-        table: columns `arm`, `task`, `block`, `estimate`, `low`, `high`.
-        n_blocks: depth of the model.
-        transitions: ℓ* and its interval by task.
-    """
-    use_theme()
-    tasks = [name for name in dict.fromkeys(table["task"]) if name != ALL_TASKS]
-    if not tasks:
-        return nothing_to_show()
-    figure, grid = small_multiples(len(tasks), 4, (1.25, 0.6), "x-small")
-    for axes, name in zip(grid.flat, tasks, strict=False):
-        for arm in ARMS:
-            draw_curve(axes, table[(table["task"] == name) & (table["arm"] == arm)], arm)
-        if name in transitions:
-            middle, low, high = transitions[name]
-            axes.axvspan(low, high, color="#bbbbbb", alpha=0.35, linewidth=0)
-            axes.axvline(middle, color="#444444", linestyle=":", linewidth=1)
-        axes.set_title(name, fontsize="x-small", pad=2)
-        axes.tick_params(labelsize="x-small")
-        axes.set_xlim(-0.5, n_blocks - 0.5)
-    grid[0, 0].set_ylim(-0.3, 1.08)
-    figure.supylabel("transfer T", fontsize="small")
     shared_legend(figure, grid.flat)
     return figure
 
@@ -250,9 +214,7 @@ def two_widths(curves: pd.DataFrame, widths: pd.DataFrame, *, n_blocks: int) -> 
     left.set_title("mean over tasks", fontsize="small")
     for name, own in widths.groupby("quantity", sort=False):
         y = [tasks.index(task) for task in own["task"]]
-        errors = [own["estimate"] - own["low"], own["high"] - own["estimate"]]
-        style = style_of(str(name)) | {"linestyle": "none"}
-        right.errorbar(own["estimate"], y, xerr=errors, capsize=2, elinewidth=1, **style)
+        draw_numbers(right, own, y, **style_of(str(name)))
     name_rows(right, tasks, fontsize="x-small")
     right.set_xlim(left=0)
     right.set_xlabel("width of the rise in blocks")

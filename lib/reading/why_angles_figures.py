@@ -25,7 +25,7 @@ FloatArray = NDArray[np.float64]
 
 KINDS: Mapping[str, Mapping[str, Any]] = {
     "rmsnorm": {"color": STYLES["angle"]["color"], "marker": "o"},
-    "layernorm": {"color": STYLES["context"]["color"], "marker": "s", "linestyle": "--"},
+    "layernorm": {"color": STYLES["context arm"]["color"], "marker": "s", "linestyle": "--"},
     "no-final-norm": {"color": STYLES["norm"]["color"], "marker": "v", "linestyle": "-."},
     "none": {"color": STYLES["distance"]["color"], "marker": "^", "linestyle": ":"},
 }

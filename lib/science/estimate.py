@@ -299,6 +299,11 @@ def of_the_book(found: Mapping[str, T]) -> dict[str, T]:
     return {name: one for name, one in found.items() if not is_own(name)}
 
 
+def mean_of(measured: Sequence[Measured]) -> Measured:
+    """Return the mean of paired numbers; Untested where one is."""
+    return sum(measured[1:], start=measured[0]) / float(len(measured))
+
+
 def pool(estimates: Mapping[str, Measured]) -> Measured:
     """Return the mean over tasks, its draws the mean of the tasks' draws; untested ones left out.
 
