@@ -23,7 +23,6 @@ from lib.claims.angular_code import (
     items_by_template,
     learn_readers,
     measure_network,
-    over_twins,
     read_divergence,
     read_items,
     statistics,
@@ -31,6 +30,7 @@ from lib.claims.angular_code import (
     unembedding_basis,
     within,
 )
+from lib.evidence.by_task import over_twins
 from lib.evidence.criteria import criteria, judge
 from lib.evidence.tasks import build_task, load_tasks, load_texts
 from lib.evidence.transfer import Trial, read_tasks

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LinearRegression
 
-from lib.science.decoding import Decoded, decoding_gain, residuals, thirds
+from lib.science import decoding
+from lib.science.decoding import decoding_gain, no_surer, residuals, thirds
 from lib.science.estimate import Untested, mean_over_units
 
 
@@ -15,11 +16,11 @@ def planted(signal: float, n: int = 240, n_classes: int = 3, seed: int = 0):
 def test_a_planted_label_is_decoded_and_noise_is_not():
     rng = np.random.default_rng(1)
     features, label = planted(2.0)
-    assert decoding_gain(features, label, np.arange(240), rng).gain.mean() > 0.25
+    assert float(decoding_gain(features, label, np.arange(240), "items", rng)) > 0.25
     gains = []
     for seed in range(20):
         features, label = planted(0.0, seed=seed)
-        gains.append(decoding_gain(features, label, np.arange(240), rng).gain.mean())
+        gains.append(float(decoding_gain(features, label, np.arange(240), "items", rng)))
     assert abs(np.mean(gains)) < 3 * np.std(gains) / np.sqrt(20)
 
 
@@ -27,14 +28,14 @@ def test_a_label_that_is_curved_in_the_feature_is_decoded_too():
     rng = np.random.default_rng(2)
     feature = rng.normal(size=300)
     label = (np.abs(feature) > 0.7).astype(int)
-    assert decoding_gain(feature[:, None], label, np.arange(300), rng).gain.mean() > 0.2
+    assert float(decoding_gain(feature[:, None], label, np.arange(300), "items", rng)) > 0.2
 
 
 def test_unequal_classes_are_no_information():
     rng = np.random.default_rng(3)
     label = (np.arange(400) % 10 == 0).astype(int)
-    gain = decoding_gain(rng.normal(size=(400, 2)), label, np.arange(400), rng)
-    assert abs(gain.gain.mean()) < 0.03
+    gain = decoding_gain(rng.normal(size=(400, 2)), label, np.arange(400), "items", rng)
+    assert abs(float(gain)) < 0.03
 
 
 def test_a_group_is_never_split_so_what_marks_the_group_does_not_help():
@@ -42,8 +43,8 @@ def test_a_group_is_never_split_so_what_marks_the_group_does_not_help():
     group = np.repeat(np.arange(40), 5)
     mark, label = rng.normal(size=40)[group], rng.integers(2, size=40)[group]
     features = (mark + 0.01 * rng.normal(size=200))[:, None]
-    apart = decoding_gain(features, label, group, rng, strata=None).gain.mean()
-    leaked = decoding_gain(features, label, np.arange(200), rng).gain.mean()
+    apart = float(decoding_gain(features, label, group, "items", rng, strata=None))
+    leaked = float(decoding_gain(features, label, np.arange(200), "items", rng))
     assert leaked > 0.1
     assert apart < 0.1
 
@@ -53,10 +54,9 @@ def test_labels_are_shuffled_within_strata_alone():
     stratum = np.repeat([0, 1], 150)
     label = np.where(rng.random(300) < 0.9, stratum, 1 - stratum)
     features = (stratum + 0.1 * rng.normal(size=300))[:, None]
-    assert decoding_gain(features, label, np.arange(300), rng).gain.mean() > 0.3
-    assert (
-        abs(decoding_gain(features, label, np.arange(300), rng, strata=stratum).gain.mean()) < 0.05
-    )
+    assert float(decoding_gain(features, label, np.arange(300), "items", rng)) > 0.3
+    within = decoding_gain(features, label, np.arange(300), "items", rng, strata=stratum)
+    assert abs(float(within)) < 0.05
 
 
 @pytest.mark.parametrize(
@@ -65,11 +65,11 @@ def test_labels_are_shuffled_within_strata_alone():
         (np.ones((40, 1)), np.arange(40) % 2, np.arange(40), "the same for all items"),
         (np.arange(40.0)[:, None], np.zeros(40), np.arange(40), "one class alone"),
         (np.arange(40.0)[:, None], np.arange(40) % 5, np.arange(40), "ten a class are needed"),
-        (np.arange(40.0)[:, None], np.arange(40) % 2, np.arange(40) % 4, "4 groups, 5 are needed"),
+        (np.arange(40.0)[:, None], np.arange(40) % 2, np.arange(40) % 4, "4 units, 5 are needed"),
     ],
 )
 def test_what_cannot_be_decoded_is_untested_with_the_reason(features, label, group, reason):
-    found = decoding_gain(features, label, group, np.random.default_rng(0))
+    found = decoding_gain(features, label, group, "items", np.random.default_rng(0))
     assert isinstance(found, Untested)
     assert reason in found.reason
 
@@ -88,34 +88,49 @@ def test_thirds_are_equal_and_ordered():
     assert found.tolist() == [1, 0, 2, 1, 2, 0]
 
 
-def test_the_interval_of_a_gain_is_no_narrower_than_shuffled_labels_are_spread():
+def test_the_interval_of_a_gain_is_no_narrower_than_shuffled_labels_are_spread(monkeypatch):
     rng = np.random.default_rng(7)
     unit, label = np.repeat(np.arange(40), 3), np.tile(np.arange(3), 40)
-    found = decoding_gain(rng.normal(size=(120, 2)), label, unit, rng, strata=unit)
-    assert found.over_units(unit, "forty").draws.std() >= 0.99 * found.null_spread
-    assert found.over_units(unit, "forty").n_units == 40
+    spread = []
+    monkeypatch.setattr(decoding, "no_surer", lambda one, null: (spread.append(null), one)[1])
+    features = rng.normal(size=(120, 2))
+    narrow = decoding_gain(features, label, unit, "forty", np.random.default_rng(8), strata=unit)
+    monkeypatch.undo()
+    found = decoding_gain(features, label, unit, "forty", np.random.default_rng(8), strata=unit)
+    assert found.draws.std() == pytest.approx(max(spread[0], narrow.draws.std()))
+    assert found.n_units == 40
 
 
-def test_draws_over_units_are_those_of_the_units_means_and_at_least_as_wide_as_the_nulls():
-    gain = np.random.default_rng(5).normal(0.2, 1, size=60)
-    unit = np.repeat(np.arange(20), [1] * 10 + [5] * 10)
-    means = [gain[unit == one].mean() for one in range(20)]
-    plain = mean_over_units(means, "twenty")
-    sure = Decoded(gain, 0.0).over_units(unit, "twenty")
+def test_draws_are_spread_to_the_nulls_where_they_are_narrower():
+    plain = mean_over_units(np.random.default_rng(5).normal(0.2, 1, size=20), "twenty")
+    sure = no_surer(plain, 0.0)
     assert np.allclose(sure.draws, plain.draws)
     assert (sure.units, sure.n_units, sure.n_least) == ("twenty", 20, 20)
-    spread = 3 * plain.draws.std()
-    wide = Decoded(gain, spread).over_units(unit, "twenty")
+    wide = no_surer(plain, 3 * plain.draws.std())
     assert np.allclose(wide.draws - wide.value, 3 * (plain.draws - plain.value))
-    same = Decoded(np.full(60, 0.25), 0.1).over_units(unit, "twenty")
+    same = no_surer(mean_over_units(np.full(20, 0.25), "twenty"), 0.1)
     assert np.allclose(same.draws, 0.25)  # nothing to spread
-    assert Decoded(gain[:2], 0.1).over_units([0, 1], "two").reason.startswith("2 two")
+    untested = Untested("why")
+    assert no_surer(untested, 0.1) is untested
+
+
+def test_the_gain_is_over_units_not_items():
+    rng = np.random.default_rng(12)
+    unit = np.repeat(np.arange(40), [1] * 20 + [9] * 20)
+    label = rng.integers(2, size=200)
+    told = np.where(unit < 20, 0, label)  # the many prompts of few units tell their label, few not
+    features = (told + 0.1 * rng.normal(size=200))[:, None]
+    items = decoding_gain(features, label, np.arange(200), "items", np.random.default_rng(1))
+    units = decoding_gain(features, label, unit, "units", np.random.default_rng(1))
+    assert units.n_units == 40 and float(units) < float(items) - 0.1
 
 
 def test_one_class_and_a_constant_feature_are_named():
     rng = np.random.default_rng(6)
     feature, label = planted(1.0, n=60)
-    assert decoding_gain(feature, np.zeros(60), np.arange(60), rng) == Untested("one class alone")
+    assert decoding_gain(feature, np.zeros(60), np.arange(60), "items", rng) == Untested(
+        "one class alone"
+    )
     two = np.column_stack([feature[:, 0], np.ones(60)])
-    same = decoding_gain(two, label, np.arange(60), rng)
+    same = decoding_gain(two, label, np.arange(60), "items", rng)
     assert same == Untested("a feature is the same for all items")

@@ -21,7 +21,6 @@ from lib.engine.edits import (
     exchange,
     exchange_direction,
     exchange_norm,
-    keep,
 )
 from lib.engine.extraction import logit_lens
 from lib.engine.models import Decoder
@@ -59,7 +58,7 @@ def test_direction_and_norm_exchanged_together_are_the_exchange() -> None:
 
 def test_add_adds_and_keep_keeps() -> None:
     assert torch.equal(add(STATE, DONOR), STATE + DONOR)
-    assert torch.equal(keep(STATE, DONOR), STATE)
+    assert torch.equal(Scale(1.0)(STATE, DONOR), STATE)
 
 
 def test_zero_state_has_no_direction() -> None:

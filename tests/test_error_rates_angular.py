@@ -18,9 +18,9 @@ from lib.claims.angular_code import (
     correlate_beyond,
     correlate_items,
     find_windows,
-    over_twins,
     statistics,
 )
+from lib.evidence.by_task import over_twins
 from lib.evidence.criteria import criteria, judge
 from lib.science.estimate import mean_over_units
 from lib.science.geometry import distances

@@ -91,8 +91,8 @@ def _found(shift: float, n_runs: int) -> float:
             features, label = rng.normal(size=(180, 2)), np.tile(np.arange(3), 60)
             features[:, 0] += shift * label
             unit = np.repeat(np.arange(60), 3)
-            found = decoding_gain(features, label, unit, rng, strata=unit)
-            gains.append(found.over_units(unit, f"subjects {run} {name}"))
+            units = f"subjects {run} {name}"
+            gains.append(decoding_gain(features, label, unit, units, rng, strata=unit))
         best = max(gains, key=float)
         assert isinstance(best, Estimate)
         supported += bool(best.interval().low > 0)
@@ -181,7 +181,7 @@ def _learned(own: float, twin: float, run: int) -> str:
 
         within = {"template": gains(template, "ab"), "subject": gains(subject, "abcd")}
         nothing = norm_code.NormExchange(*[Untested("not measured")] * 3)
-        return norm_code.NormCode({}, within, {}, nothing, (), ())
+        return norm_code.NormCode({}, within, {}, nothing, ())
 
     twins = [network(twin + rng.normal(0, 0.1), 0.08 + rng.normal(0, 0.03)) for _ in range(5)]
     found = norm_code.beyond_twins(network(own, 0.08), twins)

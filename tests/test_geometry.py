@@ -3,15 +3,12 @@ import pytest
 import torch
 from scipy.spatial.distance import pdist, squareform
 from scipy.special import log_softmax, rel_entr, softmax
-from scipy.stats import entropy as scipy_entropy
 
 from lib.science.geometry import (
     angles,
     distances,
-    entropy,
     jeffreys_divergence,
     log_norm_differences,
-    upper_triangle,
 )
 
 
@@ -99,16 +96,6 @@ def test_huge_logits_have_a_finite_divergence():
     ).all()
 
 
-def test_entropy_equals_scipys(states):
-    assert entropy(log_softmax(states, axis=1)) == pytest.approx(
-        scipy_entropy(softmax(states, axis=1), axis=1)
-    )
-
-
-def test_the_upper_triangle_is_in_scipys_order(states):
-    assert np.array_equal(upper_triangle(distances(states)), pdist(states))
-
-
 @pytest.mark.parametrize("matrix", [angles, log_norm_differences])
 def test_a_state_of_norm_zero_is_named(matrix, states):
     states[4] = 0.0
@@ -146,19 +133,10 @@ def test_many_close_states_and_predictions_keep_their_digits_pair_by_pair():
     assert found[:4, :4] == pytest.approx(expected[:4, :4] ** 2 * variance, rel=1e-5)
 
 
-def test_a_certain_prediction_has_entropy_zero():
-    assert entropy(np.log([[1.0, 1e-300]])) == pytest.approx([0.0], abs=1e-12)
-
-
 def test_errors_name_what_was_given(states):
     states[3, 0] = np.inf
     for function in (angles, distances, log_norm_differences):
         with pytest.raises(ValueError, match=r"^states: item 3"):
             function(states)
-    with pytest.raises(ValueError, match=r"^log_p: item 3"):
-        entropy(states)
     with pytest.raises(ValueError, match=r"^states: item 1 has norm 0"):
         angles([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
-    for broken in (np.zeros((2, 3)), np.zeros(4)):
-        with pytest.raises(ValueError, match="must be square"):
-            upper_triangle(broken)

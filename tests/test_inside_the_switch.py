@@ -11,12 +11,13 @@ from conftest import tiny_model, tiny_tokenizer
 from tiny_tasks import tiny_task
 
 from lib.claims import inside_the_switch as claim
-from lib.claims.inside_the_switch import Chosen, Halves, Opened
+from lib.claims.inside_the_switch import Halves, Opened
 from lib.engine import replay, store
 from lib.engine.batches import plant_prompts
 from lib.engine.files import DATA
 from lib.engine.models import load_decoder
 from lib.engine.parts import find_parts
+from lib.evidence.by_task import over_twins
 from lib.evidence.criteria import judge
 from lib.evidence.tasks import Pairs, build_task
 from lib.evidence.transfer import Transfer, read_tasks
@@ -113,8 +114,8 @@ def test_the_planted_head_is_found_and_carries_everything(opened):
 def test_a_tasks_prompts_run_once_however_full_the_list_of_all_tasks_is(
     trial, monkeypatch, tmp_path
 ):
-    pairs = claim.halve(trial).choosing
-    claim.choose(trial, pairs)  # what is compared once for a model has been
+    halves = claim.halve(trial)
+    claim.open_switch(trial, halves)  # what is compared once for a model has been
     others = [list(range(k, k + 30)) for k in range(1, 25)]
     (full,) = [
         replay.run_forest(trial.decoder, one) for one in plant_prompts(others, range(24), 9999)
@@ -124,7 +125,7 @@ def test_a_tasks_prompts_run_once_however_full_the_list_of_all_tasks_is(
     run, runs = replay.run_forest, []
     monkeypatch.setattr(replay, "run_forest", lambda *args: runs.append(1) or run(*args))
     crowded = replace(trial, forests=[full])
-    claim.choose(crowded, pairs)
+    claim.open_switch(crowded, halves)
     assert len(runs) == 1
     assert crowded.forests == [full]
 
@@ -285,11 +286,8 @@ def test_twins_are_measured_on_seen_tasks_and_one_held_out_in_any_order():
 
 
 def fake(name, trial, heads):
-    order = sorted(heads, key=lambda head: -heads[head])
-    chosen = Chosen(
-        None, {"attention": curve([1, 0, 1, 1])}, 1, {head: heads[head] for head in order}
-    )
-    return Opened(trial, Halves(None, None), chosen)
+    ordered = {head: heads[head] for head in sorted(heads, key=lambda head: -heads[head])}
+    return Opened(trial, Halves(None, None), {"attention": curve([1, 0, 1, 1])}, 1, ordered)
 
 
 def test_heads_for_held_out_tasks_come_from_the_seen_ones_alone(trial, monkeypatch):
@@ -330,10 +328,10 @@ def test_twins_are_averaged_over_seeds(planted, opened):
     own = claim.measure_twin(planted.decoder, halves, tasks)
     assert float(own["attention_transfer"]["capitals"]) == pytest.approx(1, abs=1e-6)
     assert own["three_heads_held_out"] == {}
-    mean = claim.over_twins([own, own, own])["three_heads"]["capitals"]
+    mean = over_twins([own, own, own])["three_heads"]["capitals"]
     assert float(mean) == pytest.approx(1, abs=1e-6) and mean.n_units == 3
     lost = {"three_heads": {"capitals": Untested("why")}}
-    untested = claim.over_twins([lost, lost, lost])["three_heads"]["capitals"]
+    untested = over_twins([lost, lost, lost])["three_heads"]["capitals"]
     assert untested == Untested("3 of 3 networks: why")
 
 

@@ -100,8 +100,8 @@ def test_what_cannot_be_told_apart_has_no_key(value: Any) -> None:
 def test_a_class_that_took_anothers_name_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     from lib.engine import edits
 
-    taken = type("Keep", (edits.Keep,), {})
-    monkeypatch.setattr(edits, "Keep", taken)
+    taken = type("Exchange", (edits.Exchange,), {})
+    monkeypatch.setattr(edits, "Exchange", taken)
     assert keys._class_key.__wrapped__(Scale)
     with pytest.raises(NoKeyError):
-        keys._class_key.__wrapped__(type(edits.keep))
+        keys._class_key.__wrapped__(type(edits.exchange))

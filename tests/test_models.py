@@ -125,8 +125,7 @@ def test_each_seed_has_a_twin_of_its_own() -> None:
     weights = [twin(seed).unembedding.weight for seed in (0, 1, 2, 1)]
     assert torch.equal(weights[1], weights[3])
     assert not any(torch.equal(weights[i], weights[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
-    labels = {trained.label, *(twin(seed).label for seed in range(3))}
-    assert len(labels) == 4 and twin(2).label.endswith("untrained, seed 2")
+    assert (twin(2).untrained, twin(2).seed, twin(2).name) == (True, 2, trained.name)
 
 
 def test_a_trained_model_has_no_seed(llama: Decoder) -> None:

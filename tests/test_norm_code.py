@@ -223,8 +223,9 @@ def test_attributes_of_texts_are_told_from_what_the_prediction_leaves_of_the_nor
         ("position", longest // 15),
         ("token frequency", order // 15),
     ):
-        expected = decoding_gain(left, label, np.arange(45), generator("decoding", name))
-        assert float(found[name]) == pytest.approx(expected.gain.mean(), abs=1e-9), name
+        rng = generator("decoding", name)
+        expected = decoding_gain(left, label, np.arange(45), "texts", rng)
+        assert float(found[name]) == pytest.approx(float(expected), abs=1e-9), name
         assert (found[name].units, found[name].n_units) == ("texts", 45)
 
 
@@ -252,9 +253,9 @@ def test_attributes_of_prompts_are_told_by_subjects_and_in_other_templates_alone
                 np.array([mean[(unit == unit[r]) & (template != one)].mean() for r in rows])
             )
     rng = generator("decoding", attribute, "toy", str(apart))
-    expected = decoding_gain(table.to_numpy(), label, unit, rng, strata=strata)
+    expected = decoding_gain(table.to_numpy(), label, unit, "subjects", rng, strata=strata)
     found = norm_code.task_attribute(trial, LATE, attribute, within_answer=apart)
-    assert float(found) == pytest.approx(expected.gain.mean(), abs=1e-9)
+    assert float(found) == pytest.approx(float(expected), abs=1e-9)
 
 
 def test_gains_are_those_of_each_task_with_and_without_the_answers_means(
@@ -284,7 +285,7 @@ def number(value: float, units: str = "subjects", n: int = 30) -> Estimate:
 def code(within: norm_code.ByTask, gains: dict | None = None) -> norm_code.NormCode:
     """What a network's norms tell, with nothing else measured."""
     nothing = norm_code.NormExchange(*[Untested("not measured")] * 3)
-    return norm_code.NormCode(gains or {}, within, {}, nothing, (), ())
+    return norm_code.NormCode(gains or {}, within, {}, nothing, ())
 
 
 def test_the_second_attribute_and_the_best_one_within_an_answer_are_what_is_judged():
@@ -432,7 +433,7 @@ def test_a_twins_number_on_tasks_is_pooled_over_them_and_texts_stand_apart():
             place: mean_over_units(np.full((9, 2), k), place) for place, k in numbers.items()
         }
         nothing = norm_code.NormExchange(*[Untested("not measured")] * 3)
-        return norm_code.NormCode({}, {}, {**partials, "c": Untested("why")}, nothing, (), ())
+        return norm_code.NormCode({}, {}, {**partials, "c": Untested("why")}, nothing, ())
 
     found = norm_code.over_twins([twin(0.0), twin(0.1), twin(0.2), twin(0.3)])
     assert found["partial_given_angle"]["twins"].value == pytest.approx([0.35, 0.35])

@@ -13,7 +13,7 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 
 from lib.engine import keys, sources, store
-from lib.engine.edits import Scale, add, exchange, exchange_norm, keep
+from lib.engine.edits import Scale, add, exchange, exchange_norm
 from lib.engine.extraction import Residuals, extract_residuals
 from lib.engine.generation import steer
 from lib.engine.models import Decoder, load_decoder
@@ -424,7 +424,7 @@ def test_everything_is_kept_under_the_code_of_the_module_that_computes_it(
     recall_residuals(decoder, PROMPTS)
     recall_sweep(decoder, PROMPTS, pairs, {"exchange": exchange}, positions="last")
     store.recall_sweeps(decoder, {"one": request}, {"exchange": exchange})
-    store.recall_sites(decoder, PROMPTS, pairs, {"attention": ATTENTION})
+    recall_sweep(decoder, PROMPTS, pairs, {"attention": ATTENTION})
     assert asked == ["extraction", "sweeps", "sweeps", "sites"]
 
 
@@ -579,10 +579,10 @@ def test_a_damaged_sweep_is_noticed_and_made_anew(
 def test_another_sweeps_file_is_not_taken_for_this_one(decoder: Decoder, swept: list[int]) -> None:
     recall_sweep(decoder, **call())
     (first,) = files()
-    expected = recall_sweep(decoder, **call(edits={"kept": keep}))
+    expected = recall_sweep(decoder, **call(edits={"kept": Scale(1.0)}))
     (second,) = set(files()) - {first}
     shutil.copy(first, second)
-    assert same(recall_sweep(decoder, **call(edits={"kept": keep})), expected)
+    assert same(recall_sweep(decoder, **call(edits={"kept": Scale(1.0)})), expected)
     assert len(swept) == 3
 
 
@@ -653,7 +653,7 @@ def test_an_interrupted_run_goes_on_at_the_sweep_that_it_had_reached(tmp_path: P
         sweep_blocks(made, **call())  # its self-check, which each process makes anew
         return made
 
-    sweeps = [call(edits={"edit": edit}, measure=None) for edit in (exchange, keep, add)]
+    sweeps = [call(edits={"edit": edit}, measure=None) for edit in (exchange, Scale(1.0), add)]
     each = [passes(fresh(), [sweep]) for sweep in sweeps]
     assert min(each) > 1
     shutil.rmtree(store.STORE)

@@ -14,12 +14,21 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lib.engine import replay, sweeps
 from lib.engine.batches import plant_prompts
-from lib.engine.edits import Edit, Rotate, add, exchange, exchange_direction, exchange_norm, keep
+from lib.engine.edits import (
+    Edit,
+    Rotate,
+    Scale,
+    add,
+    exchange,
+    exchange_direction,
+    exchange_norm,
+)
 from lib.engine.extraction import extract_residuals, logit_lens
 from lib.engine.models import Decoder, load_decoder
 from lib.engine.replay import Forest, Prefix, run_forest
 from lib.engine.sweeps import Measure, Request, Sweep, sweep_blocks, sweep_together
 
+KEEP = Scale(1.0)  # changes nothing
 PROMPTS = [
     [5, 9, 4, 33, 12, 8, 51],
     [5, 9, 17, 20, 6, 44, 9],
@@ -34,7 +43,7 @@ EDITS = {
     "direction": exchange_direction,
     "norm": exchange_norm,
     "add": add,
-    "keep": keep,
+    "keep": KEEP,
 }
 
 
@@ -139,7 +148,7 @@ def test_longer_prompts_and_longer_rows_are_compared_anew(
     monkeypatch.setattr(sweeps, "_planted", type(sweeps._planted)())
     for length, position in ((9, 5), (12, 11), (30, 14), (30, 10), (31, 12), (33, 32), (60, 30)):
         prompts = np.arange(2 * length).reshape(2, length) % 60 + 1
-        sweep_blocks(llama, prompts, np.array([[0, 1]]), {"keep": keep}, positions=[position] * 2)
+        sweep_blocks(llama, prompts, np.array([[0, 1]]), {"keep": KEEP}, positions=[position] * 2)
     assert asked == [(32, 16), (32, 20), (64, 32)]
 
 
@@ -161,7 +170,7 @@ def test_what_does_not_hold_on_more_tokens_is_compared_on_the_prompts_own(
     paths = {}
     for length in (9, 12, 20):
         prompts = np.arange(2 * length).reshape(2, length) + 1
-        sweep = sweep_blocks(llama, prompts, np.array([[0, 1]]), {"keep": keep}, positions="last")
+        sweep = sweep_blocks(llama, prompts, np.array([[0, 1]]), {"keep": KEEP}, positions="last")
         paths[length] = sweep.path
     assert paths == {9: "prefix replay", 12: "prefix replay", 20: "full recompute"}
     assert asked == [32, 9, 9, 12, 12, 20, 32, 20]
@@ -174,7 +183,7 @@ def test_a_model_of_few_positions_is_compared_within_them() -> None:
     prompts = np.arange(20).reshape(2, 10) + 1
     for positions in ("last", [4, 5]):
         sweep = sweep_blocks(
-            small, prompts, np.array([[0, 1]]), {"keep": keep}, positions=positions
+            small, prompts, np.array([[0, 1]]), {"keep": KEEP}, positions=positions
         )
         assert sweep.path == "prefix replay"
 
@@ -294,7 +303,7 @@ def test_requests_that_cannot_run_together_are_named(
 ) -> None:
     one = Request(PROMPTS[:3], np.array([[0, 1]]), "last")
     with pytest.raises(ValueError, match=words):
-        sweep_together(llama, [one, replace(one, **change)], {"keep": keep})
+        sweep_together(llama, [one, replace(one, **change)], {"keep": KEEP})
 
 
 def test_prompts_share_passes_across_requests(
@@ -306,9 +315,9 @@ def test_prompts_share_passes_across_requests(
         replay, "run_forest", lambda *given: passes.append(len(given[1].rows)) or run(*given)
     )
     own = Request(PROMPTS[:3], np.array([[0, 1], [1, 2], [2, 0]]), "last")
-    sweep_blocks(llama, own.prompts, own.pairs, {"keep": keep}, positions="last")
+    sweep_blocks(llama, own.prompts, own.pairs, {"keep": KEEP}, positions="last")
     passes.clear()
-    sweep_together(llama, [own] * 4, {"keep": keep}, blocks=[1])
+    sweep_together(llama, [own] * 4, {"keep": KEEP}, blocks=[1])
     assert passes == [12]
 
 
@@ -530,7 +539,7 @@ def test_measures_of_other_names_are_refused_whether_or_not_they_share_a_pass(
     one = Request(PROMPTS[:3], np.array([[0, 1]]), "last", measure=sizes("a", "b"))
     other = replace(one, positions=positions, measure=sizes("b"))
     with pytest.raises(ValueError, match=r"one set of names; got \[.*'b'\], and before \[.*'b'\]"):
-        sweep_together(llama, [other, one], {"keep": keep})
+        sweep_together(llama, [other, one], {"keep": KEEP})
 
 
 def test_a_measure_that_changes_its_names_is_refused(
@@ -679,7 +688,7 @@ def test_a_measure_that_gives_no_number_is_named_with_edit_block_and_pair(llama:
 
 def test_whether_replay_is_exact_is_found_with_an_edit_that_shows_it(losing: Decoder) -> None:
     """Not with the caller's own, which may change nothing."""
-    kept = sweep_blocks(losing, PROMPTS, PAIRS, {"keep": keep}, positions="last", read_ids=READ)
+    kept = sweep_blocks(losing, PROMPTS, PAIRS, {"keep": KEEP}, positions="last", read_ids=READ)
     assert kept.path == "full recompute"
 
 

@@ -21,7 +21,6 @@ from lib.evidence.transfer import (
     from_donors,
     measure_sites,
     measure_transfer,
-    measure_transfers,
     read_tasks,
 )
 from lib.science.estimate import Untested
@@ -123,9 +122,14 @@ def test_given_donors_belong_to_their_pairs_and_their_blocks(trial: Trial):
     donors = states[:, pairs.prompts[:, 1]]
     own = measure_transfer(trial, pairs, "last").after[2:]
     given, turned = (
-        measure_transfers(
-            {"": trial}, {"": pairs}, "last", donors={"": donors}, blocks=[2, 3], edit=edit
-        )[""].after
+        measure_sites(
+            {"": trial},
+            {"": pairs},
+            ["last"],
+            donors={"last": {"": donors}},
+            blocks=[2, 3],
+            edit=edit,
+        )["last"][""].after
         for edit in (exchange, exchange_direction)
     )
     assert given == pytest.approx(own, abs=1e-5)
@@ -265,10 +269,9 @@ def test_a_task_that_the_model_cannot_do_says_so_and_a_group_that_it_can_is_name
 
 
 def test_edits_of_several_tokens_other_than_an_exchange_are_refused(trial: Trial):
+    pairs = exchange_pairs(trial.task)
     with pytest.raises(ValueError, match="only an exchange of the donor's own states"):
-        measure_transfers(
-            {"": trial}, {"": exchange_pairs(trial.task)}, "between", edit=exchange_direction
-        )
+        measure_sites({"": trial}, {"": pairs}, ["between"], edit=exchange_direction)
 
 
 def test_an_untested_task_stays_untested(reader: Decoder):

@@ -399,8 +399,7 @@ def unembedding_basis(decoder: Decoder) -> FloatArray:
     for ids in parts:
         centred = rows(ids) - mean
         products += centred.T @ centred
-    basis: FloatArray = torch.linalg.eigh(products).eigenvectors.flip(1).numpy()
-    return basis
+    return torch.linalg.eigh(products).eigenvectors.flip(1).numpy()
 
 
 def beyond_by_rivals(

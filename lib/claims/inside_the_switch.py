@@ -20,7 +20,7 @@ from lib.engine.extraction import logit_lens
 from lib.engine.models import Decoder
 from lib.engine.parts import find_parts
 from lib.engine.sites import ATTENTION, MLP, Head, Site, each_head, head_outputs, patch_heads
-from lib.engine.store import recall_sites
+from lib.engine.store import recall_sweep
 from lib.evidence.by_task import each
 from lib.evidence.criteria import is_held_out
 from lib.evidence.tasks import Pairs, Task
@@ -167,7 +167,7 @@ def exchange_sites(
     blocks: Sequence[int] | None = None,
 ) -> dict[str, Transfer]:
     """Return what exchanging each site at the last token does to the pairs, block by block."""
-    sweep = recall_sites(
+    sweep = recall_sweep(
         trial.decoder,
         trial.task.tokens,
         pairs.prompts,
@@ -204,8 +204,7 @@ def _apart(trial: Trial) -> Trial:
 
 def total(transfer: Transfer) -> np.ndarray:
     """Return T at each block, of all pairs together, without draws `[n_blocks]`."""
-    found: np.ndarray = 1 - transfer.after.sum(axis=1) / transfer.before.sum()
-    return found
+    return 1 - transfer.after.sum(axis=1) / transfer.before.sum()
 
 
 # --- what is chosen -------------------------------------------------------------------------------

@@ -88,8 +88,7 @@ def read_texts(decoder: Decoder, texts: Sequence[str], kinds: Sequence[str]) -> 
 
 def log_norms(states: Tensor, blocks: Sequence[int]) -> np.ndarray:
     """Return log r `[n_items, n_blocks]` of the states of all blocks `[…, n_items, d_model]`."""
-    found: np.ndarray = states[list(blocks)].double().norm(dim=-1).log().T.numpy()
-    return found
+    return states[list(blocks)].double().norm(dim=-1).log().T.numpy()
 
 
 def nuisances(certain: np.ndarray, last_tokens: Sequence[int]) -> np.ndarray:
@@ -117,12 +116,11 @@ def text_attributes(reading: Reading, blocks: Sequence[int]) -> dict[str, Measur
         "position": thirds([len(tokens) for tokens in reading.tokens]),
         "token frequency": thirds(last),
     }
-    found: dict[str, Measured] = {}
-    for name, label in labels.items():
-        gain = decoding_gain(left, label, np.arange(len(last)), generator("decoding", name))
-        each = np.arange(len(last))
-        found[name] = gain if isinstance(gain, Untested) else gain.over_units(each, TEXTS)
-    return found
+    each = np.arange(len(last))
+    return {
+        name: decoding_gain(left, label, each, TEXTS, generator("decoding", name))
+        for name, label in labels.items()
+    }
 
 
 def task_attribute(
@@ -156,10 +154,7 @@ def task_attribute(
     if attribute == "subject":
         left = left - _means(left, template)
         label, strata = _elsewhere(left.mean(axis=1), task.unit, template), template
-    gain = decoding_gain(left, label, task.unit, rng, strata=strata)
-    if isinstance(gain, Untested):
-        return gain
-    return gain.over_units(task.unit, task.units)
+    return decoding_gain(left, label, task.unit, task.units, rng, strata=strata)
 
 
 def _means(values: np.ndarray, label: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from scipy.spatial.distance import squareform
 from scipy.stats import rankdata
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from lib.evidence import circle
 from lib.evidence.transfer import ARMS
 from lib.science.correlation import partial_correlation
 from lib.science.estimate import Measured, Untested, generator, mean_over_units
-from lib.science.geometry import angles, distances, jeffreys_divergence, upper_triangle
+from lib.science.geometry import angles, distances, jeffreys_divergence
 
 CLAIM = "why-angles"
 MODEL = "small decoders"
@@ -67,8 +68,7 @@ def read_network(training: Training, moment: int | None = None) -> Decoder:
 
 def read_states(training: Training, questions: pd.DataFrame) -> NDArray[np.float32]:
     """Return a trained network's residual streams at the last token `[n_blocks, n, d_model]`."""
-    states: NDArray[np.float32] = _read(read_network(training), questions)[0].numpy()
-    return states
+    return _read(read_network(training), questions)[0].numpy()
 
 
 def with_losses(table: pd.DataFrame, trainings: Sequence[Training]) -> pd.DataFrame:
@@ -171,7 +171,7 @@ def measure_geometry(decoder: Decoder, questions: pd.DataFrame) -> pd.DataFrame:
         ValueError: a state of norm zero, a constant matrix.
     """
     states, logits = _read(decoder, questions)
-    divergences = rankdata(upper_triangle(jeffreys_divergence(logits)))
+    divergences = rankdata(squareform(jeffreys_divergence(logits)))
     confidence = questions["confidence"].to_numpy()
     rows = []
     for block, found in enumerate(states.numpy()):
@@ -182,7 +182,7 @@ def measure_geometry(decoder: Decoder, questions: pd.DataFrame) -> pd.DataFrame:
 
 def _gaps(states: NDArray[Any], divergences: NDArray[np.float64]) -> dict[str, float]:
     """Return the rank correlations of states `[n, d_model]` with ranked divergences of pairs."""
-    ranks = [rankdata(upper_triangle(measure(states))) for measure in (angles, distances)]
+    ranks = [rankdata(squareform(measure(states))) for measure in (angles, distances)]
     every = np.corrcoef([ranks[0], divergences, ranks[1]])
     by_angle = float(partial_correlation(every))
     by_distance = float(partial_correlation(every[::-1, ::-1]))
@@ -204,9 +204,7 @@ def logit_code(questions: pd.DataFrame) -> float:
     truths = circle.truths(questions)[:, list(circle.ANSWER_IDS)]
     logits = np.log(truths)
     logits -= logits.mean(axis=1, keepdims=True)
-    return float(
-        _gaps(logits, rankdata(upper_triangle(jeffreys_divergence(logits))))["partial_gap"]
-    )
+    return float(_gaps(logits, rankdata(squareform(jeffreys_divergence(logits))))["partial_gap"])
 
 
 def measure_exchanges(decoder: Decoder, questions: pd.DataFrame) -> pd.DataFrame:

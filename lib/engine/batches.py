@@ -42,8 +42,7 @@ class Batch:
     def members(self, rows: np.ndarray) -> np.ndarray:
         """Return at which place of the batch each of some prompts is."""
         order = np.argsort(self.rows)
-        found: np.ndarray = order[np.searchsorted(self.rows[order], rows)]
-        return found
+        return order[np.searchsorted(self.rows[order], rows)]
 
 
 def equal_length_rows(prompts: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:

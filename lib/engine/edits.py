@@ -32,15 +32,6 @@ _ORTHONORMAL = 1e-4  # float32 bases of a few hundred rows stay well below
 
 
 @dataclass(frozen=True)
-class Keep:
-    """The state unchanged: the control that must change nothing."""
-
-    def __call__(self, state: Tensor, donor: Tensor) -> Tensor:  # noqa: ARG002 (edits take donors)
-        """Return h′ = h."""
-        return state.clone()
-
-
-@dataclass(frozen=True)
 class Exchange:
     """The donor's state: activation patching."""
 
@@ -76,7 +67,7 @@ class Add:
         return state + donor
 
 
-keep, exchange, add = Keep(), Exchange(), Add()
+exchange, add = Exchange(), Add()
 exchange_direction, exchange_norm = ExchangeDirection(), ExchangeNorm()
 
 

@@ -104,13 +104,11 @@ def steer(
 
     # Both, since either may be what is called, and OPT's causal model passes its base model by.
     entries = dict.fromkeys([decoder.model, decoder.model.base_model])
-    handles = [one.register_forward_pre_hook(note_pass, with_kwargs=True) for one in entries]
-    handles.append(decoder.blocks[block].register_forward_hook(change))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for one in entries:
+            hooks.enter_context(one.register_forward_pre_hook(note_pass, with_kwargs=True))
+        hooks.enter_context(decoder.blocks[block].register_forward_hook(change))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
     for row, chosen in enumerate(wanted):
         if isinstance(chosen, frozenset) and (
             missed := [p for p in chosen if (row, p) not in reached]

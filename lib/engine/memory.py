@@ -17,19 +17,15 @@ _FILES = (  # of both versions of control groups: the limit, the bytes held, and
 )
 
 
-def count_parameters(config: Any) -> int:
-    """Return the number of parameters of the causal model that a configuration describes.
+def weight_bytes(config: Any, dtype: torch.dtype, bits: int | None = None) -> int:
+    """Return the bytes that a causal model's weights need in `dtype`, or at `bits` a weight.
 
-    The model is laid out without memory for its weights.
+    The model of the configuration is laid out without memory for its weights.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def weight_bytes(config: Any, dtype: torch.dtype, bits: int | None = None) -> int:
-    """Return the bytes that the weights need in `dtype`, or at `bits` a weight if quantised."""
-    return count_parameters(config) * (bits or 8 * dtype.itemsize) // 8
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return n_parameters * (bits or 8 * dtype.itemsize) // 8
 
 
 def give_back() -> None:

@@ -66,11 +66,6 @@ class Decoder:
     logit_softcap: float | None = None
 
     @property
-    def label(self) -> str:
-        """The name, and whether and from which seed the weights are fresh."""
-        return f"{self.name}, untrained, seed {self.seed}" if self.untrained else self.name
-
-    @property
     def text_config(self) -> Any:
         """The configuration of the part that writes text."""
         return self.model.config.get_text_config(decoder=True)
@@ -201,17 +196,9 @@ def load_decoder(
         raise ValueError(f"Seed {seed}: untrained twins have seeds 0, 1, …; trained models none.")
     if device is not None:
         check_device(device)
-    given = {
-        option: value
-        for option, value in {
-            "revision": revision,
-            "dtype": dtype,
-            "device": device,
-            "device_map": device_map,
-            "quantization": quantization,
-        }.items()
-        if value is not None
-    }
+    options = ("revision", "dtype", "device", "device_map", "quantization")
+    values = (revision, dtype, device, device_map, quantization)
+    given = {option: one for option, one in zip(options, values, strict=True) if one is not None}
     if not isinstance(name, str | Path):
         if unused := sorted(set(given) - ({"dtype", "device"} if untrained else set())):
             raise ValueError(
@@ -234,10 +221,10 @@ def load_decoder(
         raise ValueError(
             f"Model {str(name)!r} brings its tokenizer; give one with a model in hand."
         )
-    options = preset(str(name)) | given
+    chosen = preset(str(name)) | given
     if device is not None and device_map is None:
-        options.pop("device_map", None)
-    model, tokenizer, label, revision = read_model(name, options, untrained=untrained, seed=seed)
+        chosen.pop("device_map", None)
+    model, tokenizer, label, revision = read_model(name, chosen, untrained=untrained, seed=seed)
     model.eval().requires_grad_(False)
     return _describe(model, tokenizer, label, untrained, seed, revision)
 
@@ -294,8 +281,7 @@ def _map_by_columns(layer: nn.Linear, states: Tensor) -> Tensor:
     """
     here = "forward" not in vars(layer) and states.device.type == "cpu"
     if not here or not _is_plain(layer) or torch.is_grad_enabled():
-        found: Tensor = layer(states)
-        return found
+        return layer(states)
     rows = states.reshape(-1, states.shape[-1])
     result = rows.new_empty(len(rows), len(layer.weight))
     for columns, weight in zip(

@@ -162,13 +162,12 @@ class TokensAlone:
         if len(entering) not in self.inputs:
             self.inputs[len(entering)] = _inputs_of_lone_tokens(self.decoder, len(entering))
         inputs = self.inputs[len(entering)][block]
-        with ExitStack() as stack, torch.inference_mode():
-            for handle in (
-                parts.projection.register_forward_pre_hook(put_heads),
-                parts.attention.register_forward_hook(keep),
-                parts.mlp.register_forward_hook(put_mlp),
-            ):
-                stack.callback(handle.remove)
+        with (
+            parts.projection.register_forward_pre_hook(put_heads),
+            parts.attention.register_forward_hook(keep),
+            parts.mlp.register_forward_hook(put_mlp),
+            torch.inference_mode(),
+        ):
             hidden = entering.to(inputs["device"])
             module = self.decoder.blocks[block]
             states = untuple(module(hidden, **inputs["others"]))
@@ -265,7 +264,7 @@ def _look(decoder: Decoder) -> dict[int, _Names | str]:
             ran[index] = []
             for module in block.modules():
                 if module is not block:
-                    stack.callback(module.register_forward_hook(see(index)).remove)
+                    stack.enter_context(module.register_forward_hook(see(index)))
         stack.enter_context(watching(decoder, range(decoder.n_blocks), note))
         run_tokens(decoder, tokens)
     alone = TokensAlone(decoder)
@@ -385,13 +384,9 @@ def _heads_changed_by_masks(block: nn.Module, call: Inputs, parts: Parts) -> Ten
         for head in range(parts.n_heads):
             masks.append(whole.clone())
             masks[-1][:, head, -1, hidden] = hidden_value(whole)
-    handle = parts.projection.register_forward_pre_hook(see)
-    try:
-        with torch.inference_mode():
-            for mask in masks:
-                with suppress(SeenError):
-                    block.forward(call["hidden"], **{**call["others"], "attention_mask": mask})
-    finally:
-        handle.remove()
+    with parts.projection.register_forward_pre_hook(see), torch.inference_mode():
+        for mask in masks:
+            with suppress(SeenError):
+                block.forward(call["hidden"], **{**call["others"], "attention_mask": mask})
     change = (torch.stack(seen[1:]) - seen[0]).abs().amax(-1)
     return (change > 1e-6 * seen[0].abs().max()).view(2, parts.n_heads, -1).any(dim=0).cpu()

@@ -84,8 +84,7 @@ def forests_are_exact(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> boo
         three = [one, one[:half] + one[half:][::-1], one[::-1]]
         batch = lay_out(three, [[(0, 0), (1, half)], [(2, 0), (1, 0)]])
         columns = batch.columns.to(decoder.device)
-        with _capture(decoder, last) as alone, torch.inference_mode():
-            decoder.model.base_model(torch.tensor(three, device=decoder.device), use_cache=False)
+        alone = run_blocks(decoder, torch.tensor(three, device=decoder.device), last)
         try:
             with _capture(decoder, last) as together, torch.inference_mode():
                 decoder.model.base_model(use_cache=False, **inputs_of(decoder, batch))
@@ -119,8 +118,7 @@ def generation_is_exact(decoder: Decoder, way: Literal["cache", "padding"]) -> b
     if way not in known:
         tokens = torch.arange(1, 8, device=decoder.device)[None] % decoder.d_vocab
         last, run = {decoder.n_blocks - 1}, decoder.model.base_model
-        with _capture(decoder, last) as whole, torch.inference_mode():
-            run(tokens, use_cache=False)
+        whole = run_blocks(decoder, tokens, last)
         try:
             with _capture(decoder, last) as parts, torch.inference_mode():
                 if way == "cache":
@@ -222,9 +220,7 @@ def _capture(
 
         return hook
 
-    handles = [decoder.blocks[block].register_forward_hook(keep(block)) for block in blocks]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(decoder.blocks[block].register_forward_hook(keep(block)))
         yield captured
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -28,13 +28,8 @@ class DistributionMeasure:
     see what is missing of the donor's prediction. It returns, by name:
 
     - `kl_nats`: KL(p‖q), at least 0.
-    - `entropy_nats`: entropy of q.
-    - `entropy_change_nats`: entropy of q less that of p; above 0 q is less sure.
-    - `argmax`: q's most probable token over the full vocabulary, its id.
-    - `argmax_kept`: 1 where it is p's, else 0.
     - with `temperature`, `temperature`, the T by which the edit divided the logits, as near as one
       number tells, and `kl_left_nats`, how much of the KL no T accounts for; at most `kl_nats`.
-    - with `excluded`, `rest_kl_nats`: KL of the distributions over all other tokens, renormalised.
 
     Attributes:
         clean_logits: the prompts' unedited logits `[n_prompts, d_vocab]`, as
@@ -42,7 +37,6 @@ class DistributionMeasure:
         references: index of each pair's reference among the prompts `[n_pairs]`, such as
             `pairs[:, 0]`, the recipients.
         temperature: also fit a temperature, which costs several times the rest.
-        excluded: token ids to leave out `[n_pairs, k]`, such as the source's and target's answers.
 
     Raises:
         ValueError: shapes that do not fit, or logits that are not finite.
@@ -51,10 +45,9 @@ class DistributionMeasure:
     clean_logits: Tensor
     references: Sequence[int] | np.ndarray
     temperature: bool = False
-    excluded: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        _check(self.clean_logits, self._rows, self.excluded)
+        _check(self.clean_logits, self._rows)
 
     def __call__(self, logits: Tensor, pair: Tensor) -> Mapping[str, Tensor]:
         """Return the named numbers `[n_rows]`, float64, on the CPU."""
@@ -70,35 +63,19 @@ class DistributionMeasure:
 
     def _read(self, logits: Tensor, pair: Tensor) -> dict[str, Tensor]:
         reference, index = torch.unique(self._rows[pair], return_inverse=True)
-        clean = self.clean_logits[reference]
-        log_p = log_softmax(clean)
+        log_p = torch.log_softmax(self.clean_logits[reference].cpu().double(), dim=-1)
         p = log_p.exp()
         entropy_p = -(p * log_p).sum(-1)[index]
         z = logits.cpu().double()
-        top, argmax = z.max(-1, keepdim=True)
-        z = z - top
-        weights = z.exp()
-        total = weights.sum(-1)
-        normaliser = total.log()
-        mean_p = torch.empty_like(total)  # of z, under p: one matrix-vector product a reference
+        z = z - z.amax(-1, keepdim=True)
+        mean_p = z.new_empty(len(z))  # of z, under p: one matrix-vector product a reference
         for number in range(len(reference)):
             own = index == number
             mean_p[own] = z[own] @ p[number]
-        entropy_q = normaliser - (weights * z).sum(-1) / total
-        result = {
-            "kl_nats": (normaliser - mean_p - entropy_p).clamp(min=0),
-            "entropy_nats": entropy_q,
-            "entropy_change_nats": entropy_q - entropy_p,
-            "argmax": argmax[:, 0].double(),
-            "argmax_kept": (argmax[:, 0] == clean.argmax(-1).cpu()[index]).double(),
-        }
+        result = {"kl_nats": (z.logsumexp(-1) - mean_p - entropy_p).clamp(min=0)}
         if self.temperature:
             fitted, left = _fit_temperature(z, mean_p, entropy_p)
             result |= {"temperature": fitted, "kl_left_nats": left}
-        if self.excluded is not None:
-            left_out = torch.as_tensor(np.asarray(self.excluded, dtype=np.int64))[pair]
-            log_q = z - normaliser[:, None]
-            result["rest_kl_nats"] = _rest_kl(log_p[index], log_q, left_out)
         return result
 
 
@@ -146,20 +123,7 @@ def _fit_row(z: Tensor, wanted: float) -> float:
     return fitted
 
 
-def log_softmax(logits: Tensor) -> Tensor:
-    """Return log-probabilities over the last axis in nats, float64, on the CPU."""
-    return torch.log_softmax(logits.cpu().double(), dim=-1)
-
-
-def _rest_kl(log_p: Tensor, log_q: Tensor, left_out: Tensor) -> Tensor:
-    """Return KL(p‖q) over the tokens that are not in `left_out` `[n, k]`, both renormalised."""
-    rest_p = log_softmax(log_p.scatter(-1, left_out, -torch.inf))
-    rest_q = log_softmax(log_q.scatter(-1, left_out, -torch.inf))
-    difference = (rest_p - rest_q).scatter(-1, left_out, 0.0)  # −inf − (−inf) there
-    return (rest_p.exp() * difference).sum(-1).clamp(min=0)
-
-
-def _check(clean_logits: Tensor, rows: Tensor, excluded: np.ndarray | None) -> None:
+def _check(clean_logits: Tensor, rows: Tensor) -> None:
     if clean_logits.dim() != 2 or not bool(torch.isfinite(clean_logits).all()):
         raise ValueError(
             f"Clean logits must be finite, [n_prompts, d_vocab]; got {tuple(clean_logits.shape)}."
@@ -169,16 +133,4 @@ def _check(clean_logits: Tensor, rows: Tensor, excluded: np.ndarray | None) -> N
     if int(rows.max()) >= len(clean_logits):
         raise ValueError(
             f"References go up to {int(rows.max())}, but there are {len(clean_logits)} prompts."
-        )
-    if excluded is None:
-        return
-    tokens = np.asarray(excluded)
-    if tokens.ndim != 2 or len(tokens) != len(rows):
-        raise ValueError(
-            f"Excluded tokens must be [{len(rows)} pairs, k]; got shape {tokens.shape}."
-        )
-    if tokens.min() < 0 or tokens.max() >= clean_logits.shape[1]:
-        raise ValueError(
-            f"Excluded tokens run from {tokens.min()} to {tokens.max()}; the vocabulary has "
-            f"{clean_logits.shape[1]}."
         )

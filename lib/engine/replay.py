@@ -369,16 +369,6 @@ def replay_rows(
     Returns:
         `[n_prompts, n_rows, d_model]`.
     """
-    return replay_tokens(decoder, prefix, row_blocks, rows)[:, :, -1]
-
-
-def replay_tokens(
-    decoder: Decoder, prefix: Prefix, row_blocks: Sequence[int], rows: Tensor
-) -> Tensor:
-    """Return what `replay_rows` returns, for all tokens of every row.
-
-    The shape is that of `rows`, `[n_prompts, n_rows, row_length, d_model]`.
-    """
     if list(row_blocks) != sorted(row_blocks):
         raise ValueError(f"Rows must enter in the order of their blocks; got {list(row_blocks)}.")
     n_prompts, n_rows, length, width = rows.shape
@@ -395,7 +385,7 @@ def replay_tokens(
                 new = rows[:, n_active : n_active + entering].reshape(n_prompts, -1, width)
                 hidden = torch.cat([hidden, new.to(hidden)], dim=1)
                 n_active += entering
-    return hidden.view(n_prompts, n_rows, length, width).to(rows.device)
+    return hidden.view(n_prompts, n_rows, length, width)[:, :, -1].to(rows.device)
 
 
 def _tile(
@@ -480,13 +470,8 @@ def recompute_rows(
 
     for row, block in enumerate(row_blocks):
         edited = rows[:, row]
-        handles = [decoder.blocks[block].register_forward_hook(replace)]
-        handles.append(decoder.blocks[-1].register_forward_hook(keep))
-        try:
-            with torch.inference_mode():
-                decoder.model.base_model(prefix.tokens, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
+        put = decoder.blocks[block].register_forward_hook(replace)
+        with put, decoder.blocks[-1].register_forward_hook(keep), torch.inference_mode():
+            decoder.model.base_model(prefix.tokens, use_cache=False)
         results[:, row] = last.pop()
     return results

@@ -9,7 +9,7 @@ first of their blocks on.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -414,19 +414,16 @@ def _last_token(forest: Forest, rows: np.ndarray, lengths: np.ndarray) -> Prefix
 def _last_tokens_are_exact(
     decoder: Decoder, prompts: Sequence[Sequence[int]], members: np.ndarray
 ) -> bool:
-    """Say whether some prompts may run as forests, and their last tokens after these alone."""
-    own = [prompts[member] for member in members]
-    return forests_are_exact(decoder, own) and _last_token_is_exact(decoder, max(own, key=len))
+    """Say whether some prompts may run as forests, and their last tokens after these alone.
 
-
-def _last_token_is_exact(decoder: Decoder, prompt: Sequence[int]) -> bool:
-    """Compare, once for a model and again for longer prompts, the last token alone with all.
-
-    It is run through all blocks, and twice side by side, from the second one and a middle one on.
+    Compared, once for a model and again for longer prompts, with all tokens: the last one is run
+    through all blocks, and twice side by side, from the second one and a middle one on.
     """
+    own = [prompts[member] for member in members]
+    longest = max(own, key=len)
 
     def compare(length: int) -> bool:
-        one = lengthened(decoder, prompt, length)
+        one = lengthened(decoder, longest, length)
         whole = _run_last(decoder, torch.tensor([one], device=decoder.device))
         try:
             forest = run_forest(decoder, plant_prompts([one], [0], BATCH_TOKENS)[0])
@@ -437,7 +434,7 @@ def _last_token_is_exact(decoder: Decoder, prompt: Sequence[int]) -> bool:
             return False
         return agree(whole, alone) and agree(whole, rows)
 
-    return holds(decoder, _prefixed, compare, len(prompt))
+    return forests_are_exact(decoder, own) and holds(decoder, _prefixed, compare, len(longest))
 
 
 def _run_last(decoder: Decoder, run: Prefix | Tensor, firsts: Sequence[int] = (0,)) -> Tensor:
@@ -461,12 +458,8 @@ def _run_last(decoder: Decoder, run: Prefix | Tensor, firsts: Sequence[int] = (0
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
         states.append(untuple(output)[:, -1])
 
-    handle = decoder.blocks[-1].register_forward_hook(keep)
-    try:
-        with torch.inference_mode():
-            decoder.model.base_model(tokens, **inputs)
-    finally:
-        handle.remove()
+    with decoder.blocks[-1].register_forward_hook(keep), torch.inference_mode():
+        decoder.model.base_model(tokens, **inputs)
     return states[-1][:, None]
 
 
@@ -522,20 +515,16 @@ def _hide_from_heads(
                 for prompt, by_row in enumerate(hidden)
                 for row, keys in enumerate(by_row[:n_rows])
             ]
-            handle = parts[block].projection.register_forward_pre_hook(see, prepend=True)
-            try:
+            stopped = parts[block].projection.register_forward_pre_hook(see, prepend=True)
+            with suppress(SeenError), stopped:
                 module.forward(call["hidden"], **_hide(call, block, places))
-            except SeenError:
-                pass
-            finally:
-                handle.remove()
 
         return hook
 
     with ExitStack() as stack:
         for block in chosen:
-            hook = decoder.blocks[block].register_forward_pre_hook(look(block), with_kwargs=True)
-            stack.callback(hook.remove)
+            entered = decoder.blocks[block].register_forward_pre_hook
+            stack.enter_context(entered(look(block), with_kwargs=True))
         stack.enter_context(_put_heads(parts, chosen, blind))
         yield
 

@@ -174,6 +174,17 @@ def _norm(kind: str, given: nn.Module) -> nn.Module:
     return nn.Identity() if kind == "none" else given
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_one_thread()
 def train(
     kind: str,
     seed: int,
@@ -199,52 +210,6 @@ def train(
     """
     model = new_model(kind, seed, size, d_vocab=material.truths.shape[1])
     path = None if folder is None else folder / f"{_key(kind, seed, material, size)}.safetensors"
-    with _one_thread():
-        return _run(model, kind, seed, material, size, path)
-
-
-def train_all(
-    kinds: Sequence[str],
-    seeds: Sequence[int],
-    material: Material,
-    *,
-    size: Size = SMALL,
-    folder: Path | None = KEPT,
-    description: str | None = None,
-) -> list[Training]:
-    """Return `train` of each kind at each seed, kinds first, two trainings side by side.
-
-    Args:
-        kinds: of `KINDS`.
-        seeds: of the initial weights and of the prompts' order.
-        material: prompts and truths.
-        size: as `train`.
-        folder: as `train`.
-        description: what a progress display calls this; None shows none.
-
-    Raises:
-        ValueError: as `train`.
-    """
-    wanted = [(kind, seed) for kind in kinds for seed in seeds]
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        started = {
-            pool.submit(train, *which, material, size=size, folder=folder): which
-            for which in wanted
-        }
-        ended = as_completed(started)
-        shown = track(ended, description, total=len(wanted)) if description else ended
-        found = {started[future]: future.result() for future in shown}
-    return [found[which] for which in wanted]
-
-
-def _run(
-    model: LlamaForCausalLM,
-    kind: str,
-    seed: int,
-    material: Material,
-    size: Size,
-    path: Path | None,
-) -> Training:
     moments = size.moments
     adam = torch.optim.Adam(model.parameters(), lr=size.learning_rate, fused=True)
     losses, weights = ([], {}) if path is None else _read(path, model, adam)
@@ -273,22 +238,38 @@ def _run(
     return Training(kind, seed, size, np.array(losses, dtype=np.float64), weights)
 
 
+def train_all(
+    kinds: Sequence[str],
+    seeds: Sequence[int],
+    material: Material,
+    *,
+    size: Size = SMALL,
+    folder: Path | None = KEPT,
+    description: str | None = None,
+) -> list[Training]:
+    """Return `train` of each kind at each seed, kinds first, two trainings side by side.
+
+    Arguments and errors are those of `train`; `description` is what a progress display calls this,
+    None shows none.
+    """
+    wanted = [(kind, seed) for kind in kinds for seed in seeds]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        started = {
+            pool.submit(train, *which, material, size=size, folder=folder): which
+            for which in wanted
+        }
+        ended = as_completed(started)
+        shown = track(ended, description, total=len(wanted)) if description else ended
+        found = {started[future]: future.result() for future in shown}
+    return [found[which] for which in wanted]
+
+
 def _schedule(step: int, n_steps: int) -> float:
     """Return the share of the peak learning rate: a linear rise, then half a cosine to zero."""
     rise = max(1, round(_WARM_UP * n_steps))
     if step < rise:
         return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, n_steps - rise)))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _key(kind: str, seed: int, material: Material, size: Size) -> str:

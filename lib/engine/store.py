@@ -105,27 +105,27 @@ def recall_sweep(
     decoder: Decoder,
     prompts: Prompts,
     pairs: np.ndarray,
-    edits: Mapping[str, Edit],
+    edits: Mapping[str, Edit] | Mapping[str, Site],
     **options: Any,
 ) -> Sweep:
-    """Return `sweep_blocks` of these arguments, computing it only if it was not computed before.
+    """Return `sweep_blocks` of edits, or `sweep_sites` of sites, unless it was computed before.
 
     The result is kept on disk under a key of everything that it depends on (`lib.engine.keys`), and
     is the same to the last bit when it is read back. With edits or measures that are no frozen
     dataclasses of lib it is computed every time. Where nothing can be written the result is
-    returned all the same.
-
-    Args:
-        decoder: the model; of which one nothing is stored: see `recall_residuals`.
-        prompts: as `sweep_blocks`.
-        pairs: as `sweep_blocks`.
-        edits: as `sweep_blocks`.
-        **options: as `sweep_blocks`.
-
-    Raises:
-        ValueError: as `sweep_blocks`.
+    returned all the same. Arguments and errors are theirs; of which models nothing is stored: see
+    `recall_residuals`.
     """
-    return _recall(sweep_blocks, "sweeps", decoder, prompts, pairs, edits, options)
+    of_sites = any(isinstance(one, Site) for one in edits.values())
+    compute: Callable[..., Sweep] = sweep_sites if of_sites else sweep_blocks
+    folder = _folder(decoder, "sites" if of_sites else "sweeps")
+    path = _sweep_path(folder, decoder, prompts, pairs, edits, options)
+    if path is not None and (kept := _read_sweep(path)) is not None:
+        return kept
+    sweep = compute(decoder, prompts, pairs, edits, **options)
+    if path is not None:
+        _write_sweep(path, sweep)
+    return sweep
 
 
 def recall_sweeps(
@@ -139,16 +139,7 @@ def recall_sweeps(
 ) -> dict[Name, Sweep]:
     """Return `sweep_together` of requests by name; each is kept by itself, as `recall_sweep` does.
 
-    Args:
-        decoder: the model.
-        requests: what differs, by name.
-        edits: as `sweep_together`.
-        blocks: as `sweep_together`.
-        forests: as `sweep_together`.
-        description: as `sweep_together`.
-
-    Raises:
-        ValueError: as `sweep_together`.
+    Arguments and errors are those of `sweep_together`.
     """
     folder = _folder(decoder, "sweeps")
     paths = {}
@@ -168,47 +159,6 @@ def recall_sweeps(
         if (path := paths[name]) is not None:
             _write_sweep(path, sweep)
     return {name: found[name] for name in requests}
-
-
-def recall_sites(
-    decoder: Decoder,
-    prompts: Prompts,
-    pairs: np.ndarray,
-    sites: Mapping[str, Site],
-    **options: Any,
-) -> Sweep:
-    """Return `sweep_sites` of these arguments, kept as `recall_sweep` keeps sweeps.
-
-    Args:
-        decoder: the model.
-        prompts: as `sweep_sites`.
-        pairs: as `sweep_sites`.
-        sites: as `sweep_sites`.
-        **options: as `sweep_sites`.
-
-    Raises:
-        ValueError: as `sweep_sites`.
-    """
-    return _recall(sweep_sites, "sites", decoder, prompts, pairs, sites, options)
-
-
-def _recall(
-    compute: Callable[..., Sweep],
-    module: str,
-    decoder: Decoder,
-    prompts: Prompts,
-    pairs: np.ndarray,
-    what: Mapping[str, Any],
-    options: Mapping[str, Any],
-) -> Sweep:
-    path = _sweep_path(_folder(decoder, module), decoder, prompts, pairs, what, options)
-    kept = None if path is None else _read_sweep(path)
-    if kept is not None:
-        return kept
-    sweep = compute(decoder, prompts, pairs, what, **options)
-    if path is not None:
-        _write_sweep(path, sweep)
-    return sweep
 
 
 def fingerprint(decoder: Decoder) -> str | None:

@@ -219,8 +219,7 @@ def same_answer_pairs(task: Task, pairs: Pairs) -> Pairs:
 
 def _cells(task: Task) -> np.ndarray:
     """Return the number of each prompt's template and group `[n_prompts]`."""
-    found: np.ndarray = task.prompts.groupby(["template", "group"]).ngroup().to_numpy()
-    return found
+    return task.prompts.groupby(["template", "group"]).ngroup().to_numpy()
 
 
 # --- states without the donor's content -----------------------------------------------------------

@@ -32,7 +32,6 @@ from lib.science.estimate import (
     ratio_of_sums,
     sums_by_unit,
 )
-from lib.science.geometry import entropy
 
 Site = Literal["subject", "last", "subject's tokens", "between"]
 Arm = Literal["context arm", "prediction arm"]
@@ -81,8 +80,7 @@ class Trial:
     @property
     def correct(self) -> np.ndarray:
         """Whether the largest logit of the closed set is the right answer's `[n_prompts]`."""
-        right: np.ndarray = self.answer_logits.argmax(-1) == self.task.answer_index
-        return right
+        return self.answer_logits.argmax(-1) == self.task.answer_index
 
     @property
     def accuracy(self) -> float:
@@ -117,8 +115,9 @@ def certainty(logits: Tensor) -> np.ndarray:
     """
     found = []
     for part in logits.split(ROWS_AT_ONCE):
-        log_p = torch.log_softmax(part.double(), -1).numpy()
-        found.append(np.column_stack([entropy(log_p), log_p.max(axis=1)]))
+        log_p = torch.log_softmax(part.double(), -1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        found.append(torch.stack([entropy, log_p.amax(-1)], dim=1).numpy())
     return np.concatenate(found)
 
 
@@ -164,8 +163,7 @@ def choose_pairs(trial: Trial | Untested, *, n_donors: int = 1) -> Pairs | Untes
 
 def needed_rows(*pairs: Pairs) -> np.ndarray:
     """Return the prompts of the pairs, each once, ascending."""
-    found: np.ndarray = np.unique(np.concatenate([own.prompts for own in pairs]))
-    return found
+    return np.unique(np.concatenate([own.prompts for own in pairs]))
 
 
 def needed_prompts(task: Task, *pairs: Pairs) -> tuple[Task, list[Pairs]]:
@@ -398,8 +396,7 @@ def divergence(logits: Tensor, of: np.ndarray, from_: np.ndarray) -> np.ndarray:
     measure = from_donors(logits, of)
     rows = torch.arange(len(of)).split(ROWS_AT_ONCE)
     parts = [measure(logits[from_[part.numpy()]], part)["kl_nats"] for part in rows]
-    found: np.ndarray = torch.cat(parts).numpy()
-    return found
+    return torch.cat(parts).numpy()
 
 
 def from_donors(logits: Tensor, donors: np.ndarray) -> Divergences:

@@ -168,8 +168,7 @@ def maps(
 
 
 def _four_colours(n: int) -> FloatArray:
-    colours: FloatArray = plt.get_cmap("cividis")(np.linspace(0, 0.85, n))
-    return colours
+    return plt.get_cmap("cividis")(np.linspace(0, 0.85, n))
 
 
 def costs_and_shares(table: pd.DataFrame, bars: Mapping[str, float]) -> Figure:

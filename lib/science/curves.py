@@ -92,8 +92,7 @@ def transition(context: Measured, prediction: Measured) -> Measured:
 def _monotone(curve: ArrayLike, *, rising: bool) -> FloatArray:
     """Return the isotonic regression of a rising curve, or of a falling one turned over."""
     values = np.asarray(curve, dtype=np.float64)
-    fit: FloatArray = isotonic_regression(values if rising else -values).x
-    return fit
+    return isotonic_regression(values if rising else -values).x
 
 
 def _reach(fit: FloatArray, level: float) -> float:

@@ -83,8 +83,7 @@ class Estimate:
     @property
     def value(self) -> FloatArray:
         """The estimate itself, of the shape of one draw."""
-        result: FloatArray = self.draws[0]
-        return result
+        return self.draws[0]
 
     def __float__(self) -> float:
         """Return the value of an estimate of one number."""
@@ -274,8 +273,7 @@ def sums_by_unit(values: ArrayLike, unit: ArrayLike) -> FloatArray:
 def means_by_unit(values: ArrayLike, unit: ArrayLike) -> FloatArray:
     """Return each unit's mean, units ascending, `[n_units, ...]` of values `[..., n_pairs]`."""
     sums, counts = sums_by_unit(values, unit), np.unique(unit, return_counts=True)[1]
-    means: FloatArray = (sums.T / counts).T
-    return means
+    return (sums.T / counts).T
 
 
 def share_limits(n_units: int) -> tuple[float, float]:

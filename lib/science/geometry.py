@@ -69,16 +69,10 @@ def angles(states: ArrayLike) -> FloatArray:
     rows, columns = np.nonzero(np.triu(1 - np.abs(cosines) < _CANCELLED, 1))
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         i, j = rows[start : start + _ROWS_AT_ONCE], columns[start : start + _ROWS_AT_ONCE]
-        result[i, j] = result[j, i] = _angle_between(directions[i], directions[j])
+        u, v = directions[i], directions[j]
+        angle = 2 * np.arctan2(np.linalg.norm(u - v, axis=1), np.linalg.norm(u + v, axis=1))
+        result[i, j] = result[j, i] = angle
     np.fill_diagonal(result, 0.0)
-    return result
-
-
-def _angle_between(u: FloatArray, v: FloatArray) -> FloatArray:
-    """Row-wise angle of unit vectors, accurate at every angle."""
-    result: FloatArray = 2 * np.arctan2(
-        np.linalg.norm(u - v, axis=1), np.linalg.norm(u + v, axis=1)
-    )
     return result
 
 
@@ -88,8 +82,7 @@ def distances(states: ArrayLike) -> FloatArray:
     Raises:
         ValueError: Fewer than three items, a value that is not finite.
     """
-    result: FloatArray = squareform(pdist(_finite_rows(states, "states", minimum=3)))
-    return result
+    return squareform(pdist(_finite_rows(states, "states", minimum=3)))
 
 
 def log_norm_differences(states: ArrayLike) -> FloatArray:
@@ -99,8 +92,7 @@ def log_norm_differences(states: ArrayLike) -> FloatArray:
         ValueError: Fewer than three items, a zero state, a value that is not finite.
     """
     logs = np.log(_checked_norms(_finite_rows(states, "states", minimum=3)))
-    result: FloatArray = np.abs(logs[:, None] - logs[None, :])
-    return result
+    return np.abs(logs[:, None] - logs[None, :])
 
 
 def jeffreys_divergence(logits: ArrayLike) -> FloatArray:
@@ -146,26 +138,3 @@ def jeffreys_divergence(logits: ArrayLike) -> FloatArray:
         result[i, j] = result[j, i] = max(float((p - q) @ (one - other)), 0.0)
     np.fill_diagonal(result, 0.0)
     return result
-
-
-def entropy(log_p: ArrayLike) -> FloatArray:
-    """Return the entropy −Σ p log p of each row in nats, ``[n_items]``, at least 0.
-
-    Raises:
-        ValueError: A value that is not finite.
-    """
-    logs = _finite_rows(log_p, "log_p")
-    result: FloatArray = np.clip(-(np.exp(logs) * logs).sum(axis=1), 0, None)
-    return result
-
-
-def upper_triangle(matrix: ArrayLike) -> FloatArray:
-    """Return the n(n − 1)/2 entries above the diagonal, row by row, as SciPy's ``squareform`` does.
-
-    Raises:
-        ValueError: A matrix that is not square.
-    """
-    square = np.asarray(matrix, dtype=np.float64)
-    if square.ndim != 2 or square.shape[0] != square.shape[1]:
-        raise ValueError(f"matrix must be square; got shape {square.shape}.")
-    return square[np.triu_indices(len(square), 1)]

@@ -41,8 +41,7 @@ class Reader:
 
     def __call__(self, states: ArrayLike) -> FloatArray:
         """Return the last block's states as read from a block's, both `[n_items, d_model]`."""
-        read: FloatArray = np.asarray(states, dtype=np.float64) @ self.weights + self.offset
-        return read
+        return np.asarray(states, dtype=np.float64) @ self.weights + self.offset
 
 
 def fit_reader(
