@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_model, tiny_tokenizer
 from oracle import block_states
 from torch import Tensor
 
 from lib.engine.edits import Rotate, Scale
 from lib.engine.extraction import extract_residuals
 from lib.engine.generation import generate, steer
-from lib.engine.models import Decoder
+from lib.engine.models import Decoder, load_decoder
 
 PROMPTS = [[5, 9, 12, 33], [7, 21], [40, 8, 3, 17, 25, 30, 11]]
 BLOCK, N_NEW = 1, 6
@@ -80,6 +81,20 @@ def test_batched_prompts_of_different_lengths_equal_single_ones(decoder: Decoder
         with pytest.raises(ValueError, match="carries a state in place of keys and values"):
             generate(decoder, PROMPTS, N_NEW)
         return
+    single = [generate(decoder, [prompt], N_NEW)[0] for prompt in PROMPTS]
+    assert generate(decoder, PROMPTS, N_NEW) == single
+
+
+def test_what_a_users_hook_upsets_is_forgotten_with_the_hook() -> None:
+    decoder = load_decoder(tiny_model("llama"), tokenizer=tiny_tokenizer())
+
+    def count_columns(_module: Any, _args: Any, states: Tensor) -> Tensor:
+        return states + torch.arange(states.shape[1])[None, :, None]  # padding counts too
+
+    with decoder.blocks[1].register_forward_hook(count_columns):
+        assert len(generate(decoder, PROMPTS[:1], N_NEW)) == 1
+        with pytest.raises(ValueError, match="padding would enter"):
+            generate(decoder, PROMPTS, N_NEW)
     single = [generate(decoder, [prompt], N_NEW)[0] for prompt in PROMPTS]
     assert generate(decoder, PROMPTS, N_NEW) == single
 

@@ -243,7 +243,9 @@ def test_the_picture_of_depths_has_each_models_tasks_to_scale_and_its_median():
     table = pd.concat([table, later[later["model"] == "a"]])
     figure = depths_by_model(table, {"a": "#000000", "b": "#777777"})
     (axes,) = figure.axes
-    marks = {one.get_label(): one.lines[0] for one in axes.containers}
+    marks = {one.get_label(): one for one in axes.lines}
+    (interval,) = axes.collections[0].get_segments()[:1]
+    assert interval[:, 0] == pytest.approx([table["low"].iloc[0], table["high"].iloc[0]])
     assert list(marks["a"].get_xdata()) == pytest.approx([0.8, 1.0])
     assert list(marks["b"].get_xdata()) == pytest.approx([0.4])
     assert [round(y) for y in marks["a"].get_ydata()] == [0, 1]

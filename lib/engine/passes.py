@@ -28,7 +28,7 @@ REFUSALS = (RuntimeError, TypeError, AttributeError, ValueError, IndexError)
 ROOM = 32
 """Ways are compared on prompts of a multiple of as many tokens, so that few lengths are."""
 _forests: Known[Sizes, bool] = WeakKeyDictionary()
-_generated: Known[str, bool] = WeakKeyDictionary()
+_generated: Known[tuple[str, frozenset[int]], bool] = WeakKeyDictionary()
 
 
 def run_blocks(decoder: Decoder, tokens: Tensor, blocks: set[int]) -> dict[int, Tensor]:
@@ -100,10 +100,20 @@ def forests_are_exact(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> boo
 
 def has_hooks(decoder: Decoder) -> bool:
     """Say whether hooks lie anywhere in the model, but for those that transformers leaves."""
-    return any(
-        not str(getattr(hook, "__module__", "")).startswith("transformers.")
+    return bool(_hooks(decoder, "transformers."))
+
+
+def _hooks(decoder: Decoder, *but: str) -> frozenset[int]:
+    """Return the numbers of the hooks in a model, which torch never gives twice.
+
+    Left out are hooks that modules of some names put there.
+    """
+    return frozenset(
+        number
         for module in decoder.model.modules()
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        for number, hook in hooks.items()
+        if not str(getattr(hook, "__module__", "")).startswith(but)
     )
 
 
@@ -112,10 +122,12 @@ def generation_is_exact(decoder: Decoder, way: Literal["cache", "padding"]) -> b
     """Compare, once for a model, a few tokens run at once with the same tokens as `generate` runs.
 
     That is one after the other by the model's own cache, or behind padding on the left. A state
-    that is carried from token to token may take padding in, or be handed on wrongly.
+    that is carried from token to token may take padding in, or be handed on wrongly. Under each set
+    of a user's hooks it is compared anew (what steers does not count): they may count tokens.
     """
     known = known_of(_generated, decoder)
-    if way not in known:
+    asked = way, _hooks(decoder, "transformers.", "lib.engine.generation")
+    if asked not in known:
         tokens = torch.arange(1, 8, device=decoder.device)[None] % decoder.d_vocab
         last, run = {decoder.n_blocks - 1}, decoder.model.base_model
         whole = run_blocks(decoder, tokens, last)
@@ -134,11 +146,11 @@ def generation_is_exact(decoder: Decoder, way: Literal["cache", "padding"]) -> b
                         told["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
                     run(padded, use_cache=False, **told)
         except REFUSALS:
-            known[way] = False
+            known[asked] = False
             return False
         (slow,), (fast,) = whole.values(), parts.values()
-        known[way] = agree(slow[:, -1], fast[:, -1])
-    return known[way]
+        known[asked] = agree(slow[:, -1], fast[:, -1])
+    return known[asked]
 
 
 def holds(
