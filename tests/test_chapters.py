@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jupytext
@@ -160,3 +162,13 @@ def test_typed_numbers_are_found_wherever_they_are_read():
 def test_words_are_counted_where_sentences_are():
     text = "One two {glue:text}`a b`.\n\n```{margin}\nthree\n```\n\n$$\nx = y\n$$\n\n| a | b |\n"
     assert prose_of(text).split() == ["One", "two", "x.", "three"]
+
+
+@pytest.mark.parametrize("page", [one for one in pages(ROOT) if (ROOT / f"{one}.ipynb").is_file()])
+def test_no_cell_uses_a_name_that_nothing_gives(page):
+    """Told in a second, not after the minutes that the cells before it take."""
+    cells = jupytext.read(ROOT / f"{page}.md").cells
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    asked = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "-"]
+    done = subprocess.run(asked, input=code, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
