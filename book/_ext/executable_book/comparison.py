@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective
 
 from executable_book.displays import Picture, table
@@ -28,8 +29,7 @@ class ModelComparison(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Return the tables, or a sentence where there is nothing to compare."""
-        own = all_records([row for row in collect(self.env) if not is_own(row["place"])])
-        runs = [{**run, "records": own.get(run["model"], [])} for run in ordered_runs()]
+        runs, _ = kept_runs(self.env)
         if not runs:
             return [nodes.paragraph("", NONE)]
         models = [short_name(run["model"]) for run in runs]
@@ -68,10 +68,8 @@ class RelativeDepths(Picture):
 
     def run(self) -> list[nodes.Node]:
         """Return the figure; nothing where no transition was found."""
-        own = all_records([row for row in collect(self.env) if not is_own(row["place"])])
-        table = relative_depths(
-            [{**run, "records": own.get(run["model"], [])} for run in ordered_runs()]
-        )
+        runs, models = kept_runs(self.env)
+        table = relative_depths(runs)
         if table.empty:
             return []
         # Late, as they take seconds: a build with nothing changed draws nothing.
@@ -79,12 +77,21 @@ class RelativeDepths(Picture):
 
         from lib.reading.phase_transition_figures import depths_by_model
 
-        colours = {short_name(model): colour_of(model, list(own)) for model in own}
+        colours = {short_name(model): colour_of(model, models) for model in models}
         picture = self.place("relative-depths.png")
         figure = depths_by_model(table, colours)
         figure.savefig(picture)
         plt.close(figure)
         return [self.figure(picture)]
+
+
+def kept_runs(env: BuildEnvironment) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the runs kept, each with its records, and all models that have records.
+
+    A reader's own tasks are left out: runs are compared on the book's.
+    """
+    own = all_records([row for row in collect(env) if not is_own(row["place"])])
+    return [{**run, "records": own.get(run["model"], [])} for run in ordered_runs()], list(own)
 
 
 def verdict_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
