@@ -25,12 +25,12 @@ from lib.evidence.by_task import each
 from lib.evidence.criteria import is_held_out
 from lib.evidence.tasks import Pairs, Task
 from lib.evidence.transfer import (
-    Distributions,
     Divergences,
     Transfer,
     Trial,
     choose_pairs,
-    divergence,
+    divergence_before,
+    from_donors,
     needed_prompts,
     read_tasks,
 )
@@ -124,32 +124,31 @@ class _WithChoice:
         return {**self.divergences(logits, pair), "choice": answers.argmax(-1)}
 
 
-def _measure(trial: Trial, pairs: Pairs) -> _WithChoice:
-    donors, place = np.unique(pairs.prompts[:, 1], return_inverse=True)
-    logits = logit_lens(trial.decoder, trial.last_states[torch.as_tensor(donors)])
-    known = Divergences(Distributions.of(logits), {"kl_nats": place})
-    return _WithChoice(known, trial.task.answer_ids)
+def _measure(trial: Trial, pairs: Pairs) -> tuple[_WithChoice, np.ndarray]:
+    """Return the measure of edits of the pairs, and KL(p_y ‖ p_x) before them, nats `[n_pairs]`."""
+    used, place = np.unique(pairs.prompts, return_inverse=True)
+    recipients, donors = place.reshape(-1, 2).T
+    logits = trial.logits_after(used)
+    known = from_donors(logits, donors)
+    return _WithChoice(known, trial.task.answer_ids), divergence_before(known, logits, recipients)
 
 
 def _transfers(
     trial: Trial,
     pairs: Pairs,
+    clean: np.ndarray,
     names: Sequence[str],
     blocks: tuple[int, ...],
     found: Mapping[str, np.ndarray],
 ) -> dict[str, Transfer]:
     """Return transfers by name from measures `[n_names, n_blocks, n_pairs]`."""
     task = trial.task
-    used, place = np.unique(pairs.prompts, return_inverse=True)
-    logits = logit_lens(trial.decoder, trial.last_states[torch.as_tensor(used)])
-    recipient, donor = place.reshape(-1, 2).T
-    before = divergence(logits, donor, recipient)
     target = task.answer_index[pairs.prompts[:, 1]]
     return {
         name: Transfer(
             blocks,
             found["kl_nats"][number],
-            before,
+            clean,
             found["choice"][number].astype(np.int64),
             target,
             pairs.unit,
@@ -167,39 +166,44 @@ def exchange_sites(
     blocks: Sequence[int] | None = None,
 ) -> dict[str, Transfer]:
     """Return what exchanging each site at the last token does to the pairs, block by block."""
+    measure, clean = _measure(trial, pairs)
     sweep = recall_sweep(
         trial.decoder,
         trial.task.tokens,
         pairs.prompts,
         sites,
         blocks=blocks,
-        measure=_measure(trial, pairs),
+        measure=measure,
         forests=trial.forests,
         description=f"{trial.task.name}: {', '.join(sites)}",
     )
-    return _transfers(trial, pairs, list(sites), sweep.blocks, sweep.measures)
+    return _transfers(trial, pairs, clean, list(sites), sweep.blocks, sweep.measures)
 
 
 def exchange_heads(
     trial: Trial, pairs: Pairs, groups: Mapping[str, Sequence[Head]]
 ) -> dict[str, Measured]:
     """Return T of each group of heads, exchanged together at the last token."""
+    measure, clean = _measure(trial, pairs)
     found = patch_heads(
         trial.decoder,
         trial.task.tokens,
         pairs.prompts,
         groups,
-        measure=_measure(trial, pairs),
+        measure=measure,
         forests=trial.forests,
     )
     together = {name: values[:, None] for name, values in found.items()}
-    transfers = _transfers(trial, pairs, list(groups), (0,), together)
+    transfers = _transfers(trial, pairs, clean, list(groups), (0,), together)
     return {name: transfer.estimate().at(0) for name, transfer in transfers.items()}
 
 
-def _apart(trial: Trial) -> Trial:
-    """Return a trial whose few prompts are run by themselves, in one pass, and kept while it is."""
-    return replace(trial, forests=[])
+def _apart(trial: Trial, pairs: Pairs) -> Trial:
+    """Return a trial that keeps the run of the pairs' prompts, in one pass, unless it is kept."""
+    there = {prompt for forest in trial.forests for prompt in forest.prompts}
+    used = np.unique(pairs.prompts)
+    kept = all(tuple(trial.task.tokens[row]) in there for row in used)
+    return trial if kept else replace(trial, forests=[])
 
 
 def total(transfer: Transfer) -> np.ndarray:
@@ -235,7 +239,8 @@ class Opened:
 
 def open_switch(trial: Trial, halves: Halves, parts: Mapping[str, Site] = PARTS) -> Opened:
     """Return what the choosing half chose: the block and the heads that carry most."""
-    alone, pairs = _apart(trial), halves.choosing
+    pairs = halves.choosing
+    alone = _apart(trial, pairs)
     found = exchange_sites(alone, pairs, parts)
     ranked = rank_blocks([total(found["attention"])])
     heads = transfer_by_head(alone, pairs, ranked[:N_BLOCKS])
@@ -309,7 +314,8 @@ def transfer_on_testing_half(
     `attention`: the chosen block's attention output. `best n`: the n chosen heads. `random 3`:
     others of the same five blocks. `elsewhere`: three heads that other tasks chose.
     """
-    trial, pairs = _apart(opened.trial), opened.halves.testing
+    pairs = opened.halves.testing
+    trial = _apart(opened.trial, pairs)
     groups = {f"best {n}": opened.best(n) for n in COUNTS}
     groups[f"random {FEW}"] = random_heads(opened, FEW)
     if not isinstance(elsewhere, Untested):
@@ -439,7 +445,7 @@ def knock_out(
         others: heads that lose sight of all tokens but the subject's and the last one, by name.
     """
     others = others or {}
-    trial, task = _apart(trial), trial.task
+    trial, task = _apart(trial, pairs), trial.task
     prompts = np.unique(pairs.prompts[:, 0])
     spans = zip(
         task.tokens, task.prompts["subject_start"], task.prompts["subject_position"], strict=True
@@ -455,7 +461,7 @@ def knock_out(
         same.prompts,
         {**groups, **others},
         hidden=dict.fromkeys(groups, subject) | dict.fromkeys(others, rest),
-        measure=_measure(trial, same),
+        measure=_measure(trial, same)[0],
         forests=trial.forests,
     )
     units = f"{task.units} ({len(np.unique(same.unit))} read)"

@@ -26,7 +26,14 @@ from lib.engine.readouts import DistributionMeasure
 from lib.engine.replay import Forest
 from lib.engine.store import recall_residuals, recall_sweep
 from lib.evidence.criteria import TEXTS
-from lib.evidence.transfer import Distributions, Divergences, Trial, certainty, divergence
+from lib.evidence.transfer import (
+    Distributions,
+    Divergences,
+    Trial,
+    certainty,
+    divergence_before,
+    from_donors,
+)
 from lib.science.correlation import correlate
 from lib.science.decoding import decoding_gain, residuals, thirds
 from lib.science.estimate import (
@@ -278,8 +285,8 @@ def exchange_norms(reading: Reading, late: Sequence[int], blocks: Sequence[int])
         description="texts: norm exchange",
     )
     reading.forests.clear()  # most of a gigabyte, while the next network is read
-    before = divergence(reading.logits, pairs[:, 1], pairs[:, 0])
-    whole = sums_by_unit(np.tile(before, (len(blocks), 1)), pairs[:, 0])
+    clean = divergence_before(from_donors(reading.logits, pairs[:, 1]), reading.logits, pairs[:, 0])
+    whole = sums_by_unit(np.tile(clean, (len(blocks), 1)), pairs[:, 0])
     norm, _, direction = (sums_by_unit(one, pairs[:, 0]) for one in sweep.measures["from_donor"])
     cost, turn, _ = (sums_by_unit(one, pairs[:, 0]) for one in sweep.measures["from_recipient"])
     return NormExchange(

@@ -363,7 +363,8 @@ def replay_rows(
     Args:
         decoder: the model.
         prefix: from `run_prefix`, of n_prompts prompts.
-        row_blocks: the block after which each row was edited, ascending, the same for all prompts.
+        row_blocks: the block after which each row was edited, −1 before the first one, ascending,
+            the same for all prompts.
         rows: edited residual streams `[n_prompts, n_rows, row_length, d_model]`.
 
     Returns:

@@ -395,15 +395,12 @@ def _recipients(
 def _in_passes(firsts: np.ndarray, by_rows: bool) -> Iterator[np.ndarray]:
     """Yield which groups run in one pass, those first whose first edited block is.
 
-    As rows of one token, side by side; but each by itself from the first block of all on, where
-    rows cannot enter, and where whole prompts run.
+    As rows of one token, side by side; whole prompts run once for each group.
     """
     order = np.argsort(firsts, kind="stable")
-    alone = firsts[order] == 0 if by_rows else np.ones(len(order), dtype=bool)
-    yield from order[alone][:, None]
-    rest = order[~alone]
-    for start in range(0, len(rest), MAX_ROW_TOKENS):
-        yield rest[start : start + MAX_ROW_TOKENS]
+    at_once = MAX_ROW_TOKENS if by_rows else 1
+    for start in range(0, len(order), at_once):
+        yield order[start : start + at_once]
 
 
 def _last_token(forest: Forest, rows: np.ndarray, lengths: np.ndarray) -> Prefix:
@@ -417,7 +414,7 @@ def _last_tokens_are_exact(
     """Say whether some prompts may run as forests, and their last tokens after these alone.
 
     Compared, once for a model and again for longer prompts, with all tokens: the last one is run
-    through all blocks, and twice side by side, from the second one and a middle one on.
+    twice side by side, through all blocks and from a middle one on.
     """
     own = [prompts[member] for member in members]
     longest = max(own, key=len)
@@ -428,11 +425,10 @@ def _last_tokens_are_exact(
         try:
             forest = run_forest(decoder, plant_prompts([one], [0], BATCH_TOKENS)[0])
             prefix = _last_token(forest, np.array([0]), np.array([length]))
-            alone = _run_last(decoder, prefix)
-            rows = _run_last(decoder, prefix, [1, 1 + decoder.n_blocks // 2])
+            rows = _run_last(decoder, prefix, [0, 1 + decoder.n_blocks // 2])
         except (ReplayUnsupportedError, *REFUSALS):
             return False
-        return agree(whole, alone) and agree(whole, rows)
+        return agree(whole, rows)
 
     return forests_are_exact(decoder, own) and holds(decoder, _prefixed, compare, len(longest))
 
@@ -443,24 +439,37 @@ def _run_last(decoder: Decoder, run: Prefix | Tensor, firsts: Sequence[int] = (0
     Of whole prompts `[n, length]`, or of the last token after a prefix; then blocks before the
     first one that is edited are not run again, and there may be several, in order.
     """
-    if isinstance(run, Prefix) and firsts[0] > 0:
-        clean = run.states[[first - 1 for first in firsts]].transpose(0, 1)
-        return replay_rows(decoder, run, [first - 1 for first in firsts], clean)
     if isinstance(run, Prefix):
-        mask = run.block_inputs[0]["attention_mask"]
-        place = (mask[:, 0] == 0).sum(-1) - 1  # the last token sees all others of its prompt
-        told = {"past_key_values": run.cache, "attention_mask": mask, "position_ids": place}
-        tokens, inputs = run.tokens[:, -1:], {**told, "use_cache": True}
-    else:
-        tokens, inputs = run, {"use_cache": False}
+        entering = [
+            run.states[first - 1] if first > 0 else _embed_last(decoder, run) for first in firsts
+        ]
+        rows = torch.stack(entering, dim=1)
+        return replay_rows(decoder, run, [first - 1 for first in firsts], rows)
     states: list[Tensor] = []
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
         states.append(untuple(output)[:, -1])
 
     with decoder.blocks[-1].register_forward_hook(keep), torch.inference_mode():
-        decoder.model.base_model(tokens, **inputs)
+        decoder.model.base_model(run, use_cache=False)
     return states[-1][:, None]
+
+
+def _embed_last(decoder: Decoder, prefix: Prefix) -> Tensor:
+    """Return what enters the first block for the last token `[n_prompts, 1, d_model]`."""
+    entering: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entering.append(as_call(module, args, kwargs)["hidden"])
+        raise SeenError
+
+    mask = prefix.block_inputs[0]["attention_mask"]
+    place = (mask[:, 0] == 0).sum(-1) - 1  # the last token sees all others of its prompt
+    told = {"past_key_values": prefix.cache, "attention_mask": mask, "position_ids": place}
+    stopped = decoder.blocks[0].register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    with suppress(SeenError), stopped, torch.inference_mode():
+        decoder.model.base_model(prefix.tokens[:, -1:], use_cache=True, **told)
+    return entering[0]
 
 
 @contextmanager

@@ -93,8 +93,8 @@ class Steering:
 
     def held(self) -> Measured:
         """Return the probability that the right answer's token has before any edit, the mean."""
-        rows = torch.as_tensor(self.pairs.prompts[:, 0])
-        p = torch.softmax(self.trial.logits[rows].double(), dim=-1)
+        rows = self.pairs.prompts[:, 0]
+        p = torch.softmax(self.trial.logits_after(rows).double(), dim=-1)
         tokens = torch.as_tensor(self.trial.task.answer_ids[self.source])
         return self.mean(p[torch.arange(len(rows)), tokens].numpy())
 
@@ -369,7 +369,7 @@ def _graded(steering: Steering, methods: Sequence[str], doses: Sequence[float]) 
     pair = np.tile(np.arange(len(steering.pairs)), len(edited))
     recipients, recipient = np.unique(steering.pairs.prompts[:, 0], return_inverse=True)
     measure = ProbabilityMoved(
-        Distributions.of(trial.logits[torch.as_tensor(recipients)]).p,
+        Distributions.of(trial.logits_after(recipients)).p,
         recipient[pair],
         ids[steering.source][pair],
         ids[steering.target][pair],

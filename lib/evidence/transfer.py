@@ -63,6 +63,10 @@ class Trial:
         """Next-token logits after each prompt `[n_prompts, d_vocab]`, computed at each call."""
         return logit_lens(self.decoder, self.last_states)
 
+    def logits_after(self, rows: np.ndarray) -> Tensor:
+        """Return next-token logits after some of the prompts `[n_rows, d_vocab]`."""
+        return logit_lens(self.decoder, self.last_states[torch.as_tensor(rows)])
+
     @cached_property
     def certainty(self) -> np.ndarray:
         """Entropy (nats) and top-1 log-probability of each prediction `[n_prompts, 2]`."""
@@ -344,14 +348,21 @@ def measure_sites(
         return {site: {} for site in sites}
     decoder = trials[next(iter(pairs))].decoder
     wanted = check_blocks(decoder, blocks)
-    planned: dict[tuple[Site, str], tuple[Pairs, list[np.ndarray]]] = {}
+    planned: dict[tuple[Site, str], tuple[Pairs, np.ndarray, list[np.ndarray]]] = {}
     requests: dict[tuple[Site, str, int], Request] = {}
     for name, own in pairs.items():
-        task, logits = trials[name].task, trials[name].logits
+        task, used = trials[name].task, np.unique(own.prompts)
+        logits = trials[name].logits_after(used)
         for site in sites:
             mirror = edit == exchange and donors is None
             kept, found = _classes(task, own, site, mirror)
-            planned[site, name] = kept, [rows for _, rows, _ in found]
+            recipients, those = np.searchsorted(used, kept.prompts.T)
+            known = from_donors(logits, those)
+            planned[site, name] = (
+                kept,
+                divergence_before(known, logits, recipients),
+                [r for _, r, _ in found],
+            )
             for number, (positions, rows, mirrored) in enumerate(found):
                 asked = kept.prompts[rows]
                 swept, states = asked[:, ::-1] if mirrored else asked, None
@@ -364,7 +375,7 @@ def measure_sites(
                     positions,
                     states,
                     task.answer_ids.tolist(),
-                    from_donors(logits, asked[:, 1]),
+                    from_donors(logits, those[rows]),
                 )
     sweeps = recall_sweeps(
         decoder,
@@ -375,9 +386,8 @@ def measure_sites(
         description=description,
     )
     result: dict[Site, dict[str, Transfer]] = {site: {} for site in sites}
-    for (site, name), (own, parts) in planned.items():
+    for (site, name), (own, clean, parts) in planned.items():
         task = trials[name].task
-        before = divergence(trials[name].logits, *own.prompts.T[::-1])
         after = np.empty((len(wanted), len(own)))
         choice = np.empty((len(wanted), len(own)), dtype=np.int64)
         for number, rows in enumerate(parts):
@@ -386,17 +396,16 @@ def measure_sites(
             choice[:, rows] = sweep.logits[0].argmax(-1)
         target = task.answer_index[own.prompts[:, 1]]
         result[site][name] = Transfer(
-            wanted, after, before, choice, target, own.unit, task.units, task.n_units
+            wanted, after, clean, choice, target, own.unit, task.units, task.n_units
         )
     return result
 
 
-def divergence(logits: Tensor, of: np.ndarray, from_: np.ndarray) -> np.ndarray:
-    """Return KL(p_of ‖ p_from) of rows of logits `[n_prompts, d_vocab]` in nats `[n_pairs]`."""
-    measure = from_donors(logits, of)
-    rows = torch.arange(len(of)).split(ROWS_AT_ONCE)
-    parts = [measure(logits[from_[part.numpy()]], part)["kl_nats"] for part in rows]
-    return torch.cat(parts).numpy()
+def divergence_before(measure: Divergences, logits: Tensor, recipients: np.ndarray) -> np.ndarray:
+    """Return `kl_nats` of all pairs before any edit, from rows of logits `[n_pairs]`."""
+    rows = torch.arange(len(recipients)).split(ROWS_AT_ONCE)
+    parts = [measure(logits[recipients[part.numpy()]], part)["kl_nats"] for part in rows]
+    return torch.cat(parts).numpy() if parts else np.empty(0)
 
 
 def from_donors(logits: Tensor, donors: np.ndarray) -> Divergences:
