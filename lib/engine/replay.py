@@ -373,13 +373,13 @@ def replay_rows(
     if list(row_blocks) != sorted(row_blocks):
         raise ValueError(f"Rows must enter in the order of their blocks; got {list(row_blocks)}.")
     n_prompts, n_rows, length, width = rows.shape
-    masks: dict[int, Tensor] = {}
+    tiles: dict[int, Tensor] = {}
     hidden = rows[:, :0].reshape(n_prompts, 0, width)
     n_active = 0
     with torch.inference_mode():
         for index in range(min(row_blocks), decoder.n_blocks):
             if n_active:
-                inputs = _tile(prefix, index, n_active, n_rows, masks)
+                inputs = _tile(prefix, index, n_active, n_rows, tiles)
                 hidden = untuple(decoder.blocks[index](hidden, **inputs))
             entering = sum(block == index for block in row_blocks)
             if entering:
@@ -390,7 +390,7 @@ def replay_rows(
 
 
 def _tile(
-    prefix: Prefix, index: int, n_active: int, n_rows: int, masks: dict[int, Tensor]
+    prefix: Prefix, index: int, n_active: int, n_rows: int, tiles: dict[int, Tensor]
 ) -> dict[str, Any]:
     """Return block `index`'s keyword arguments for `n_active` rows side by side."""
     length = prefix.row_length
@@ -400,27 +400,38 @@ def _tile(
         raise ReplayUnsupportedError("its blocks take a mask that is not four-dimensional")
     assert prefix.cache is not None
     n_prefix = prefix.cache.layers[index].keys.shape[-2]  # type: ignore[union-attr]
-    tiled = {name: _tile_positions(value, length, n_active) for name, value in inputs.items()}
+    tiled = {
+        name: _tile_positions(value, length, n_rows, n_active, tiles)
+        for name, value in inputs.items()
+    }
     for name in ("past_key_values", "past_key_value", "layer_past"):
         if name in tiled:
             tiled[name] = prefix.cache
-    if id(mask) not in masks:  # blocks share one or two masks; the full one serves every depth
-        masks[id(mask)] = _row_mask(mask, n_prefix, length, n_rows, prefix.tokens.device)
+    if id(mask) not in tiles:  # blocks share one or two masks; the full one serves every depth
+        tiles[id(mask)] = _row_mask(mask, n_prefix, length, n_rows, prefix.tokens.device)
     n_tokens = n_active * length
-    tiled["attention_mask"] = masks[id(mask)][..., :n_tokens, : n_prefix + n_tokens]
+    tiled["attention_mask"] = tiles[id(mask)][..., :n_tokens, : n_prefix + n_tokens]
     return tiled
 
 
-def _tile_positions(value: Any, length: int, n_active: int) -> Any:
-    """Repeat position-wise tensors (`[n, length, …]` or `[length]`) once per row."""
+def _tile_positions(
+    value: Any, length: int, n_rows: int, n_active: int, tiles: dict[int, Tensor]
+) -> Any:
+    """Repeat position-wise tensors (`[n, length, …]` or `[length]`) once per active row.
+
+    What is repeated for all rows is kept in `tiles`: blocks share it and take a part of it.
+    """
     if isinstance(value, tuple | list):
-        return type(value)(_tile_positions(part, length, n_active) for part in value)
-    if isinstance(value, Tensor):
-        if value.dim() == 1 and value.shape[0] == length:
-            return value.repeat(n_active)
-        if value.dim() in (2, 3) and value.shape[1] == length:
-            return value.repeat(1, n_active, *[1] * (value.dim() - 2))
-    return value
+        own = (_tile_positions(part, length, n_rows, n_active, tiles) for part in value)
+        return type(value)(own)
+    if not isinstance(value, Tensor) or value.dim() not in (1, 2, 3):
+        return value
+    axis = min(1, value.dim() - 1)
+    if value.shape[axis] != length:
+        return value
+    if id(value) not in tiles:
+        tiles[id(value)] = torch.cat([value] * n_rows, dim=axis)
+    return tiles[id(value)].narrow(axis, 0, n_active * length)
 
 
 def _row_mask(
