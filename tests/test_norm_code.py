@@ -15,7 +15,7 @@ from lib.claims import norm_code
 from lib.engine import store
 from lib.engine.models import Decoder
 from lib.evidence.criteria import claim_verdict, judge
-from lib.evidence.tasks import build_task
+from lib.evidence.tasks import KEPT_BACK, build_task
 from lib.evidence.transfer import Trial, read_tasks
 from lib.science.correlation import correlate
 from lib.science.decoding import decoding_gain
@@ -325,6 +325,38 @@ def test_twins_are_subtracted_on_the_same_tasks_each_network_by_its_own_best_att
     assert isinstance(norm_code.beyond_twins(trained, lost), Untested)
 
 
+def test_the_subject_of_the_tasks_kept_back_is_pooled_and_twins_subtracted_on_the_same_tasks():
+    trained = {"x": number(0.3, "x"), "y": number(0.1, "y"), "z": number(0.9, "z")}
+    twins = [
+        {"x": number(0.05 + k, "x"), "y": number(0.01, "y"), "z": Untested("too few")}
+        for k in (-0.02, 0.0, 0.02)
+    ]
+    found = norm_code.subject_beyond_twins(trained, twins)
+    assert isinstance(found, Estimate)
+    assert float(found) == pytest.approx(0.2 - 0.03)
+    none = norm_code.subject_beyond_twins(trained, [{"x": Untested("alike")}] * 3)
+    assert isinstance(none, Untested)
+
+
+def test_on_the_tasks_kept_back_the_subject_is_decoded_among_prompts_of_one_answer(
+    monkeypatch: pytest.MonkeyPatch, trial: Trial
+):
+    asked: list[dict[str, object]] = []
+
+    def loaded(*_args: object, **told: object) -> dict[str, object]:
+        asked.append(told)
+        return {"toy": trial.task, "gone": Untested("no")}
+
+    monkeypatch.setattr(norm_code, "load_tasks", loaded)
+    monkeypatch.setattr(norm_code, "read_tasks", lambda _, tasks: tasks | {"toy": trial})
+    found = norm_code.kept_back_gains(trial.decoder, LATE, 24)
+    assert asked == [{"files": KEPT_BACK, "most": 24}]
+    assert found["gone"] == Untested("no")
+    expected = norm_code.task_attribute(trial, LATE, "subject", within_answer=True)
+    assert isinstance(expected, Estimate)
+    np.testing.assert_array_equal(found["toy"].draws, expected.draws)  # type: ignore[union-attr]
+
+
 def test_groups_are_compared_apart_and_the_order_of_prompts_does_not_matter(reader: Decoder):
     rows = [(f"w{1 + i}", f"w{40 + i % 3}", f"w{50 + g}") for g in (0, 1) for i in range(12)]
     items = pd.DataFrame(rows, columns=["subject", "answer", "group"])
@@ -374,7 +406,8 @@ def test_all_statistics_of_the_claim_are_measured_and_judged_with_twins(
     records = judge(
         "norm-code",
         "m",
-        found.statistics() | {"within_answer_beyond_twins": number(0.1)},
+        found.statistics()
+        | dict.fromkeys(("within_answer_beyond_twins", "subject_beyond_twins"), number(0.1)),
         norm_code.over_twins([found] * 3 + [found]),
     )
     assert claim_verdict(records, "norm-code", "m").parts.keys() == {

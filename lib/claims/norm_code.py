@@ -26,6 +26,7 @@ from lib.engine.readouts import DistributionMeasure
 from lib.engine.replay import Forest
 from lib.engine.store import recall_residuals, recall_sweep
 from lib.evidence.criteria import TEXTS
+from lib.evidence.tasks import KEPT_BACK, load_tasks
 from lib.evidence.transfer import (
     Distributions,
     Divergences,
@@ -33,6 +34,7 @@ from lib.evidence.transfer import (
     certainty,
     divergence_before,
     from_donors,
+    read_tasks,
 )
 from lib.science.correlation import correlate
 from lib.science.decoding import decoding_gain, residuals, thirds
@@ -402,19 +404,46 @@ def beyond_twins(trained: NormCode, twins: Sequence[NormCode]) -> Measured:
 
     Each network's own best attribute counts, on those tasks on which all of them could be tested.
     """
+    every = [one.within for one in (trained, *twins)]
+    shared = {name: _shared([within[name] for within in every]) for name in trained.within}
+    best = [
+        ranked({name: pool(gains[number]) for name, gains in shared.items()}, 0)
+        for number in range(len(every))
+    ]
+    return independent_difference(best[0], over_seeds(best[1:]))
 
-    def tested(attribute: str, task: str) -> bool:
-        found = [one.within[attribute].get(task) for one in (trained, *twins)]
-        return all(isinstance(one, Estimate) for one in found)
 
-    def best(one: NormCode) -> Measured:
-        kept = {
-            attribute: {task: gain for task, gain in gains.items() if tested(attribute, task)}
-            for attribute, gains in one.within.items()
-        }
-        return ranked(pooled_gains(kept), 0)
+def kept_back_gains(
+    decoder: Decoder, late: Sequence[int], most: int | None = None
+) -> dict[str, Measured]:
+    """Return how well log r tells the subject within an answer, on each of the tasks kept back.
 
-    return independent_difference(best(trained), over_seeds([best(twin) for twin in twins]))
+    Args:
+        decoder: the model.
+        late: the blocks whose log r are the features.
+        most: subjects of a task, all by default.
+    """
+    trials = read_tasks(decoder, load_tasks(decoder, files=KEPT_BACK, most=most))
+    return {
+        name: task_attribute(trial, late, "subject", within_answer=True)
+        if isinstance(trial, Trial)
+        else trial
+        for name, trial in trials.items()
+    }
+
+
+def subject_beyond_twins(
+    trained: Mapping[str, Measured], twins: Sequence[Mapping[str, Measured]]
+) -> Measured:
+    """Return `kept_back_gains`, pooled, less those of untrained twins, on the same tasks."""
+    own, *untrained = map(pool, _shared([trained, *twins]))
+    return independent_difference(own, over_seeds(untrained))
+
+
+def _shared(found: Sequence[Mapping[str, Measured]]) -> list[dict[str, Measured]]:
+    """Return what was measured on those tasks on which every network could be tested."""
+    names = [name for name in found[0] if all(isinstance(one.get(name), Estimate) for one in found)]
+    return [{name: one[name] for name in names} for one in found]
 
 
 def over_twins(twins: Sequence[NormCode]) -> dict[str, Measured | Mapping[str, Measured]]:

@@ -26,6 +26,9 @@ ITEM_COLUMNS = ("task", "subject", "answer", "group")
 TEMPLATE_COLUMNS = ("task", "template", "text")
 Tables = tuple[pd.DataFrame, pd.DataFrame]
 """Items (task, subject, answer, group) and templates (task, text), as they lie in files."""
+BOOK = ("tasks.csv", "templates.csv")
+KEPT_BACK = ("kept-back-tasks.csv", "kept-back-templates.csv")
+"""Many-to-one tasks that no statistic saw before its criterion was set; one alone is of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +116,12 @@ def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def load_tasks(
-    decoder: Decoder, names: Sequence[str] | None = None, *, own: Tables | None = None
+    decoder: Decoder,
+    names: Sequence[str] | None = None,
+    *,
+    own: Tables | None = None,
+    files: tuple[str, str] = BOOK,
+    most: int | None = None,
 ) -> dict[str, Task | Untested]:
     """Return the book's tasks, or those named, tokenized for `decoder`.
 
@@ -124,24 +132,27 @@ def load_tasks(
         decoder: whose tokenizer to use.
         names: which tasks, all by default.
         own: a reader's own tasks (`lib.evidence.own_tasks`), which follow the book's.
+        files: of items and of templates in `lib/data`.
+        most: subjects of a task, spread evenly over its answers; all by default.
 
     Raises:
         ValueError: an unknown task (the known ones are listed), a column that is missing, a
             template without its placeholder.
     """
-    items = read_csv(DATA / "tasks.csv", ITEM_COLUMNS)
-    templates = read_csv(DATA / "templates.csv", TEMPLATE_COLUMNS)
+    items = read_csv(DATA / files[0], ITEM_COLUMNS)
+    templates = read_csv(DATA / files[1], TEMPLATE_COLUMNS)
     if own is not None:
         items, templates = pd.concat([items, own[0]]), pd.concat([templates, own[1]])
     known = list(dict.fromkeys(items["task"]))
     for name in names or ():
         if name not in known:
             raise ValueError(f"Unknown task {name!r}; choose among {', '.join(known)}.")
-    large = sum(weight.numel() for weight in decoder.model.parameters()) >= LARGE
+    if sum(weight.numel() for weight in decoder.model.parameters()) >= LARGE:
+        most = MOST_SUBJECTS
     return {
         name: build_task(
             name,
-            few_subjects(own_items) if large else own_items,
+            few_subjects(own_items, most) if most else own_items,
             templates.loc[templates["task"] == name, "text"].tolist(),
             decoder,
         )
@@ -150,10 +161,10 @@ def load_tasks(
     }
 
 
-def few_subjects(items: pd.DataFrame) -> pd.DataFrame:
-    """Return the items of at most 24 subjects, every so-many-th in the order of their answers."""
+def few_subjects(items: pd.DataFrame, most: int) -> pd.DataFrame:
+    """Return the items of `most` subjects, every so-many-th in the order of their answers."""
     subjects = items.sort_values("answer", kind="stable")["subject"].unique()
-    return items[items["subject"].isin(subjects[spread(len(subjects), MOST_SUBJECTS)])]
+    return items[items["subject"].isin(subjects[spread(len(subjects), most)])]
 
 
 def build_task(
