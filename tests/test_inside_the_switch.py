@@ -130,6 +130,24 @@ def test_a_tasks_prompts_run_once_however_full_the_list_of_all_tasks_is(
     assert crowded.forests == [full]
 
 
+def test_prompts_that_were_read_before_are_not_run_again_for_either_half(
+    trial, monkeypatch, tmp_path
+):
+    halves, tokens = claim.halve(trial), trial.task.tokens
+    (read,) = [
+        replay.run_forest(trial.decoder, one)
+        for one in plant_prompts(tokens, range(len(tokens)), 99999)
+    ]
+    claim.open_switch(trial, halves)  # what is compared once for a model has been
+    monkeypatch.setattr(store, "STORE", tmp_path)
+    run, runs = replay.run_forest, []
+    monkeypatch.setattr(replay, "run_forest", lambda *args: runs.append(1) or run(*args))
+    opened = claim.open_switch(replace(trial, forests=[read]), halves)
+    claim.transfer_on_testing_half(opened, Untested("no seen task"))
+    claim.knock_out(opened.trial, halves.testing, {"all": opened.best(3)})
+    assert runs == []
+
+
 def test_what_was_exchanged_is_recorded_with_its_place_and_its_interval(opened):
     tested = claim.transfer_on_testing_half(opened, Untested("no seen task"))
     table = claim.as_table(opened, tested).set_index("exchanged")

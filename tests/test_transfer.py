@@ -13,6 +13,7 @@ from lib.engine import store
 from lib.engine.edits import exchange, exchange_direction
 from lib.engine.extraction import extract_residuals
 from lib.engine.models import Decoder
+from lib.evidence import transfer
 from lib.evidence.tasks import Pairs, Task, build_task, exchange_pairs
 from lib.evidence.transfer import (
     Distributions,
@@ -69,6 +70,24 @@ def test_an_exchange_equals_one_hooked_pass_a_pair_for_prompts_of_any_length(
         assert found.after[block] == pytest.approx(expected, abs=2e-5)
         choice = logits[:, trial.task.answer_ids].argmax(-1)
         assert np.array_equal(found.choice[block], choice)
+
+
+def test_clean_predictions_are_computed_once_for_all_sites_and_of_prompts_in_pairs_alone(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch
+):
+    pairs = exchange_pairs(trial.task).thin(5)
+    lens, rows = transfer.logit_lens, []
+    monkeypatch.setattr(
+        transfer,
+        "logit_lens",
+        lambda model, states: rows.append(len(states)) or lens(model, states),
+    )
+    found = transfer.measure_sites({"toy": trial}, {"toy": pairs}, ["subject", "last"])
+    assert rows == [len(np.unique(pairs.prompts))]
+    clean = lens(trial.decoder, trial.last_states).numpy()
+    for site in ("subject", "last"):
+        expected = [kl(clean[y], clean[x]) for x, y in pairs.prompts]
+        assert found[site]["toy"].before == pytest.approx(expected, abs=2e-6)
 
 
 def test_prompts_that_were_read_are_not_run_again_for_exchanges(
