@@ -358,6 +358,13 @@ def test_last_tokens_that_come_out_wrong_alone_are_run_with_their_prompts(
     assert sum(n_tokens for n_tokens, _ in passes) == len(GROUPS) * sum(lengths)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "cohere"])
+def test_last_tokens_run_after_their_prompts_from_the_first_block_on(architecture: str) -> None:
+    """Also where what enters the first block depends on the token's place."""
+    decoder = load_decoder(tiny_model(architecture), tokenizer=tiny_tokenizer())
+    assert sites._last_tokens_are_exact(decoder, PROMPTS, np.arange(len(PROMPTS)))
+
+
 def test_attention_and_mlp_add_up_to_the_step_and_heads_to_the_attention(parted: Decoder) -> None:
     states = oracle.block_states(parted.model, parted.blocks, PROMPTS[0])
     for block, parts in list(enumerate(find_parts(parted)))[1:]:
