@@ -349,8 +349,8 @@ def test_on_the_tasks_kept_back_the_subject_is_decoded_among_prompts_of_one_answ
 
     monkeypatch.setattr(norm_code, "load_tasks", loaded)
     monkeypatch.setattr(norm_code, "read_tasks", lambda _, tasks: tasks | {"toy": trial})
-    found = norm_code.kept_back_gains(trial.decoder, LATE, 24)
-    assert asked == [{"files": KEPT_BACK, "most": 24}]
+    found = norm_code.kept_back_gains(trial.decoder, LATE)
+    assert asked == [{"files": KEPT_BACK}]
     assert found["gone"] == Untested("no")
     expected = norm_code.task_attribute(trial, LATE, "subject", within_answer=True)
     assert isinstance(expected, Estimate)

@@ -336,12 +336,12 @@ def test_an_answer_quotes_numbers_by_name_and_names_what_was_not_met():
     rows = [row for row in invented("norm-code") if not row["untrained"]]
     words = "It tells {within_answer_gain@model} and moves {norm_exchange_transfer@texts}."
     said = front_page.answer("norm-code", words, rows)
-    assert said == "It tells 0.30 and moves −0.25. ● Supported, 7 of 7 criteria met."
+    assert said == "It tells 0.30 and moves −0.25. ● Supported, 8 of 8 criteria met."
     for row in rows:
         if (row["statistic"], row["place"]) == ("norm_exchange_transfer", "texts"):
             row |= {"verdict": "refuted", "estimate": 0.35}
     said = front_page.answer("norm-code", words, rows)
-    assert "moves 0.35. ○ Refuted, 6 of 7 criteria met; refuted: transfer of a norm" in said
+    assert "moves 0.35. ○ Refuted, 7 of 8 criteria met; refuted: transfer of a norm" in said
     assert said.endswith(" (0.35, wanted ≤ 0.05).")
     small = [row for row in invented("why-angles") if not row["untrained"]]
     said = front_page.answer("why-angles", "The gap is {partial_gap_normed}.", small)

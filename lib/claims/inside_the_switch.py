@@ -199,7 +199,7 @@ def exchange_heads(
 
 
 def _apart(trial: Trial, pairs: Pairs) -> Trial:
-    """Return a trial that keeps the run of the pairs' prompts, in one pass, unless it is kept."""
+    """Return the trial if its forests hold the pairs' prompts, else with a list of their own."""
     there = {prompt for forest in trial.forests for prompt in forest.prompts}
     used = np.unique(pairs.prompts)
     kept = all(tuple(trial.task.tokens[row]) in there for row in used)

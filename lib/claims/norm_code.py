@@ -354,7 +354,7 @@ def scale_norms(reading: Reading, block: int, factors: Sequence[float]) -> pd.Da
 
 @dataclass(frozen=True)
 class NormCode:
-    """All that the chapter measures on one model.
+    """What the chapter measures on one model's texts and on the book's tasks.
 
     Attributes:
         gains: by attribute, decoded from log r beyond shuffled labels.
@@ -413,17 +413,13 @@ def beyond_twins(trained: NormCode, twins: Sequence[NormCode]) -> Measured:
     return independent_difference(best[0], over_seeds(best[1:]))
 
 
-def kept_back_gains(
-    decoder: Decoder, late: Sequence[int], most: int | None = None
-) -> dict[str, Measured]:
-    """Return how well log r tells the subject within an answer, on each of the tasks kept back.
+def kept_back_gains(decoder: Decoder, late: Sequence[int]) -> dict[str, Measured]:
+    """Return how well log r at the late blocks tells the subject within an answer, by task.
 
-    Args:
-        decoder: the model.
-        late: the blocks whose log r are the features.
-        most: subjects of a task, all by default.
+    On the tasks kept back. Where there is something to tell, more is told of more subjects, so all
+    networks that are compared have the same.
     """
-    trials = read_tasks(decoder, load_tasks(decoder, files=KEPT_BACK, most=most))
+    trials = read_tasks(decoder, load_tasks(decoder, files=KEPT_BACK))
     return {
         name: task_attribute(trial, late, "subject", within_answer=True)
         if isinstance(trial, Trial)

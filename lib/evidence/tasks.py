@@ -2,7 +2,8 @@
 
 A task crosses subjects with templates. The unit of inference is the subject: templates are repeated
 measures of it, and donors are drawn with it. The data lie in `lib/data`: `tasks.csv` (task,
-subject, answer, group), `templates.csv` (task, template, text) and `texts.csv`.
+subject, answer, group), `templates.csv` (task, template, text) and `texts.csv`; `kept-back-….csv`
+hold the tasks of a criterion that had to be asked of new ones.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ Tables = tuple[pd.DataFrame, pd.DataFrame]
 """Items (task, subject, answer, group) and templates (task, text), as they lie in files."""
 BOOK = ("tasks.csv", "templates.csv")
 KEPT_BACK = ("kept-back-tasks.csv", "kept-back-templates.csv")
-"""Many-to-one tasks that no statistic saw before its criterion was set; one alone is of them."""
+"""Many-to-one tasks of other subjects, of which one criterion alone is asked."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +122,6 @@ def load_tasks(
     *,
     own: Tables | None = None,
     files: tuple[str, str] = BOOK,
-    most: int | None = None,
 ) -> dict[str, Task | Untested]:
     """Return the book's tasks, or those named, tokenized for `decoder`.
 
@@ -132,8 +132,7 @@ def load_tasks(
         decoder: whose tokenizer to use.
         names: which tasks, all by default.
         own: a reader's own tasks (`lib.evidence.own_tasks`), which follow the book's.
-        files: of items and of templates in `lib/data`.
-        most: subjects of a task, spread evenly over its answers; all by default.
+        files: of items and of templates in `lib/data`, the book's by default.
 
     Raises:
         ValueError: an unknown task (the known ones are listed), a column that is missing, a
@@ -147,12 +146,11 @@ def load_tasks(
     for name in names or ():
         if name not in known:
             raise ValueError(f"Unknown task {name!r}; choose among {', '.join(known)}.")
-    if sum(weight.numel() for weight in decoder.model.parameters()) >= LARGE:
-        most = MOST_SUBJECTS
+    large = sum(weight.numel() for weight in decoder.model.parameters()) >= LARGE
     return {
         name: build_task(
             name,
-            few_subjects(own_items, most) if most else own_items,
+            few_subjects(own_items) if large else own_items,
             templates.loc[templates["task"] == name, "text"].tolist(),
             decoder,
         )
@@ -161,10 +159,10 @@ def load_tasks(
     }
 
 
-def few_subjects(items: pd.DataFrame, most: int) -> pd.DataFrame:
-    """Return the items of `most` subjects, every so-many-th in the order of their answers."""
+def few_subjects(items: pd.DataFrame) -> pd.DataFrame:
+    """Return the items of at most 24 subjects, every so-many-th in the order of their answers."""
     subjects = items.sort_values("answer", kind="stable")["subject"].unique()
-    return items[items["subject"].isin(subjects[spread(len(subjects), most)])]
+    return items[items["subject"].isin(subjects[spread(len(subjects), MOST_SUBJECTS)])]
 
 
 def build_task(

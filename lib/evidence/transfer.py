@@ -405,7 +405,7 @@ def divergence_before(measure: Divergences, logits: Tensor, recipients: np.ndarr
     """Return `kl_nats` of all pairs before any edit, from rows of logits `[n_pairs]`."""
     rows = torch.arange(len(recipients)).split(ROWS_AT_ONCE)
     parts = [measure(logits[recipients[part.numpy()]], part)["kl_nats"] for part in rows]
-    return torch.cat(parts).numpy() if parts else np.empty(0)
+    return torch.cat(parts).numpy()
 
 
 def from_donors(logits: Tensor, donors: np.ndarray) -> Divergences:
