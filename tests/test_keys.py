@@ -66,6 +66,21 @@ def test_equal_values_made_twice_have_one_digest() -> None:
     assert key_of(one) == key_of(other)
 
 
+def test_an_array_that_several_values_share_is_read_once_and_gives_the_keys_it_always_gives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shared = [DistributionMeasure(LOGITS, [0]), DistributionMeasure(LOGITS, [1])]
+    alone, read, n_read = [key_of(one) for one in shared], keys.Read(), []
+    as_bytes = keys._bytes
+    monkeypatch.setattr(keys, "_bytes", lambda array: n_read.append(1) or as_bytes(array))
+    assert [key_of(one, read=read) for one in shared] == alone
+    assert len(n_read) == 1
+    for number in range(50):  # a place in memory that a later array takes again
+        made = np.full(3, number)
+        assert key_of(made, read=read) == key_of(made)
+        del made
+
+
 def of_a_test(state: torch.Tensor, donor: torch.Tensor) -> torch.Tensor:
     return state + donor
 

@@ -117,6 +117,21 @@ def test_other_weights_are_not_mistaken_for_these(
     assert torch.equal(found.states, extract_residuals(changed, PROMPTS).states)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool])
+@pytest.mark.parametrize("size", [1, 7, 4001])
+def test_one_number_of_a_weight_is_enough_to_change_what_stands_for_it(
+    dtype: torch.dtype, size: int
+) -> None:
+    weight = torch.randint(2, (size + 1,)).to(dtype)
+    for whole in (weight[:size], weight[1:], weight.repeat(2, 1).T):
+        before = store._total(whole)
+        assert store._total(whole.clone()) == before
+        for place in {0, len(whole) // 2, len(whole) - 1}:
+            changed = whole.clone()
+            changed[place] = torch.where(changed[place] == 0, 1, 0).to(dtype)
+            assert store._total(changed) != before
+
+
 def zero_through_data(decoder: Decoder) -> None:
     """The usual way to take a matrix out, which torch does not count as a change."""
     decoder.model.model.layers[1].mlp.down_proj.weight.data.zero_()

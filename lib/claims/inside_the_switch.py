@@ -455,13 +455,14 @@ def knock_out(
         subject.append(list(range(start, end + 1)))
         rest.append([place for place in range(len(tokens) - 1) if not start <= place <= end])
     same = Pairs(np.stack([prompts, prompts], axis=1), task.unit[prompts])
+    own = from_donors(trial.logits_after(prompts), np.arange(len(prompts)))
     found = patch_heads(
         trial.decoder,
         task.tokens,
         same.prompts,
         {**groups, **others},
         hidden=dict.fromkeys(groups, subject) | dict.fromkeys(others, rest),
-        measure=_measure(trial, same)[0],
+        measure=_WithChoice(own, task.answer_ids),
         forests=trial.forests,
     )
     units = f"{task.units} ({len(np.unique(same.unit))} read)"

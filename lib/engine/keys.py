@@ -24,18 +24,27 @@ class NoKeyError(Exception):
     """A value that cannot be told apart safely from others."""
 
 
-def key_of(*values: Any) -> str:
+Read = dict[int, tuple[Tensor | np.ndarray, bytes]]
+"""Arrays that were read, by `id`, and their digests; held, so that no other array gets their id."""
+
+
+def key_of(*values: Any, read: Read | None = None) -> str:
     """Return a digest of values: numbers, text, arrays, dataclasses of lib, and nests of them.
+
+    Args:
+        values: what the digest stands for.
+        read: arrays that need not be read again, to which others are added; for several keys of
+            values that share arrays and do not change meanwhile.
 
     Raises:
         NoKeyError: a value of another kind, which no digest would stand for.
     """
     digest = hashlib.sha256()
-    _update(digest, values)
+    _update(digest, values, {} if read is None else read)
     return digest.hexdigest()
 
 
-def _update(digest: Any, value: Any) -> None:
+def _update(digest: Any, value: Any, read: Read) -> None:
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
@@ -44,19 +53,21 @@ def _update(digest: Any, value: Any) -> None:
         if isinstance(value, np.ndarray) and value.dtype.hasobject:
             raise NoKeyError("an array of objects")
         digest.update(f"{type(value).__name__} {value.dtype} {tuple(value.shape)};".encode())
-        digest.update(_bytes(value))
+        if id(value) not in read:
+            read[id(value)] = value, hashlib.sha256(_bytes(value)).digest()
+        digest.update(read[id(value)][1])
     elif isinstance(value, Mapping):
         digest.update(f"mapping {len(value)};".encode())
         for key, held in value.items():  # in their order, for a sweep's edits are numbered
-            _update(digest, key)
-            _update(digest, held)
+            _update(digest, key, read)
+            _update(digest, held, read)
     elif isinstance(value, Sequence):
         digest.update(f"sequence {len(value)};".encode())
         for held in value:
-            _update(digest, held)
+            _update(digest, held, read)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         digest.update(f"{_class_key(type(value))};".encode())
-        _update(digest, {f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
+        _update(digest, {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}, read)
     else:
         raise NoKeyError(f"{value!r} is no dataclass")
 

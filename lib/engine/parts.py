@@ -9,9 +9,8 @@ what a mask of that head changes. Once attention has mixed the tokens, all of it
 alone, so a block can be run on tokens by themselves with the heads' outputs put in.
 """
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,14 +20,12 @@ from torch import Tensor, nn
 
 from lib.engine.extraction import check_blocks
 from lib.engine.models import Decoder, evaluated
-from lib.engine.passes import Known, agree, checked_as, known_of
+from lib.engine.passes import Inputs, Known, agree, checked_as, known_of, watching
 from lib.engine.replay import FrozenCache
 from lib.engine.structure import untuple
 
 ROWS_AT_ONCE = 512
 N_TOKENS = 5  # of the prompt on which a block's parts are looked for
-Inputs = dict[str, Any]
-"""What a block is called with: the residual stream as `hidden`, all else by name in `others`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,34 +191,6 @@ def run_tokens(decoder: Decoder, tokens: Tensor) -> None:
     """Run prompts `[n, length]` up to the final norm, for what hooks see of it."""
     with torch.inference_mode():
         decoder.model.base_model(tokens, use_cache=False)
-
-
-@contextmanager
-def watching(
-    decoder: Decoder, blocks: Sequence[int] | range, note: Callable[[int, Inputs], None]
-) -> Iterator[None]:
-    """Call `note(block, {"hidden", "others", "output"})` after each call of the blocks."""
-
-    def keep(index: int) -> Callable[..., None]:
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-        ) -> None:
-            note(index, {**as_call(module, args, kwargs), "output": untuple(output)})
-
-        return hook
-
-    with ExitStack() as stack:
-        for index in blocks:
-            block = decoder.blocks[index]
-            stack.callback(block.register_forward_hook(keep(index), with_kwargs=True).remove)
-        yield
-
-
-def as_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-    """Return a block's inputs by name: the residual stream as `hidden`, the `others` apart."""
-    names = list(inspect.signature(module.forward).parameters)
-    others = {**dict(zip(names, args, strict=False)), **kwargs}
-    return {"hidden": others.pop(names[0]), "others": others}
 
 
 def whole_mask(call: Inputs, block: int) -> Tensor:

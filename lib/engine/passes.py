@@ -19,6 +19,9 @@ Value = TypeVar("Value")
 Known = WeakKeyDictionary[object, dict[str, dict[Key, Value]]]
 """What was found, such as whether a way is exact: by `checked_as` of the model, and attention."""
 
+Inputs = dict[str, Any]
+"""What a block is called with: the residual stream as `hidden`, all else by name in `others`."""
+
 Sizes = tuple[int, ...]
 """Of what was compared, such as the tokens of a prompt: smaller ones are no other case."""
 
@@ -217,6 +220,34 @@ def agree(slow: Tensor, fast: Tensor) -> bool:
     """Say whether two ways of computing the same states differ by rounding alone."""
     tolerance = 1e-4 if slow.dtype in (torch.float32, torch.float64) else 5e-2
     return bool((slow - fast).abs().max() <= tolerance * slow.abs().max())
+
+
+@contextlib.contextmanager
+def watching(
+    decoder: Decoder, blocks: Sequence[int] | range, note: Callable[[int, Inputs], None]
+) -> Iterator[None]:
+    """Call `note(block, {"hidden", "others", "output"})` after each call of the blocks."""
+
+    def keep(index: int) -> Callable[..., None]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
+            note(index, {**as_call(module, args, kwargs), "output": untuple(output)})
+
+        return hook
+
+    with contextlib.ExitStack() as stack:
+        for index in blocks:
+            block = decoder.blocks[index]
+            stack.callback(block.register_forward_hook(keep(index), with_kwargs=True).remove)
+        yield
+
+
+def as_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    """Return a block's inputs by name: the residual stream as `hidden`, the `others` apart."""
+    names = list(inspect.signature(module.forward).parameters)
+    others = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {"hidden": others.pop(names[0]), "others": others}
 
 
 @contextlib.contextmanager

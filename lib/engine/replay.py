@@ -15,8 +15,7 @@ The later blocks are called with the keyword arguments (masks, rotary angles, â€
 in a reference pass, tiled over the rows, so nothing here is tied to one architecture.
 """
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from lib.engine.batches import Batch, plant_prompts
 from lib.engine.models import Decoder, weight_versions
 from lib.engine.passes import (
     REFUSALS,
+    Inputs,
     Known,
     Sizes,
     agree,
@@ -41,6 +41,7 @@ from lib.engine.passes import (
     lengthened,
     run_batch,
     run_blocks,
+    watching,
 )
 from lib.engine.structure import untuple
 
@@ -299,29 +300,15 @@ def forests_hold_states(decoder: Decoder, prompt: Sequence[int]) -> bool:
 
 @contextmanager
 def _watching_blocks(decoder: Decoder) -> Iterator[tuple[list[dict[str, Any]], list[Tensor]]]:
-    """Keep what each block is called with, but for the states, and what it puts out."""
+    """Keep what each block is told beside the states, and what it puts out."""
     inputs: list[dict[str, Any]] = [{} for _ in decoder.blocks]
     outputs: list[Tensor] = [torch.empty(0) for _ in decoder.blocks]
 
-    def keep(index: int) -> Callable[..., None]:
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-        ) -> None:
-            names = list(inspect.signature(module.forward).parameters)[: len(args)]
-            inputs[index] = {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
-            outputs[index] = untuple(output).to(decoder.device)
+    def note(index: int, call: Inputs) -> None:
+        inputs[index], outputs[index] = call["others"], call["output"].to(decoder.device)
 
-        return hook
-
-    handles = [
-        block.register_forward_hook(keep(index), with_kwargs=True)
-        for index, block in enumerate(decoder.blocks)
-    ]
-    try:
+    with watching(decoder, range(decoder.n_blocks), note):
         yield inputs, outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _check_cache(cache: DynamicCache, length: int) -> None:

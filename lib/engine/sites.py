@@ -4,8 +4,8 @@ To exchange one of them at a token is to exchange the residual stream after the 
 for the state that the block would have put out. `sweep_sites` computes that state, from a run of
 the block on the token alone (`lib.engine.parts`), and hands it to `sweep_blocks`: so an exchange
 inside a block is as exact and as fast as one after it. Heads of several blocks at once are
-exchanged by `patch_heads`, in one more run of the last token for each group of heads, from the
-first of their blocks on.
+exchanged by `patch_heads`: the last token runs once more for each group of heads, all groups side
+by side, each from the first of its blocks on.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,26 +23,26 @@ from lib.engine.edits import exchange
 from lib.engine.extraction import Prompts, check_blocks, check_finite, check_prompts
 from lib.engine.models import Decoder, evaluated
 from lib.engine.parts import (
-    Inputs,
     Parts,
     SeenError,
     TokensAlone,
-    as_call,
     find_parts,
     hidden_value,
     slice_of,
-    watching,
     whole_mask,
 )
 from lib.engine.passes import (
     REFUSALS,
+    Inputs,
     Known,
     Sizes,
     agree,
+    as_call,
     forests_are_exact,
     holds,
     inputs_of,
     lengthened,
+    watching,
 )
 from lib.engine.replay import (
     MAX_ROW_TOKENS,
@@ -436,14 +436,13 @@ def _last_tokens_are_exact(
 def _run_last(decoder: Decoder, run: Prefix | Tensor, firsts: Sequence[int] = (0,)) -> Tensor:
     """Return the last token's residual stream after the last block `[n, n_firsts, d_model]`.
 
-    Of whole prompts `[n, length]`, or of the last token after a prefix; then blocks before the
-    first one that is edited are not run again, and there may be several, in order.
+    Of whole prompts `[n, length]`, or of the last token after a prefix, run once for each of
+    `firsts`, ascending: from that block on, its inputs being those of the clean run.
     """
     if isinstance(run, Prefix):
-        entering = [
-            run.states[first - 1] if first > 0 else _embed_last(decoder, run) for first in firsts
-        ]
-        rows = torch.stack(entering, dim=1)
+        embedded = _embed_last(decoder, run) if firsts[0] == 0 else None
+        entering = [embedded if first == 0 else run.states[first - 1] for first in firsts]
+        rows = torch.stack(entering, dim=1)  # type: ignore[arg-type]
         return replay_rows(decoder, run, [first - 1 for first in firsts], rows)
     states: list[Tensor] = []
 
@@ -469,7 +468,7 @@ def _embed_last(decoder: Decoder, prefix: Prefix) -> Tensor:
     stopped = decoder.blocks[0].register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     with suppress(SeenError), stopped, torch.inference_mode():
         decoder.model.base_model(prefix.tokens[:, -1:], use_cache=True, **told)
-    return entering[0]
+    return entering[0].to(decoder.device)
 
 
 @contextmanager

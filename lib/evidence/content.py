@@ -18,6 +18,7 @@ from lib.engine.sweeps import Request
 from lib.engine.vectors import random_directions
 from lib.evidence.tasks import Pairs, Task
 from lib.evidence.transfer import (
+    ROWS_AT_ONCE,
     Arm,
     Distributions,
     Divergences,
@@ -328,14 +329,17 @@ def third_answers(task: Task, pairs: Pairs, logits: Tensor) -> tuple[Tensor, np.
         no third answer.
     """
     cell, answer = _cells(task), task.answer_index
+    x, y = pairs.prompts.T
+    fits = cell == cell[y][:, None]
+    fits &= (answer != answer[x][:, None]) & (answer != answer[y][:, None])
+    if not fits.any(axis=1).all():
+        return None
     log_p = torch.log_softmax(logits.double(), -1)
-    p, means, constants = log_p.exp(), [], []
+    p = log_p.exp()
     entropy = -(p * log_p).sum(-1)
-    for x, y in pairs.prompts:
-        fits = torch.as_tensor((cell == cell[y]) & (answer != answer[x]) & (answer != answer[y]))
-        if not fits.any():
-            return None
-        mean = p[fits].mean(0)
+    means, constants = [], []
+    for weights in torch.as_tensor(fits / fits.sum(axis=1, keepdims=True)).split(ROWS_AT_ONCE):
+        mean = weights @ p
         means.append(mean.clamp(min=torch.finfo(mean.dtype).tiny).log().float())  # p may underflow
-        constants.append(float(torch.special.entr(mean).sum() - entropy[fits].mean()))
-    return torch.stack(means), np.array(constants)
+        constants.append((torch.special.entr(mean).sum(-1) - weights @ entropy).numpy())
+    return torch.cat(means), np.concatenate(constants)

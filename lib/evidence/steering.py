@@ -22,7 +22,7 @@ from lib.engine.sweeps import Measure, Request, Sweep
 from lib.engine.vectors import held_out_centroids, random_directions, unembedding_direction
 from lib.evidence.by_task import both, each
 from lib.evidence.tasks import Pairs, exchange_pairs, load_texts
-from lib.evidence.transfer import ROWS_AT_ONCE, Distributions, Trial
+from lib.evidence.transfer import ROWS_AT_ONCE, Distributions, Trial, sum_tokens
 from lib.science.estimate import (
     FEWEST_UNITS,
     FloatArray,
@@ -93,10 +93,17 @@ class Steering:
 
     def held(self) -> Measured:
         """Return the probability that the right answer's token has before any edit, the mean."""
-        rows = self.pairs.prompts[:, 0]
-        p = torch.softmax(self.trial.logits_after(rows).double(), dim=-1)
+        before, recipient = self.unedited()
         tokens = torch.as_tensor(self.trial.task.answer_ids[self.source])
-        return self.mean(p[torch.arange(len(rows)), tokens].numpy())
+        return self.mean(before[torch.as_tensor(recipient), tokens].double().numpy())
+
+    def unedited(self) -> tuple[Tensor, IntArray]:
+        """Return next-token probabilities after each recipient, and whose each pair's are.
+
+        `[n_recipients, d_vocab]`, float32, and `[n_pairs]`.
+        """
+        recipients, recipient = np.unique(self.pairs.prompts[:, 0], return_inverse=True)
+        return Distributions.of(self.trial.logits_after(recipients)).p, recipient
 
     def mean(self, values: FloatArray, *, share: bool = False) -> Measured:
         """Return the mean over subjects of numbers of pairs `[..., n_pairs]`."""
@@ -254,13 +261,13 @@ class ProbabilityMoved:
     def _moved(self, logits: Tensor, row: IntArray) -> dict[str, Tensor]:
         logits = logits.cpu()
         weights = (logits - logits.amax(-1, keepdim=True)).exp_()
-        total = weights.sum(-1, keepdim=True, dtype=torch.float64).float()
-        change = weights / total - self.before[torch.as_tensor(self.recipient[row])]
+        change = weights.div_(sum_tokens(weights).float()[:, None])
+        change -= self.before[torch.as_tensor(self.recipient[row])]
         at = torch.arange(len(row))
         return {
             "gained": change[at, torch.as_tensor(self.target[row])].double(),
             "lost": -change[at, torch.as_tensor(self.source[row])].double(),
-            "moved": change.abs_().sum(-1, dtype=torch.float64) / 2,
+            "moved": sum_tokens(change.abs_()) / 2,
         }
 
 
@@ -359,7 +366,7 @@ def measure_doses(
 
 def _graded(steering: Steering, methods: Sequence[str], doses: Sequence[float]) -> Edited:
     """Return the states of every method and dose, methods first, for `sweep_edited`."""
-    trial, ids = steering.trial, steering.trial.task.answer_ids
+    ids = steering.trial.task.answer_ids
     whole = angle_degrees(steering.own, steering.centroid(steering.target))[:, None]
     edited = []
     for method in methods:
@@ -367,9 +374,9 @@ def _graded(steering: Steering, methods: Sequence[str], doses: Sequence[float]) 
         towards = vector(steering)
         edited += [edit(dose * whole)(steering.own, towards) for dose in doses]
     pair = np.tile(np.arange(len(steering.pairs)), len(edited))
-    recipients, recipient = np.unique(steering.pairs.prompts[:, 0], return_inverse=True)
+    before, recipient = steering.unedited()
     measure = ProbabilityMoved(
-        Distributions.of(trial.logits_after(recipients)).p,
+        before,
         recipient[pair],
         ids[steering.source][pair],
         ids[steering.target][pair],
