@@ -18,7 +18,7 @@ TABLE = TESTS.parent / "lib" / "data" / "error-rates.csv"
 RATES = {
     "false_support": "falsely supported",
     "false_refutation": "falsely refuted",
-    "decided": "decided at the effect seen",
+    "decided": "decided at a clear effect",
 }
 
 

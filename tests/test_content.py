@@ -7,12 +7,12 @@ from oracle import block_states
 from tiny_tasks import ANSWERS, SUBJECTS, as_sums, clean, kl, place, recompute, tiny_task
 
 from lib.engine.edits import exchange
+from lib.engine.readouts import Distributions
 from lib.engine.sweeps import sweep_together
 from lib.evidence import content
 from lib.evidence.tasks import Pairs, exchange_pairs, load_tasks
 from lib.evidence.transfer import (
     ARMS,
-    Distributions,
     choose_pairs,
     measure_transfer,
     needed_prompts,

@@ -7,7 +7,6 @@ from skbio.stats.distance import mantel
 from lib.science.correlation import (
     correlate,
     mantel_tests,
-    off_diagonal,
     partial_correlation,
     rank_matrix,
     weighted_correlations,
@@ -30,12 +29,6 @@ def test_the_correlation_is_scipys_over_pairs_at_each_block():
     assert found.value == pytest.approx(expected, rel=1e-9)
 
 
-def test_a_matrix_a_block_is_compared_with_its_own_block():
-    firsts, seconds = [cloud(0), cloud(1)], [cloud(3), cloud(1)]
-    assert correlate(firsts, seconds, "twelve").value[1] == pytest.approx(1.0)
-    assert correlate(firsts, seconds, "twelve").value[0] < 0.9
-
-
 def test_a_draw_counts_a_pair_as_often_as_both_its_items_are_drawn():
     first, second = rank_matrix(cloud(4)), rank_matrix(cloud(5))
     weights = unit_weights("twelve", 12)[9]
@@ -48,7 +41,7 @@ def test_a_draw_counts_a_pair_as_often_as_both_its_items_are_drawn():
 
 
 def test_the_value_is_the_same_with_few_draws():
-    firsts, second, given = [cloud(0), cloud(1)], cloud(2), [[cloud(3), cloud(4)]]
+    firsts, second, given = [cloud(0), cloud(1)], cloud(2), [cloud(3), cloud(4)]
     few, many = (correlate(firsts, second, "twelve", given=given, n_draws=n) for n in (2, 1000))
     assert (len(few.draws), len(many.draws)) == (3, 1001)
     np.testing.assert_allclose(few.value, many.value, rtol=1e-12)
@@ -67,7 +60,7 @@ def test_the_partial_correlation_is_that_of_rank_residuals():
 
 def test_given_matrices_of_each_block_are_taken_out_at_their_block():
     firsts, second, given = [cloud(0), cloud(1)], cloud(2), [cloud(3), cloud(4)]
-    both = correlate(firsts, second, "twelve", given=[given])
+    both = correlate(firsts, second, "twelve", given=given)
     alone = [
         correlate([f], second, "twelve", given=[g]).value[0]
         for f, g in zip(firsts, given, strict=True)
@@ -115,7 +108,7 @@ def test_matrices_that_are_no_dissimilarities_are_refused():
 def test_a_matrix_constant_within_a_draw_has_no_correlation_there():
     block = np.ones((6, 6)) - np.eye(6)
     block[5, :5] = block[:5, 5] = 2.0
-    matrices = [off_diagonal(rank_matrix(block)), off_diagonal(rank_matrix(cloud(0, n=6)))]
+    matrices = [rank_matrix(block), rank_matrix(cloud(0, n=6))]
     found = weighted_correlations(matrices, np.array([[2, 2, 2, 0, 0, 0], [1, 1, 1, 1, 1, 1.0]]))
     assert np.isnan(found[0, 0, 1])
     assert np.isfinite(found[1, 0, 1])
@@ -169,19 +162,37 @@ def test_what_is_no_square_of_three_is_refused_with_its_shape(broken):
 
 def test_three_items_are_ranked_and_two_that_agree_are_not_all():
     matrix = squareform([1.0, 1.0, 2.0])
-    assert rank_matrix(matrix)[0].tolist() == [0.0, 1.5, 1.5]
+    assert rank_matrix(matrix)[0] == pytest.approx([0.0, -np.sqrt(0.5), -np.sqrt(0.5)])
     assert rank_matrix(squareform([1.0, 2.0, 2.0])) is not None
     assert rank_matrix(squareform([1.0, 1.0, 1.0])) is None
 
 
-def test_a_standardised_matrix_is_square_and_not_constant():
-    with pytest.raises(ValueError, match="must be square"):
-        off_diagonal(np.zeros((3, 4)))
-    with pytest.raises(ValueError, match="constant"):
-        off_diagonal(np.ones((4, 4)))
-    found = off_diagonal(0.01 * cloud(0))
+def test_ranks_are_standardised_over_the_pairs_that_count_and_zero_elsewhere():
     off = ~np.eye(12, dtype=bool)
+    found = rank_matrix(0.01 * cloud(0))
     assert (found[off].mean(), found[off].std()) == pytest.approx((0, 1))
+    among = np.arange(12)[:, None] % 5 != np.arange(12) % 5
+    found = rank_matrix(cloud(0), among)
+    assert (found[among].mean(), found[among].std()) == pytest.approx((0, 1))
+    assert not found[~among].any()
+    assert rank_matrix(cloud(0), np.zeros((12, 12), dtype=bool)) is None
+    for wrong in (off[:11, :11], np.triu(off), ~np.zeros((12, 12), dtype=bool)):
+        with pytest.raises(ValueError, match="symmetric, of different items"):
+            rank_matrix(cloud(0), wrong)
+
+
+def test_the_pairs_that_count_are_weighted_in_each_draw():
+    among = np.arange(12)[:, None] % 5 != np.arange(12) % 5
+    found = correlate([cloud(0)], cloud(1), "twelve", among=among)
+    pairs = np.triu_indices(12, 1)
+    kept = among[pairs]
+    ranks = [rankdata(upper(cloud(seed))[kept]) for seed in (0, 1)]
+    i, j = (side[kept] for side in pairs)
+    for draw in (0, 9):
+        weights = unit_weights("twelve", 12)[draw]
+        covariance = np.cov(ranks, aweights=weights[i] * weights[j])
+        expected = covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1])
+        assert found.draws[draw, 0] == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_correlation_over_items_names_its_units():

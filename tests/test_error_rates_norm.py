@@ -6,6 +6,7 @@ from conftest import N_BOOKS
 from scipy.spatial.distance import pdist, squareform
 
 from lib.claims import norm_code
+from lib.evidence.by_task import beyond_twins
 from lib.evidence.criteria import Criterion, _judge_all, criteria
 from lib.science.correlation import correlate
 from lib.science.decoding import decoding_gain
@@ -46,7 +47,7 @@ def _absences(weight: float, *, n_items: int, n_runs: int) -> list[str]:
             + 1.0 * squareform(np.triu(divergence, 1) + np.triu(divergence, 1).T, checks=False)
         )
         found = correlate(
-            [squareform(pdist(norm))], divergence, f"texts {run}", given=[[squareform(pdist(turn))]]
+            [squareform(pdist(norm))], divergence, f"texts {run}", given=[squareform(pdist(turn))]
         )
         interval = found.interval(WITHIN.level)
         verdicts.append(WITHIN.verdict(float(interval.low[0]), float(interval.high[0])))
@@ -218,7 +219,7 @@ def _of_subject(gain: float, run: int) -> str:
         }
 
     twins = [network(0.05 + rng.normal(0, 0.02)) for _ in range(5)]
-    found = norm_code.subject_beyond_twins(network(gain), twins)
+    found = beyond_twins(network(gain), twins)
     (row,) = _judge_all(
         "norm-code", "m", {OF_SUBJECT.statistic: found}, [OF_SUBJECT], untrained=False
     )

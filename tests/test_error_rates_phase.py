@@ -12,6 +12,7 @@ from scipy.stats import norm
 
 from lib.claims import phase_transition as claim
 from lib.claims.phase_transition import Arms
+from lib.evidence.by_task import beyond_twins, each
 from lib.evidence.content import CONTROLS
 from lib.evidence.criteria import POOLED, criteria, judge
 from lib.evidence.transfer import Transfer
@@ -216,7 +217,7 @@ def beyond(trained, twin):
         own = {name: small(rng, trained, name, False) for name in names}
         seeds = twin + 0.05 * rng.standard_normal(5)
         theirs = [{name: small(rng, mean, name, True) for name in names} for mean in seeds]
-        return claim.beyond_twins(own, theirs)
+        return beyond_twins(each(own, claim.hand_over), [each(t, claim.hand_over) for t in theirs])
 
     return one_run
 

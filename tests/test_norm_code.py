@@ -107,7 +107,7 @@ def test_the_partial_correlation_is_of_the_blocks_own_norms_and_angles(reading: 
             [log_norm_differences(states)],
             jeffreys_divergence(reading.logits),
             "texts",
-            given=[[angles(states)]],
+            given=[angles(states)],
         )
         assert found.value[place] == pytest.approx(one.value[0])
 
@@ -136,7 +136,7 @@ def test_on_tasks_prompts_are_compared_within_a_template_and_subjects_are_drawn(
             [log_norm_differences(states[rows])],
             jeffreys_divergence(logits[rows]),
             "x",
-            given=[[angles(states[rows])]],
+            given=[angles(states[rows])],
         )
         values.append(one.value[0])
     assert found.value[0] == pytest.approx(np.mean(values))
@@ -325,19 +325,6 @@ def test_twins_are_subtracted_on_the_same_tasks_each_network_by_its_own_best_att
     assert isinstance(norm_code.beyond_twins(trained, lost), Untested)
 
 
-def test_the_subject_of_the_tasks_kept_back_is_pooled_and_twins_subtracted_on_the_same_tasks():
-    trained = {"x": number(0.3, "x"), "y": number(0.1, "y"), "z": number(0.9, "z")}
-    twins = [
-        {"x": number(0.05 + k, "x"), "y": number(0.01, "y"), "z": Untested("too few")}
-        for k in (-0.02, 0.0, 0.02)
-    ]
-    found = norm_code.subject_beyond_twins(trained, twins)
-    assert isinstance(found, Estimate)
-    assert float(found) == pytest.approx(0.2 - 0.03)
-    none = norm_code.subject_beyond_twins(trained, [{"x": Untested("alike")}] * 3)
-    assert isinstance(none, Untested)
-
-
 def test_on_the_tasks_kept_back_the_subject_is_decoded_among_prompts_of_one_answer(
     monkeypatch: pytest.MonkeyPatch, trial: Trial
 ):
@@ -369,7 +356,7 @@ def test_groups_are_compared_apart_and_the_order_of_prompts_does_not_matter(read
             [log_norm_differences(states[rows])],
             jeffreys_divergence(logits[rows]),
             "x",
-            given=[[angles(states[rows])]],
+            given=[angles(states[rows])],
         ).value[0]
         for rows in task.prompts.groupby("group").indices.values()
     ]

@@ -23,6 +23,7 @@ from lib.evidence.criteria import criteria
 from lib.evidence.records import shown
 from lib.reading.figures import forest
 from lib.reading.phase_transition_figures import by_model, depths_by_model
+from lib.reading.words import record_text, table_text
 from lib.science.estimate import Untested
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -298,6 +299,34 @@ def test_what_models_agree_on_and_differ_on_is_said():
         assert f"{words}: phase transition: {part}." in said
 
 
+def test_what_untrained_twins_meet_as_well_is_marked_architecture_on_the_models_page():
+    met, not_met = (
+        run(name, 31, 24.0) | {"records": invented("phase-transition", name, twins_met=twins)}
+        for name, twins in (("a", True), ("b", False))
+    )
+    (said,) = comparison.agreement([met, met])
+    assert "switch ⚑" in said and "learned," in said  # twins are not held against themselves
+    (said,) = comparison.agreement([met, not_met])
+    assert "⚑" not in said
+    parts = comparison.verdict_rows([met, not_met])
+    assert ["● supported ⚑", "● supported"] in [row[1:] for row in parts]
+    cells = [row[2:] for row in comparison.effect_rows([met, not_met])]
+    assert any("] ⚑; twins" in one and "⚑" not in other for one, other in cells)
+
+
+def test_tables_of_several_kinds_say_what_a_number_alone_would_leave_out():
+    (row, *_) = invented("phase-transition")
+    assert table_text(row) == record_text(row)
+    assert table_text(row | {"level": 0.9}) == f"{record_text(row)} (at 90 %)"
+    against = row | {"verdict": "undecided", "reason": "5 of 16 tasks refute it"}
+    assert table_text(against) == f"{record_text(row)}; 5 of 16 tasks refute it"
+    nothing = row | {"estimate": None, "reason": "too few"}
+    assert table_text(nothing) == "not testable (too few)"
+    html = "".join(scorecard._effect_rows(CONTEXT, None, {"m": [against]}))
+    assert "5 of 16 tasks refute it" in html
+    assert "5 of 16" in str(comparison.effect_rows([run("a", 31, 24.0) | {"records": [against]}]))
+
+
 def test_a_claim_of_which_a_model_only_shows_numbers_is_not_judged_on_it():
     judged, unjudged = run("a", 31, 24.0), run("b", 11, 4.0)
     unjudged["records"] = [row for row in unjudged["records"] if not row["criterion"]]
@@ -343,6 +372,11 @@ def test_an_answer_quotes_numbers_by_name_and_names_what_was_not_met():
     said = front_page.answer("norm-code", words, rows)
     assert "moves 0.35. ○ Refuted, 7 of 8 criteria met; refuted: transfer of a norm" in said
     assert said.endswith(" (0.35, wanted ≤ 0.05).")
+    both = invented("norm-code", twins_met=True)
+    said = front_page.answer("norm-code", "{twins norm_cost_ratio@texts} of twins", both)
+    assert said.startswith("0.20 of twins ● Supported, 8 of 8 criteria met (")
+    assert " by untrained twins as well)." in said
+    assert front_page.answer("norm-code", "{twins norm_cost_ratio@texts}", rows).startswith("– ")
     small = [row for row in invented("why-angles") if not row["untrained"]]
     said = front_page.answer("why-angles", "The gap is {partial_gap_normed}.", small)
     assert said.startswith("The gap is 0.80. ")

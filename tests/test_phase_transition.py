@@ -16,6 +16,7 @@ from tiny_tasks import WORDS, as_sums, clean, kl, place, recompute
 from lib.claims import phase_transition as claim
 from lib.claims.phase_transition import Arms
 from lib.engine.models import load_decoder
+from lib.evidence.by_task import beyond_twins, each
 from lib.evidence.content import CONTROLS, Content
 from lib.evidence.criteria import claim_verdict, judge
 from lib.evidence.tasks import exchange_pairs, load_tasks
@@ -200,10 +201,16 @@ def smooth(seed, name="made"):
     return made_arms(0.45 * (1 - climb), climb, noise=0.05, seed=seed, name=name)
 
 
+def hand_over_beyond_twins(trained, twins):
+    return beyond_twins(
+        each(trained, claim.hand_over), [each(twin, claim.hand_over) for twin in twins]
+    )
+
+
 def test_hand_over_beyond_twins_is_a_difference_with_seeds_as_units():
     trained = {"a": sharp(noise=0.05, name="a"), "b": sharp(20, noise=0.05, name="b")}
     twins = [{"a": smooth(seed), "b": smooth(seed + 5)} for seed in range(5)]
-    found = claim.beyond_twins(trained, twins)
+    found = hand_over_beyond_twins(trained, twins)
     own = np.mean([float(claim.hand_over(one)) for one in trained.values()])
     theirs = [np.mean([float(claim.hand_over(one)) for one in twin.values()]) for twin in twins]
     assert float(found) == pytest.approx(own - np.mean(theirs))
@@ -217,7 +224,7 @@ def test_a_task_that_a_twin_cannot_be_measured_on_is_left_out_of_both():
     twins = [
         {"a": smooth(seed), "b": Untested("the predictions are all alike")} for seed in range(5)
     ]
-    found = claim.beyond_twins(trained, twins)
+    found = hand_over_beyond_twins(trained, twins)
     own = float(claim.hand_over(trained["a"]))
     theirs = np.mean([float(claim.hand_over(twin["a"])) for twin in twins])
     assert float(found) == pytest.approx(own - theirs)

@@ -1,15 +1,26 @@
 """Readouts: each equals its definition, computed another way."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from conftest import WithoutFloat64
+from oracle import kl
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, rel_entr
+from scipy.special import log_softmax, rel_entr, softmax
 
+from lib.engine import readouts
 from lib.engine.edits import add, exchange
 from lib.engine.models import Decoder
-from lib.engine.readouts import DistributionMeasure
+from lib.engine.readouts import (
+    DistributionMeasure,
+    Distributions,
+    Divergences,
+    ProbabilityMoved,
+    sum_tokens,
+)
+from lib.engine.sources import imported_files
 from lib.engine.sweeps import sweep_blocks
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -128,3 +139,73 @@ def test_sweep_with_self_donor_reads_no_divergence(llama: Decoder) -> None:
 def test_bad_input_is_named(clean: torch.Tensor, recipients: list[int], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         DistributionMeasure(clean, recipients)
+
+
+def test_divergences_from_several_distributions_are_exact_over_a_large_vocabulary() -> None:
+    given = 4 * torch.randn(20, 50_000) + 10
+    edited = (given + given.flip(0)) / 2 + 0.5 * torch.randn(20, 50_000)
+    rows = {"recipient": np.arange(20), "donor": np.array([3, 17] * 10)}
+    pair = torch.arange(19, -1, -1)
+    found = Divergences(Distributions.of(given), rows)(edited[pair], pair)
+    for name, chosen in rows.items():
+        expected = kl(given[chosen].double().numpy(), edited.double().numpy())[::-1]
+        assert found[name].numpy() == pytest.approx(expected, rel=0, abs=2e-6)
+
+
+def test_divergences_of_float64_logits_are_as_exact_and_leave_them_as_they_were() -> None:
+    given, edited = 4 * torch.randn(3, 64), 4 * torch.randn(3, 64).double()
+    before, pair = edited.clone(), torch.arange(3)
+    found = Divergences(Distributions.of(given), {"x": np.arange(3)})(edited, pair)["x"]
+    expected = kl(given.double().numpy(), edited.numpy())
+    assert found.numpy() == pytest.approx(expected, rel=0, abs=1e-6)
+    assert torch.equal(edited, before)
+
+
+def test_distributions_need_no_float64_where_logits_are() -> None:
+    logits = torch.randn(20, 64)
+    found, plain = (Distributions.of(one) for one in (logits.as_subclass(WithoutFloat64), logits))
+    assert torch.equal(found.p, plain.p)
+
+
+def test_distributions_of_log_probabilities_are_the_probabilities_themselves() -> None:
+    p = torch.softmax(torch.randn(40, 64).double(), -1)
+    found = Distributions.of(p.log())
+    assert torch.allclose(found.p.double(), p, atol=1e-7)
+    assert torch.allclose(-found.negative_entropy, torch.special.entr(p).sum(-1), atol=1e-6)
+
+
+def test_probability_that_only_changes_places_is_selective_and_rescaling_is_not() -> None:
+    p = np.array([0.6, 0.1, 0.2, 0.1])
+    swapped, spread = np.array([0.2, 0.5, 0.2, 0.1]), np.array([0.2, 0.2, 0.4, 0.2])
+    zero = np.zeros(2, dtype=int)
+    measure = ProbabilityMoved(torch.tensor(p)[None], zero, zero, zero + 1)
+    found = measure(torch.log(torch.tensor(np.stack([swapped, spread]))), torch.arange(2))
+    shares = torch.minimum(found["gained"], found["lost"]) / found["moved"]
+    assert shares.numpy() == pytest.approx([1.0, 0.25])
+
+
+def test_probability_moved_is_exact_over_a_large_vocabulary() -> None:
+    before, after = 4 * torch.randn(2, 30, 50_000)
+    source, target = np.arange(30), np.arange(30) + 100
+    known = Distributions.of(before).p
+    found = ProbabilityMoved(known, np.arange(30), source, target)(after, torch.arange(30))
+    p, q = (softmax(one.double().numpy(), axis=1) for one in (before, after))
+    row = np.arange(30)
+    expected = {
+        "gained": (q - p)[row, target],
+        "lost": (p - q)[row, source],
+        "moved": np.abs(p - q).sum(axis=1) / 2,
+    }
+    for name, values in expected.items():
+        assert found[name].numpy() == pytest.approx(values, abs=1e-6)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 7, 8, 13, 50_257])
+def test_sums_over_a_vocabulary_of_any_size_are_numpys_in_float64(n_tokens: int) -> None:
+    terms = torch.randn(3, n_tokens).exp()
+    expected = terms.numpy().astype(np.float64).sum(axis=1)
+    assert sum_tokens(terms).numpy() == pytest.approx(expected, rel=1e-7)
+
+
+def test_a_measures_key_is_of_this_module_alone() -> None:
+    assert imported_files(Path(readouts.__file__)) <= {Path(readouts.__file__)}

@@ -36,7 +36,7 @@ PROMPTS = [
     [11, 30, 22, 7, 35],
 ]
 PAIRS = np.array([[0, 1], [0, 3], [2, 0], [3, 2]])
-EARLIER = [3, 2, 3, 1]
+SAME = PAIRS[:, [0, 0]]
 HIDDEN = [[2, 3], [1], [3, 4], [1, 2]]
 ALL = list(range(64))
 N_HEADS = 4
@@ -121,35 +121,32 @@ def own_outputs(decoder: Decoder, block: int, prompt: Sequence[int]) -> tuple[Te
 
 
 def exchange_hook(
-    decoder: Decoder, site: Site, block: int, pair: Sequence[int], positions: Sequence[int]
+    decoder: Decoder, site: Site, block: int, pair: Sequence[int]
 ) -> tuple[nn.Module, Callable, str]:
     """Return the hook that puts the donor's output of a site into the recipient's pass."""
     projection, mlp = named(decoder, block)
     recipient, donor = pair
-    at, source = positions[recipient], positions[donor]
-    heads, written = (part[source] for part in own_outputs(decoder, block, PROMPTS[donor]))
+    heads, written = (part[-1] for part in own_outputs(decoder, block, PROMPTS[donor]))
 
     def put_heads(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         new = args[0].clone()
         row = new.reshape(len(PROMPTS[recipient]), N_HEADS, -1)
         chosen = range(N_HEADS) if site.heads is None else site.heads
         for head in chosen:
-            row[at, head] = heads.reshape(N_HEADS, -1)[head]
+            row[-1, head] = heads.reshape(N_HEADS, -1)[head]
         return (row.reshape(args[0].shape), *args[1:])
 
     def put_mlp(_module: Any, _args: Any, output: Any) -> Any:
         new = first(output).clone()
-        new.view(-1, new.shape[-1])[at] = written
+        new.view(-1, new.shape[-1])[-1] = written
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
     return (mlp, put_mlp, "output") if site.part == "mlp" else (projection, put_heads, "input")
 
 
-def with_exchange(
-    decoder: Decoder, site: Site, block: int, pair: Sequence[int], positions: Sequence[int]
-) -> Tensor:
+def with_exchange(decoder: Decoder, site: Site, block: int, pair: Sequence[int]) -> Tensor:
     """Return the recipient's logits with the donor's output of a site, from one plain pass."""
-    hook = exchange_hook(decoder, site, block, pair, positions)
+    hook = exchange_hook(decoder, site, block, pair)
     return run_hooked(decoder, PROMPTS[pair[0]], [hook])
 
 
@@ -206,27 +203,13 @@ def hybrid() -> Decoder:
     return load_decoder(BambaForCausalLM(config), tokenizer=tiny_tokenizer())
 
 
-@pytest.mark.parametrize("positions", ["last", EARLIER])
-def test_exchange_at_a_site_equals_full_recompute(parted: Decoder, positions: Any) -> None:
-    sweep = sweep_sites(parted, PROMPTS, PAIRS, SITES, positions=positions, read_ids=ALL)
-    where = [len(p) - 1 for p in PROMPTS] if positions == "last" else positions
+def test_exchange_at_a_site_equals_full_recompute(parted: Decoder) -> None:
+    sweep = sweep_sites(parted, PROMPTS, PAIRS, SITES, read_ids=ALL)
     assert sweep.edits == tuple(SITES)
     for number, site in enumerate(SITES.values()):
         for block in range(parted.n_blocks):
             for row, pair in enumerate(PAIRS.tolist()):
-                expected = with_exchange(parted, site, block, pair, where).numpy()
-                assert np.abs(sweep.logits[number, block, row] - expected).max() < 1e-4
-
-
-def test_hiding_tokens_from_a_head_equals_a_mask_for_that_head(parted: Decoder) -> None:
-    sites = {"all": ATTENTION, **each_head(parted)}
-    same = np.array([[0, 0], [1, 1], [3, 3]])
-    sweep = sweep_sites(parted, PROMPTS, same, sites, hidden=HIDDEN, read_ids=ALL)
-    for number, site in enumerate(sites.values()):
-        for block in range(parted.n_blocks):
-            for row, prompt in enumerate(same[:, 0]):
-                heads = range(N_HEADS) if site.heads is None else site.heads
-                expected = with_tokens_hidden(parted, {block: list(heads)}, prompt).numpy()
+                expected = with_exchange(parted, site, block, pair).numpy()
                 assert np.abs(sweep.logits[number, block, row] - expected).max() < 1e-4
 
 
@@ -251,11 +234,10 @@ def check_groups(decoder: Decoder, groups: dict[str, list[tuple[int, int]]]) -> 
     """Compare `patch_heads` with one plain pass a group and pair."""
     read = patch_heads(decoder, PROMPTS, PAIRS, groups, measure=logits_of_tokens)
     logits = np.stack([read[str(token)] for token in ALL], axis=-1)
-    where = [len(prompt) - 1 for prompt in PROMPTS]
     for number, group in enumerate(groups.values()):
         for row, pair in enumerate(PAIRS.tolist()):
             hooks = [
-                exchange_hook(decoder, Site("attention", tuple(heads)), block, pair, where)
+                exchange_hook(decoder, Site("attention", tuple(heads)), block, pair)
                 for block, heads in by_block(group).items()
             ]
             expected = run_hooked(decoder, PROMPTS[pair[0]], hooks).numpy()
@@ -287,6 +269,13 @@ def test_heads_of_several_blocks_together_equal_full_recompute(parted: Decoder) 
 def test_a_group_from_its_first_block_on_equals_full_recompute(parted: Decoder, name: str) -> None:
     check_groups(parted, {name: GROUPS[name]})
     check_blinded_groups(parted, {name: GROUPS[name]})
+
+
+def test_hiding_tokens_from_a_head_equals_a_mask_for_that_head(parted: Decoder) -> None:
+    heads = list(product(range(parted.n_blocks), range(N_HEADS)))
+    alone = {f"{block}.{head}": [(block, head)] for block, head in heads}
+    whole = {str(block): [own for own in heads if own[0] == block] for block, _ in heads}
+    check_blinded_groups(parted, {**alone, **whole})
 
 
 def test_hiding_tokens_from_heads_of_several_blocks_equals_a_mask(parted: Decoder) -> None:
@@ -398,6 +387,10 @@ def test_what_heads_add_sums_to_what_the_attention_adds_less_its_bias(parted: De
         assert (written[1, 0] - expected).abs().max() < 1e-4
 
 
+def test_each_head_is_a_site_by_its_number(parted: Decoder) -> None:
+    assert each_head(parted) == {str(head): SITES[str(head)] for head in range(N_HEADS)}
+
+
 def test_parts_are_those_that_their_names_say(parted: Decoder) -> None:
     for block, parts in enumerate(find_parts(parted)):
         assert parts.projection is named(parted, block)[0]
@@ -434,10 +427,9 @@ def test_a_block_without_parts_is_refused_with_what_it_holds(hybrid: Decoder) ->
 
 def test_a_hybrid_is_swept_in_its_blocks_that_attend(hybrid: Decoder) -> None:
     sweep = sweep_sites(hybrid, PROMPTS, PAIRS, SITES, blocks=[3, 1], read_ids=ALL)
-    where = [len(prompt) - 1 for prompt in PROMPTS]
     for number, site in enumerate(SITES.values()):
         for index, block in enumerate([3, 1]):
-            expected = with_exchange(hybrid, site, block, [0, 3], where).numpy()
+            expected = with_exchange(hybrid, site, block, [0, 3]).numpy()
             assert np.abs(sweep.logits[number, index, 1] - expected).max() < 1e-4
     group = {"across blocks": [(1, 2), (3, 0), (3, 3)]}
     check_groups(hybrid, group)  # from whole prompts: a state-space cache is not shared
@@ -476,7 +468,7 @@ def test_sites_leave_the_model_as_it_was(llama: Decoder) -> None:
         lambda: patch_heads(
             llama,
             PROMPTS,
-            PAIRS[:, [0, 0]],
+            SAME,
             GROUPS,
             hidden=dict.fromkeys(GROUPS, HIDDEN),
             measure=fail,
@@ -502,12 +494,6 @@ def test_sites_leave_the_model_as_it_was(llama: Decoder) -> None:
         (SITES, PAIRS.astype(float), {}, "Pairs are indices of prompts, whole numbers"),
         (SITES, np.array([[0, 4]]), {}, "up to 4, but there are 4 prompts"),
         (SITES, np.array([0, 1]), {}, r"shape \[n_pairs, 2\]"),
-        (SITES, PAIRS, {"positions": [0, 1, 1, 1]}, "position 0"),
-        ({"x": ATTENTION}, PAIRS, {"hidden": HIDDEN}, "name one prompt twice"),
-        ({"x": MLP}, PAIRS[:, [0, 0]], {"hidden": HIDDEN}, "attends to no token"),
-        ({"x": ATTENTION}, PAIRS[:, [0, 0]], {"hidden": HIDDEN[:2]}, "for 2 prompts of 4"),
-        ({"x": ATTENTION}, PAIRS[:, [0, 0]], {"hidden": [[6]] * 4}, "position 6 cannot be hidden"),
-        ({"x": ATTENTION}, PAIRS[:, [0, 0]], {"hidden": [[-1]] * 4}, "position -1 cannot"),
     ],
 )
 def test_bad_input_is_named_before_any_pass(
@@ -522,6 +508,51 @@ def test_bad_input_is_named_before_any_pass(
     passes = count_tokens(llama, monkeypatch)
     with pytest.raises(ValueError, match=words):
         sweep_sites(llama, PROMPTS, pairs, sites, **{"read_ids": ALL, **options})
+    assert passes == []
+
+
+@pytest.mark.parametrize(
+    ("pairs", "hidden", "words"),
+    [
+        (PAIRS, HIDDEN, "name one prompt twice"),
+        (SAME, HIDDEN[:2], "for 2 prompts of 4"),
+        (SAME, [[5], [5], [5], [4]], "^Prompt 3: position 4 cannot be hidden .* 4; .* 0 to 3"),
+        (SAME, [[-1]] * 4, "^Prompt 0: position -1 cannot"),
+    ],
+)
+def test_tokens_that_cannot_be_hidden_are_named_before_any_pass(
+    llama: Decoder,
+    monkeypatch: pytest.MonkeyPatch,
+    pairs: np.ndarray,
+    hidden: list[list[int]],
+    words: str,
+) -> None:
+    find_parts(llama)  # compares, once
+    passes = count_tokens(llama, monkeypatch)
+    with pytest.raises(ValueError, match=words):
+        patch_heads(
+            llama,
+            PROMPTS,
+            pairs,
+            {"g": [(1, 0)]},
+            hidden={"g": hidden},
+            measure=logits_of_tokens,
+        )
+    assert passes == []
+
+
+def test_a_prompt_of_one_token_is_refused_before_any_pass(
+    llama: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_parts(llama)  # compares, once
+    passes, prompts = count_tokens(llama, monkeypatch), [*PROMPTS[:3], [11]]
+    for run in (
+        lambda: sweep_sites(llama, prompts, PAIRS, SITES, read_ids=ALL),
+        lambda: patch_heads(llama, prompts, PAIRS, GROUPS, measure=logits_of_tokens),
+        lambda: head_outputs(llama, prompts, [(2, 1)]),
+    ):
+        with pytest.raises(ValueError, match=r"^Prompt 3 would be edited at position 0"):
+            run()
     assert passes == []
 
 
@@ -586,22 +617,19 @@ def test_a_group_names_a_head_or_block_that_does_not_exist(llama: Decoder) -> No
             patch_heads(llama, PROMPTS, PAIRS, {"g": group}, measure=logits_of_tokens)
     with pytest.raises(ValueError, match="No groups of heads"):
         patch_heads(llama, PROMPTS, PAIRS, {}, measure=logits_of_tokens)
-    same, hidden = PAIRS[:, [0, 0]], {"other": HIDDEN}
+    hidden = {"other": HIDDEN}
     with pytest.raises(ValueError, match="'g' has no hidden positions"):
-        patch_heads(llama, PROMPTS, same, {"g": [(1, 0)]}, hidden=hidden, measure=logits_of_tokens)
+        patch_heads(llama, PROMPTS, SAME, {"g": [(1, 0)]}, hidden=hidden, measure=logits_of_tokens)
 
 
-@pytest.mark.parametrize("positions", ["last", EARLIER])
-def test_what_was_run_once_serves_sites_heads_and_outputs(
-    parted: Decoder, positions: str | list[int]
-) -> None:
+def test_what_was_run_once_serves_sites_heads_and_outputs(parted: Decoder) -> None:
     same = np.array([[0, 0], [2, 2], [3, 3]])
     hidden = dict.fromkeys(GROUPS, HIDDEN)
     cells, rows = [(2, 1), (0, 3)], np.array([3, 0])
     forests: list[Forest] = []
 
     def everything(**given: Any) -> list[np.ndarray]:
-        options = {"positions": positions, "read_ids": ALL, **given}
+        options = {"read_ids": ALL, **given}
         found = [
             sweep_sites(parted, PROMPTS, PAIRS, SITES, **options).logits,
             sweep_sites(parted, PROMPTS, PAIRS[:2], SITES, **options).logits,

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from oracle import forward
 from scipy.special import softmax
 from steered import BLOCK, mean_state, recompute, recompute_tokens, states_of, unit
@@ -11,7 +10,7 @@ from lib.engine.edits import Rotate, angle_degrees
 from lib.engine.extraction import extract_residuals, tokenize
 from lib.evidence import steering as module
 from lib.evidence.tasks import load_texts
-from lib.evidence.transfer import Distributions, Trial
+from lib.evidence.transfer import Trial
 
 # --- steering to an answer -----------------------------------------------------------------------
 
@@ -92,32 +91,6 @@ def test_the_random_plane_is_turned_by_the_same_angle(steering):
     assert found.numpy() == pytest.approx(np.full(len(vector), 30.0), abs=1e-3)
     to = angle_degrees(steering.own, steering.centroid(steering.target))
     assert (angle_degrees(vector, steering.centroid(steering.target)) > to).all()
-
-
-def test_probability_that_only_changes_places_is_selective_and_rescaling_is_not():
-    p = np.array([0.6, 0.1, 0.2, 0.1])
-    swapped, spread = np.array([0.2, 0.5, 0.2, 0.1]), np.array([0.2, 0.2, 0.4, 0.2])
-    zero = np.zeros(2, dtype=int)
-    measure = module.ProbabilityMoved(torch.tensor(p)[None], zero, zero, zero + 1)
-    found = measure(torch.log(torch.tensor(np.stack([swapped, spread]))), torch.arange(2))
-    shares = torch.minimum(found["gained"], found["lost"]) / found["moved"]
-    assert shares.numpy() == pytest.approx([1.0, 0.25])
-
-
-def test_probability_moved_is_exact_over_a_large_vocabulary():
-    before, after = 4 * torch.randn(2, 30, 50_000)
-    source, target = np.arange(30), np.arange(30) + 100
-    known = Distributions.of(before).p
-    found = module.ProbabilityMoved(known, np.arange(30), source, target)(after, torch.arange(30))
-    p, q = (softmax(one.double().numpy(), axis=1) for one in (before, after))
-    row = np.arange(30)
-    expected = {
-        "gained": (q - p)[row, target],
-        "lost": (p - q)[row, source],
-        "moved": np.abs(p - q).sum(axis=1) / 2,
-    }
-    for name, values in expected.items():
-        assert found[name].numpy() == pytest.approx(values, abs=1e-6)
 
 
 def test_the_share_is_read_where_the_flip_curve_reaches_one_half():

@@ -19,6 +19,7 @@ from torch import Tensor
 from lib.engine.extraction import iterate_states, logit_lens
 from lib.engine.models import Decoder
 from lib.engine.store import recall_residuals
+from lib.evidence.by_task import each
 from lib.evidence.criteria import TEXTS
 from lib.evidence.tasks import Task
 from lib.evidence.transfer import Trial, read_tasks
@@ -27,13 +28,11 @@ from lib.science.curves import early_blocks, late_blocks
 from lib.science.estimate import (
     FEWEST_DRAWS,
     N_DRAWS,
-    Estimate,
     Measured,
     Untested,
     generator,
     independent_difference,
     mean_of,
-    unit_weights,
 )
 from lib.science.geometry import angles, distances, jeffreys_divergence
 from lib.science.reader import Reader, fit_reader
@@ -105,13 +104,11 @@ def read_items(decoder: Decoder, prompts: Sequence[Sequence[int]], units: str) -
     return Items(states, jeffreys_divergence(logit_lens(decoder, states[-1])), units)
 
 
-def items_by_template(trial: Trial | Untested) -> list[Items] | Untested:
+def items_by_template(trial: Trial) -> list[Items] | Untested:
     """Return the prompts of a task, those of each template (and group) compared among themselves.
 
     Items are the task's subjects, in one order. Groups that lack a subject are left out.
     """
-    if isinstance(trial, Untested):
-        return trial
     states, task = trial.states("last"), trial.task
     result = []
     for rows in map(torch.as_tensor, task.cells()):
@@ -207,7 +204,7 @@ def correlate_beyond(
         [dissimilarity(items.states[block]) for block in blocks],
         items.divergence,
         items.units,
-        given=[[read[block] for block in blocks]],
+        given=[read[block] for block in blocks],
     )
     return curve.over(range(len(blocks)))
 
@@ -259,7 +256,7 @@ def measure_network(
         ValueError: as `learn_readers`.
     """
     items = read_items(decoder, texts, TEXTS)
-    parts = {name: items_by_template(one) for name, one in read_tasks(decoder, tasks).items()}
+    parts = each(read_tasks(decoder, tasks), items_by_template)
     sets: Mapping[str, list[Items] | Untested] = {TEXTS: [items], **parts}
     readers = learn_readers(decoder, learn, reader_blocks, judged=texts)
     n_draws = FEWEST_DRAWS if decoder.untrained else N_DRAWS  # a seed is one number
@@ -276,7 +273,7 @@ def measure_network(
 
 def thin_tasks(tasks: Mapping[str, Task | Untested]) -> dict[str, Task | Untested]:
     """Return the tasks with one template, one group and about `TWIN_SUBJECTS` subjects each."""
-    return {name: one if isinstance(one, Untested) else _thin(one) for name, one in tasks.items()}
+    return each(tasks, _thin)
 
 
 def _thin(task: Task) -> Task:
@@ -351,36 +348,9 @@ def correlate_different(items: Items, labels: ArrayLike) -> Measured:
         labels: one an item `[n_items]`.
     """
     label = np.asarray(labels)
-    kept = (label[:, None] != label[None, :]).astype(float)
-    weights = unit_weights(items.units, len(label))
-    n_pairs = np.einsum("di,di->d", weights @ kept, weights)
-    if not (n_pairs > 0).all():
-        return Untested(f"draws of {items.units} without a pair of different answers")
-
-    def mean(matrix: FloatArray) -> FloatArray:
-        total: FloatArray = np.einsum("di,di->d", weights @ (matrix * kept), weights)
-        return total / n_pairs
-
-    def centred_ranks(matrix: FloatArray) -> FloatArray:
-        result = np.zeros_like(matrix)
-        pairs = kept > 0
-        found = np.unique(matrix[pairs], return_inverse=True, return_counts=True)
-        ends = np.cumsum(found[2])
-        ranks = (ends - (found[2] - 1) / 2)[found[1]]  # ties get their average rank
-        result[pairs] = (ranks - ranks.mean()) / (ranks.std() or 1.0)
-        return result
-
-    second = centred_ranks(items.divergence)
-    mean_second, variance_second = mean(second), mean(second * second)
-    curve = []
-    for states in items.states:
-        first = centred_ranks(angles(states))
-        a, b = mean(first), mean_second
-        spread = (mean(first * first) - a * a) * (variance_second - b * b)
-        if not (spread > 1e-12).all():
-            return Untested(f"a correlation is undefined in some draws of {items.units}")
-        curve.append((mean(first * second) - a * b) / np.sqrt(spread))
-    return Estimate(np.stack(curve, axis=1), items.units, len(label))
+    theta = [angles(states) for states in items.states]
+    among = label[:, None] != label[None, :]
+    return correlate(theta, items.divergence, items.units, among=among)
 
 
 def unembedding_basis(decoder: Decoder) -> FloatArray:

@@ -14,18 +14,17 @@ from operator import itemgetter
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from lib.engine.extraction import logit_lens
 from lib.engine.models import Decoder
 from lib.engine.parts import find_parts
+from lib.engine.readouts import WithChoice
 from lib.engine.sites import ATTENTION, MLP, Head, Site, each_head, head_outputs, patch_heads
 from lib.engine.store import recall_sweep
 from lib.evidence.by_task import each
 from lib.evidence.criteria import is_held_out
 from lib.evidence.tasks import Pairs, Task
 from lib.evidence.transfer import (
-    Divergences,
     Transfer,
     Trial,
     choose_pairs,
@@ -112,25 +111,13 @@ def thin(pairs: Pairs, most: int) -> Pairs:
 # --- transfer of sites and heads ------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class _WithChoice:
-    """KL(p_y ‖ q) in nats, and the closed set's choice."""
-
-    divergences: Divergences
-    answer_ids: np.ndarray
-
-    def __call__(self, logits: Tensor, pair: Tensor) -> dict[str, Tensor]:
-        answers = logits[:, torch.as_tensor(self.answer_ids, device=logits.device)]
-        return {**self.divergences(logits, pair), "choice": answers.argmax(-1)}
-
-
-def _measure(trial: Trial, pairs: Pairs) -> tuple[_WithChoice, np.ndarray]:
+def _measure(trial: Trial, pairs: Pairs) -> tuple[WithChoice, np.ndarray]:
     """Return the measure of edits of the pairs, and KL(p_y ‖ p_x) before them, nats `[n_pairs]`."""
     used, place = np.unique(pairs.prompts, return_inverse=True)
     recipients, donors = place.reshape(-1, 2).T
     logits = trial.logits_after(used)
     known = from_donors(logits, donors)
-    return _WithChoice(known, trial.task.answer_ids), divergence_before(known, logits, recipients)
+    return WithChoice(known, trial.task.answer_ids), divergence_before(known, logits, recipients)
 
 
 def _transfers(
@@ -462,7 +449,7 @@ def knock_out(
         same.prompts,
         {**groups, **others},
         hidden=dict.fromkeys(groups, subject) | dict.fromkeys(others, rest),
-        measure=_WithChoice(own, task.answer_ids),
+        measure=WithChoice(own, task.answer_ids),
         forests=trial.forests,
     )
     units = f"{task.units} ({len(np.unique(same.unit))} read)"

@@ -22,14 +22,13 @@ from lib.engine.edits import (
 )
 from lib.engine.extraction import logit_lens, tokenize
 from lib.engine.models import Decoder
-from lib.engine.readouts import DistributionMeasure
+from lib.engine.readouts import DistributionMeasure, Distributions, Divergences
 from lib.engine.replay import Forest
 from lib.engine.store import recall_residuals, recall_sweep
+from lib.evidence.by_task import each, measured_by_all
 from lib.evidence.criteria import TEXTS
 from lib.evidence.tasks import KEPT_BACK, load_tasks
 from lib.evidence.transfer import (
-    Distributions,
-    Divergences,
     Trial,
     certainty,
     divergence_before,
@@ -125,9 +124,9 @@ def text_attributes(reading: Reading, blocks: Sequence[int]) -> dict[str, Measur
         "position": thirds([len(tokens) for tokens in reading.tokens]),
         "token frequency": thirds(last),
     }
-    each = np.arange(len(last))
+    units = np.arange(len(last))
     return {
-        name: decoding_gain(left, label, each, TEXTS, generator("decoding", name))
+        name: decoding_gain(left, label, units, TEXTS, generator("decoding", name))
         for name, label in labels.items()
     }
 
@@ -238,7 +237,7 @@ def _partial(
         [log_norm_differences(block) for block in own],
         divergences,
         units,
-        given=[[angles(block) for block in own]],
+        given=[angles(block) for block in own],
         n_draws=FEWEST_DRAWS if decoder.untrained else N_DRAWS,  # a seed is one number
     )
 
@@ -389,9 +388,8 @@ def measure_norm_code(
     Exchanges are made after the first, the middle and the last of them.
     """
     able = {name: trial for name, trial in trials.items() if isinstance(trial, Trial)}
-    partials: dict[str, Measured] = {TEXTS: partial_on_texts(reading, late)}
-    for name, trial in trials.items():
-        partials[name] = trial if isinstance(trial, Untested) else partial_on_task(trial, late)
+    partials = {TEXTS: partial_on_texts(reading, late)}
+    partials |= each(trials, lambda trial: partial_on_task(trial, late))
     chosen = sorted({late[0], late[len(late) // 2], late[-1]})
     gains = text_attributes(reading, late) | pooled_gains(task_gains(able, late))
     within = task_gains(able, late, within_answer=True)
@@ -399,18 +397,23 @@ def measure_norm_code(
     return NormCode(gains, within, partials, done, tuple(chosen))
 
 
-def beyond_twins(trained: NormCode, twins: Sequence[NormCode]) -> Measured:
-    """Return the best gain within an answer less that of untrained twins, on the same tasks.
+def best_within_answer(networks: Sequence[NormCode]) -> list[Measured]:
+    """Return each network's best gain within an answer, by an attribute of its own choice.
 
-    Each network's own best attribute counts, on those tasks on which all of them could be tested.
+    Pooled over those tasks on which all of them could be tested.
     """
-    every = [one.within for one in (trained, *twins)]
-    shared = {name: _shared([within[name] for within in every]) for name in trained.within}
-    best = [
+    names = networks[0].within
+    shared = {name: measured_by_all([one.within[name] for one in networks]) for name in names}
+    return [
         ranked({name: pool(gains[number]) for name, gains in shared.items()}, 0)
-        for number in range(len(every))
+        for number in range(len(networks))
     ]
-    return independent_difference(best[0], over_seeds(best[1:]))
+
+
+def beyond_twins(trained: NormCode, twins: Sequence[NormCode]) -> Measured:
+    """Return `best_within_answer` of the trained network less that of its untrained twins."""
+    own, *untrained = best_within_answer([trained, *twins])
+    return independent_difference(own, over_seeds(untrained))
 
 
 def kept_back_gains(decoder: Decoder, late: Sequence[int]) -> dict[str, Measured]:
@@ -420,26 +423,7 @@ def kept_back_gains(decoder: Decoder, late: Sequence[int]) -> dict[str, Measured
     networks that are compared have the same.
     """
     trials = read_tasks(decoder, load_tasks(decoder, files=KEPT_BACK))
-    return {
-        name: task_attribute(trial, late, "subject", within_answer=True)
-        if isinstance(trial, Trial)
-        else trial
-        for name, trial in trials.items()
-    }
-
-
-def subject_beyond_twins(
-    trained: Mapping[str, Measured], twins: Sequence[Mapping[str, Measured]]
-) -> Measured:
-    """Return `kept_back_gains`, pooled, less those of untrained twins, on the same tasks."""
-    own, *untrained = map(pool, _shared([trained, *twins]))
-    return independent_difference(own, over_seeds(untrained))
-
-
-def _shared(found: Sequence[Mapping[str, Measured]]) -> list[dict[str, Measured]]:
-    """Return what was measured on those tasks on which every network could be tested."""
-    names = [name for name in found[0] if all(isinstance(one.get(name), Estimate) for one in found)]
-    return [{name: one[name] for name in names} for one in found]
+    return each(trials, lambda one: task_attribute(one, late, "subject", within_answer=True))
 
 
 def over_twins(twins: Sequence[NormCode]) -> dict[str, Measured | Mapping[str, Measured]]:

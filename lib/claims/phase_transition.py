@@ -20,7 +20,7 @@ from lib.engine.edits import add
 from lib.engine.extraction import tokenize
 from lib.engine.models import Decoder
 from lib.engine.vectors import held_out_centroids
-from lib.evidence.by_task import each, over_twins
+from lib.evidence.by_task import beyond_twins, each, over_twins
 from lib.evidence.content import CONTROLS, Content, states_at
 from lib.evidence.criteria import Record
 from lib.evidence.records import shown
@@ -42,7 +42,6 @@ from lib.science.estimate import (
     Estimate,
     Measured,
     Untested,
-    independent_difference,
     mean_of,
     of_the_book,
     over_seeds,
@@ -232,22 +231,6 @@ def as_twins(arms: Arms, pairs: Pairs) -> Arms:
     return arms.restrict(pairs.spread(TWIN_PAIRS), twin_blocks(arms.n_blocks))
 
 
-def beyond_twins(trained: Mapping[str, Arms], twins: Sequence[ArmsByTask]) -> Measured:
-    """Return S of the trained model less that of its twins, both pooled over tasks.
-
-    Args:
-        trained: by task, on the twins' pairs and blocks.
-        twins: the same of each seed.
-    """
-    own = {name: hand_over(arms) for name, arms in trained.items()}
-    seeds = [each(twin, hand_over) for twin in twins]
-    shared = [
-        name for name in own if all(isinstance(one.get(name), Estimate) for one in (own, *seeds))
-    ]
-    theirs = over_seeds([pool({name: twin[name] for name in shared}) for twin in seeds])
-    return independent_difference(pool({name: own[name] for name in shared}), theirs)
-
-
 # --- the geometry ---------------------------------------------------------------------------------
 
 
@@ -402,7 +385,8 @@ def statistics(
         twins: the twins' arms by task, one entry a seed.
     """
     trained: dict[str, Measured | ByTask] = dict(_by_statistic(arms))
-    trained["hand_over_beyond_twins"] = beyond_twins(shared, twins)
+    seeds = [each(twin, hand_over) for twin in twins]
+    trained["hand_over_beyond_twins"] = beyond_twins(each(shared, hand_over), seeds)
     for name in CONTROLS:
         trained[name] = _where(arms, {t: one.beyond_chance[name] for t, one in contents.items()})
     trained["content_margin"] = _where(arms, {t: one.margin for t, one in contents.items()})

@@ -20,7 +20,16 @@ from torch import Tensor, nn
 
 from lib.engine.extraction import check_blocks
 from lib.engine.models import Decoder, evaluated
-from lib.engine.passes import Inputs, Known, agree, checked_as, known_of, watching
+from lib.engine.passes import (
+    REFUSALS,
+    Inputs,
+    Known,
+    agree,
+    checked_as,
+    known_of,
+    run_blocks,
+    watching,
+)
 from lib.engine.replay import FrozenCache
 from lib.engine.structure import untuple
 
@@ -47,24 +56,9 @@ class Parts:
     multiplier: float
 
 
-@dataclass(frozen=True)
-class _Names:
-    """The parts of one block, by the names of its modules: what a model shares with its twins."""
-
-    attention: str
-    mlp: str
-    projection: str
-    n_heads: int
-    multiplier: float
-
-    def of(self, block: nn.Module) -> Parts:
-        attention, mlp, projection = map(
-            block.get_submodule, (self.attention, self.mlp, self.projection)
-        )
-        return Parts(attention, mlp, projection, self.n_heads, self.multiplier)
-
-
-_found: WeakKeyDictionary[object, dict[int, _Names | str]] = WeakKeyDictionary()
+_Named = tuple[list[str], int, float]
+"""A block's `Parts` by the names of its three modules: what a model shares with its twins."""
+_found: WeakKeyDictionary[object, dict[int, _Named | str]] = WeakKeyDictionary()
 
 
 @evaluated
@@ -79,18 +73,18 @@ def find_parts(decoder: Decoder, blocks: Sequence[int] | None = None) -> tuple[P
     if (checked := checked_as(decoder)) not in _found:
         _found[checked] = _look(decoder)
     found = _found[checked]
+    result = []
     for index in wanted:
-        if isinstance(reason := found[index], str):
-            have = [str(block) for block, parts in found.items() if isinstance(parts, _Names)]
+        if isinstance(own := found[index], str):
+            have = [str(block) for block, other in found.items() if not isinstance(other, str)]
             raise ValueError(
                 f"Block {index} of {decoder.name} has no attention with heads beside an MLP: "
-                f"{reason} Blocks that have: {', '.join(have) or 'none'}."
+                f"{own} Blocks that have: {', '.join(have) or 'none'}."
             )
-    return tuple(
-        names.of(decoder.blocks[block])
-        for block in wanted
-        if isinstance(names := found[block], _Names)
-    )
+        names, n_heads, multiplier = own
+        attention, mlp, projection = map(decoder.blocks[index].get_submodule, names)
+        result.append(Parts(attention, mlp, projection, n_heads, multiplier))
+    return tuple(result)
 
 
 def slice_of(parts: Parts, width: int, heads: Sequence[int] | None) -> Tensor:
@@ -115,18 +109,17 @@ class TokensAlone:
         self.inputs = known_of(_alone, decoder)
 
     def __call__(
-        self, block: int, parts: Parts, entering: Tensor, heads: Tensor, mlp: Tensor | None
-    ) -> Tensor:
-        """Return the states after the block, of the shape of `entering` `[…, d_model]`."""
-        return self._in_rows(block, parts, entering, heads, mlp)[0]
-
-    def attention(self, block: int, parts: Parts, entering: Tensor, heads: Tensor) -> Tensor:
-        """Return the output of the module `parts.attention`, of the shape of `entering`."""
-        return self._in_rows(block, parts, entering, heads, None)[1]
-
-    def _in_rows(
-        self, block: int, parts: Parts, entering: Tensor, heads: Tensor, mlp: Tensor | None
+        self,
+        block: int,
+        parts: Parts,
+        entering: Tensor,
+        heads: Tensor,
+        mlp: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """Return the states after the block, and what the module `parts.attention` put out.
+
+        Both of the shape of `entering` `[…, d_model]`. The MLP's output is its own without `mlp`.
+        """
         rows = [None if part is None else part.flatten(0, -2) for part in (entering, heads, mlp)]
         results = []
         for chosen in torch.arange(len(rows[0])).split(ROWS_AT_ONCE):  # type: ignore[arg-type]
@@ -183,14 +176,8 @@ def _inputs_of_lone_tokens(decoder: Decoder, n: int) -> list[Inputs]:
         calls[block] = {"others": call["others"], "device": call["hidden"].device}
 
     with watching(decoder, range(decoder.n_blocks), note):
-        run_tokens(decoder, tokens)
+        run_blocks(decoder, tokens, set())
     return calls
-
-
-def run_tokens(decoder: Decoder, tokens: Tensor) -> None:
-    """Run prompts `[n, length]` up to the final norm, for what hooks see of it."""
-    with torch.inference_mode():
-        decoder.model.base_model(tokens, use_cache=False)
 
 
 def whole_mask(call: Inputs, block: int) -> Tensor:
@@ -210,7 +197,7 @@ def hidden_value(mask: Tensor) -> float | bool:
     return torch.finfo(mask.dtype).min if mask.is_floating_point() else False
 
 
-def _look(decoder: Decoder) -> dict[int, _Names | str]:
+def _look(decoder: Decoder) -> dict[int, _Named | str]:
     """Return each block's parts, or why there are none."""
     n_tokens = min(N_TOKENS, decoder.d_vocab)
     tokens = torch.arange(n_tokens, device=decoder.device)[None]
@@ -235,20 +222,15 @@ def _look(decoder: Decoder) -> dict[int, _Names | str]:
                 if module is not block:
                     stack.enter_context(module.register_forward_hook(see(index)))
         stack.enter_context(watching(decoder, range(decoder.n_blocks), note))
-        run_tokens(decoder, tokens)
+        run_blocks(decoder, tokens, set())
     alone = TokensAlone(decoder)
-    found: dict[int, _Names | str] = {}
+    found: dict[int, _Named | str] = {}
     for index, call in calls.items():
         try:
             parts = _find(decoder, index, call, ran[index], alone)
             named = {module: name for name, module in decoder.blocks[index].named_modules()}
-            found[index] = _Names(
-                named[parts.attention],
-                named[parts.mlp],
-                named[parts.projection],
-                parts.n_heads,
-                parts.multiplier,
-            )
+            names = [named[part] for part in (parts.attention, parts.mlp, parts.projection)]
+            found[index] = (names, parts.n_heads, parts.multiplier)
         except _NotPartsError as reason:
             kinds = dict.fromkeys(
                 type(child).__name__ for child in decoder.blocks[index].children()
@@ -284,16 +266,15 @@ def _find(
     projection, heads, _ = linear[-1]
     parts = Parts(attention, mlp, projection, n_heads, multiplier)
     heads = heads.reshape(*call["output"].shape[:2], -1)
-    refusals = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
     try:
-        again = alone(index, parts, call["hidden"], heads, None)
-    except refusals as error:
+        again, _ = alone(index, parts, call["hidden"], heads)
+    except REFUSALS as error:
         raise _NotPartsError("it cannot be run on one token alone") from error
     if not agree(call["output"].float().cpu()[:, 1:], again[:, 1:]):  # without the sink
         raise _NotPartsError("other tokens reach its output by another way than the heads")
     try:
         changed = _heads_changed_by_masks(decoder.blocks[index], call, parts)
-    except refusals as error:
+    except REFUSALS as error:
         raise _NotPartsError("it takes no mask that hides tokens head by head") from error
     if not torch.equal(changed, torch.eye(n_heads, dtype=torch.bool)):
         raise _NotPartsError("a mask for one head does not change that head's output alone")

@@ -42,6 +42,7 @@ from lib.engine.passes import (
     holds,
     inputs_of,
     lengthened,
+    run_blocks,
     watching,
 )
 from lib.engine.replay import (
@@ -66,8 +67,6 @@ from lib.engine.sweeps import (
     sweep_blocks,
 )
 
-Places = tuple[int, Sequence[int], Sequence[int]]
-"""A prompt, tokens of it that attend and those hidden from them, counted from the last one on."""
 Head = tuple[int, int]
 """A block and the number of one of its heads."""
 _prefixed: Known[Sizes, bool] = WeakKeyDictionary()
@@ -102,8 +101,6 @@ def sweep_sites(
     pairs: np.ndarray,
     sites: Mapping[str, Site],
     *,
-    positions: np.ndarray | Sequence[int] | str = "last",
-    hidden: np.ndarray | Sequence[Sequence[int]] | None = None,
     blocks: Sequence[int] | None = None,
     read_ids: Sequence[int] = (),
     measure: Measure | None = None,
@@ -112,21 +109,14 @@ def sweep_sites(
 ) -> Sweep:
     """Return the effect of exchanging each site's output for the donor's, in each block.
 
-    The output is replaced at the given position (or positions); the rest of that block and all
-    later blocks and tokens follow from it. The result's `edits` are the sites, its `blocks` those
-    in which they were exchanged.
-
-    With `hidden` the sites keep their recipient's prompt and are put out as they would be if the
-    token at the position could not attend to the hidden tokens: attention knock-out (Geva et al.,
-    arXiv:2304.14767), head by head. Then each pair names one prompt twice.
+    The output is replaced at the last token; the rest of that block and all later blocks follow
+    from it. The result's `edits` are the sites, its `blocks` those in which they were exchanged.
 
     Args:
         decoder: the model.
         prompts: token ids; lengths may differ.
         pairs: `[n_pairs, 2]`: index of the recipient among `prompts`, and of the donor.
         sites: named sites, all of which share a pass.
-        positions: `"last"`, one position per prompt, or several `[n_prompts, k]`.
-        hidden: for each prompt the positions that are hidden, as many as there are to hide.
         blocks: the blocks, all by default.
         read_ids: tokens whose logits to return.
         measure: as in `sweep_blocks`; it sees the indices of `pairs`.
@@ -134,27 +124,26 @@ def sweep_sites(
         description: what a progress display calls this sweep; None shows none.
 
     Raises:
-        ValueError: a site, head, block, pair, position or token to read that does not exist, a
-            model without such parts, or tokens that cannot be hidden; the message says which. And
-            as `sweep_blocks` of a measure or a model that returns no finite numbers.
+        ValueError: a site, head, block, pair or token to read that does not exist, a prompt of one
+            token, or a model without such parts; the message says which. And as `sweep_blocks` of a
+            measure or a model that returns no finite numbers.
     """
     wanted = check_blocks(decoder, blocks)
     prompts = check_prompts(decoder, prompts)
-    where = position_table(prompts, positions)
+    position_table(prompts, "last")  # refuses a prompt of one token, an attention sink
     parts = find_parts(decoder, wanted)
     read_ids = decoder.check_tokens(read_ids)
     _check_sites(decoder, sites, parts)
     pairs = check_pairs(pairs, len(prompts), len(prompts))
-    hide = None if hidden is None else _check_hidden(prompts, pairs, sites, where, hidden)
     forests = [] if forests is None else forests
-    outputs = _read_outputs(decoder, prompts, where, np.unique(pairs), wanted, parts, hide, forests)
-    donors = torch.empty(len(wanted), len(sites), len(pairs), where.shape[1], decoder.d_model)
+    outputs = _read_outputs(decoder, prompts, np.unique(pairs), wanted, parts, forests)
+    donors = torch.empty(len(wanted), len(sites), len(pairs), decoder.d_model)
     tokens_alone = TokensAlone(decoder)
     for part in ("attention", "mlp"):
         numbered = {n: site for n, site in enumerate(sites.values()) if site.part == part}
         for index, block in enumerate(wanted if numbered else ()):
             given = outputs[index].exchange(list(numbered.values()), pairs, parts[index])
-            donors[index, list(numbered)] = tokens_alone(block, parts[index], *given)
+            donors[index, list(numbered)], _ = tokens_alone(block, parts[index], *given)
     n_pairs = len(pairs)
     copies = np.stack([np.tile(pairs[:, 0], len(sites)), np.arange(len(sites) * n_pairs)], axis=1)
     sweep = sweep_blocks(
@@ -162,7 +151,7 @@ def sweep_sites(
         prompts,
         copies,
         {"exchange": exchange},
-        positions=where,
+        positions="last",
         donors=donors.flatten(1, 2),
         blocks=wanted,
         read_ids=read_ids,
@@ -201,7 +190,8 @@ def patch_heads(
     Every head of a group puts out what it puts out on the donor's unedited prompt, while all else
     follows from the edits of the blocks before it.
 
-    With `hidden` the heads instead lose sight of those tokens, as in `sweep_sites`; each pair then
+    With `hidden` the heads instead put out what they would if the last token could not attend to
+    those tokens: attention knock-out (Geva et al., arXiv:2304.14767), head by head. Each pair then
     names one prompt twice.
 
     Args:
@@ -222,27 +212,19 @@ def patch_heads(
             model that does not return finite numbers; the message says which.
     """
     prompts = check_prompts(decoder, prompts)
-    where = position_table(prompts, "last")
+    position_table(prompts, "last")  # refuses a prompt of one token, an attention sink
     pairs = check_pairs(pairs, len(prompts), len(prompts))
     if not groups:
         raise ValueError("No groups of heads were given; name at least one.")
-    wanted = tuple(sorted({block for group in groups.values() for block, _ in group}))
-    parts = dict(zip(wanted, find_parts(decoder, wanted), strict=True))
-    for name, group in groups.items():
-        for block, head in group:
-            _check_sites(decoder, {name: Site("attention", (head,))}, [parts[block]])
     hide: list[list[list[int]]] | None = None
     if hidden is not None:
         if missing := [name for name in groups if name not in hidden]:
             raise ValueError(f"Group {missing[0]!r} has no hidden positions; give each group its.")
-        hide = [
-            _check_hidden(prompts, pairs, {name: ATTENTION}, where, hidden[name]) for name in groups
-        ]
+        hide = [_check_hidden(prompts, pairs, hidden[name]) for name in groups]
     forests = [] if forests is None else forests
-    found = _read_outputs(
-        decoder, prompts, where, np.unique(pairs), wanted, tuple(parts.values()), None, forests
-    )
-    outputs = {block: own.heads[:, 0] for block, own in zip(wanted, found, strict=True)}
+    named = [(name, head) for name, group in groups.items() for head in group]
+    parts, found = _read_heads(decoder, prompts, named, np.unique(pairs), forests)
+    outputs = {block: own.heads for block, own in found.items()}
     chosen = [_heads_by_block(group, parts, outputs) for group in groups.values()]
     firsts = np.array([min(heads, default=decoder.n_blocks) for heads in chosen])
     results: dict[str, np.ndarray] = {}
@@ -314,23 +296,11 @@ def head_outputs(
     if not heads:
         raise ValueError("No heads were given; name at least one, a block and a head's number.")
     prompts = check_prompts(decoder, prompts)
-    where = position_table(prompts, "last")
-    wanted = tuple(sorted({block for block, _ in heads}))
-    parts = dict(zip(wanted, find_parts(decoder, wanted), strict=True))
-    for block, head in heads:
-        _check_sites(decoder, {f"{block}.{head}": Site("attention", (head,))}, [parts[block]])
+    position_table(prompts, "last")  # refuses a prompt of one token, an attention sink
     members = np.arange(len(prompts)) if rows is None else np.asarray(rows)
-    read = _read_outputs(
-        decoder,
-        prompts,
-        where,
-        np.unique(members),
-        wanted,
-        tuple(parts.values()),
-        None,
-        [] if forests is None else forests,
-    )
-    outputs = dict(zip(wanted, read, strict=True))
+    forests = [] if forests is None else forests
+    named = [(f"{block}.{head}", (block, head)) for block, head in heads]
+    parts, outputs = _read_heads(decoder, prompts, named, np.unique(members), forests)
     alone = TokensAlone(decoder)
     written = []
     for block, head in heads:
@@ -338,8 +308,8 @@ def head_outputs(
         entering, whole = outputs[block].entering[members], outputs[block].heads[members]
         without = whole.clone()
         without[..., slice_of(part, without.shape[-1], [head])] = 0
-        whole, rest = (alone.attention(block, part, entering, given) for given in (whole, without))
-        written.append(part.multiplier * (whole - rest)[:, 0])
+        whole, rest = (alone(block, part, entering, given)[1] for given in (whole, without))
+        written.append(part.multiplier * (whole - rest))
     return torch.stack(written)
 
 
@@ -444,14 +414,8 @@ def _run_last(decoder: Decoder, run: Prefix | Tensor, firsts: Sequence[int] = (0
         entering = [embedded if first == 0 else run.states[first - 1] for first in firsts]
         rows = torch.stack(entering, dim=1)  # type: ignore[arg-type]
         return replay_rows(decoder, run, [first - 1 for first in firsts], rows)
-    states: list[Tensor] = []
-
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        states.append(untuple(output)[:, -1])
-
-    with decoder.blocks[-1].register_forward_hook(keep), torch.inference_mode():
-        decoder.model.base_model(run, use_cache=False)
-    return states[-1][:, None]
+    block = decoder.n_blocks - 1
+    return run_blocks(decoder, run, {block})[block][:, -1:]
 
 
 def _embed_last(decoder: Decoder, prefix: Prefix) -> Tensor:
@@ -517,15 +481,11 @@ def _hide_from_heads(
             raise SeenError
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            call, n_rows = as_call(module, args, kwargs), len(chosen[block])
-            places = [
-                (prompt, [row - n_rows], [key + 1 - n_rows for key in keys])  # the rows come last
-                for prompt, by_row in enumerate(hidden)
-                for row, keys in enumerate(by_row[:n_rows])
-            ]
+            call = as_call(module, args, kwargs)
+            inputs = _hide(call, block, hidden, len(chosen[block]))
             stopped = parts[block].projection.register_forward_pre_hook(see, prepend=True)
             with suppress(SeenError), stopped:
-                module.forward(call["hidden"], **_hide(call, block, places))
+                module.forward(call["hidden"], **inputs)
 
         return hook
 
@@ -539,44 +499,57 @@ def _hide_from_heads(
 
 @dataclass(frozen=True, eq=False)
 class _Outputs:
-    """What one block received and put out at the positions, by prompt `[n_prompts, k, …]`.
+    """What one block received and put out at the last tokens, by prompt `[n_prompts, …]`.
 
     `entering` is the residual stream before the block, `heads` the projection's input, `mlp` the
-    MLP's output. Donors give `other_heads`, which are `heads` unless tokens were hidden.
+    MLP's output.
     """
 
     entering: Tensor
     heads: Tensor
     mlp: Tensor
-    other_heads: Tensor
 
     def exchange(
         self, sites: Sequence[Site], pairs: np.ndarray, parts: Parts
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return what enters the block, the heads and the MLP's output in each pair's edit.
 
-        Of sites of the attention, or of the MLP `[n_sites, n_pairs, k, …]`.
+        Of sites of the attention, or of the MLP `[n_sites, n_pairs, …]`.
         """
         recipient, donor = torch.as_tensor(pairs).T
         entering, heads = (
-            own[recipient].repeat(len(sites), 1, 1, 1) for own in (self.entering, self.heads)
+            own[recipient].repeat(len(sites), 1, 1) for own in (self.entering, self.heads)
         )
         if sites[0].part == "mlp":
-            return entering, heads, self.mlp[donor].repeat(len(sites), 1, 1, 1)
+            return entering, heads, self.mlp[donor].repeat(len(sites), 1, 1)
         for number, site in enumerate(sites):
             chosen = slice_of(parts, heads.shape[-1], site.heads)
-            heads[number][..., chosen] = self.other_heads[donor][..., chosen]
+            heads[number][:, chosen] = self.heads[donor][:, chosen]
         return entering, heads, None
+
+
+def _read_heads(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    named: Sequence[tuple[str, Head]],
+    members: np.ndarray,
+    forests: list[Forest],
+) -> tuple[dict[int, Parts], dict[int, _Outputs]]:
+    """Return the parts and the outputs, by block, of the blocks of heads, these checked by name."""
+    wanted = tuple(sorted({block for _, (block, _) in named}))
+    parts = dict(zip(wanted, find_parts(decoder, wanted), strict=True))
+    for name, (block, head) in named:
+        _check_sites(decoder, {name: Site("attention", (head,))}, [parts[block]])
+    found = _read_outputs(decoder, prompts, members, wanted, tuple(parts.values()), forests)
+    return parts, dict(zip(wanted, found, strict=True))
 
 
 def _read_outputs(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
-    where: np.ndarray,
     members: np.ndarray,
     wanted: tuple[int, ...],
     parts: tuple[Parts, ...],
-    hide: list[list[int]] | None,
     forests: list[Forest],
 ) -> list[_Outputs]:
     """Return the outputs of the blocks' sites for some prompts; those of others may be zero.
@@ -585,17 +558,12 @@ def _read_outputs(
     """
     seen: dict[tuple[str, int], Tensor] = {}  # of the batch that runs
     kept: dict[tuple[str, int], Tensor] = {}
-    slot = "heads"
-    rows = members
 
     # Asked before hooks are put on the blocks, which would answer no.
-    exact = hide is None and _last_tokens_are_exact(decoder, prompts, members)
+    exact = _last_tokens_are_exact(decoder, prompts, members)
     lengths = np.array([len(prompt) for prompt in prompts])
-    if forests and not (where[members] == lengths[members, None] - 1).all():
-        forests = []  # more than the last tokens would have to be run
 
     def run() -> Iterator[Batch]:
-        nonlocal rows
         if exact:
             planted = plant_rest(decoder, prompts, members, forests, BATCH_TOKENS)
             n_there = len(planted.forests)
@@ -607,19 +575,18 @@ def _read_outputs(
                 else:
                     prefix = _last_token(forest, own, lengths[own])
                     _run_last(decoder, prefix, [min(wanted, default=decoder.n_blocks)])
-                    first = torch.zeros(prefix.tokens.shape, dtype=torch.long)
+                    first = torch.zeros(len(own), 1, dtype=torch.long)
                     yield Batch(own, prefix.tokens[:, -1:], torch.arange(len(own)), first)
             return
         for chosen in equal_length_rows([prompts[member] for member in members], BATCH_TOKENS):
-            rows = members[chosen]
-            batch = stack_prompts(prompts, rows.tolist())
+            batch = stack_prompts(prompts, members[chosen].tolist())
             with torch.inference_mode():
                 decoder.model.base_model(use_cache=False, **inputs_of(decoder, batch))
             yield batch
 
     def see_heads(block: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen[slot, block] = args[0]
+            seen["heads", block] = args[0]
 
         return hook
 
@@ -630,18 +597,7 @@ def _read_outputs(
         return hook
 
     def note(block: int, call: Inputs) -> None:
-        nonlocal slot
         seen["entering", block] = call["hidden"]
-        seen["other_heads", block] = seen["heads", block]
-        if hide is not None:
-            places = [
-                (row, (where[m] - len(prompts[m])).tolist(), [k - len(prompts[m]) for k in hide[m]])
-                for row, m in enumerate(rows)
-            ]
-            own_mlp, slot = seen["mlp", block], "other_heads"
-            inputs = _hide(call, block, places)
-            decoder.blocks[block].forward(call["hidden"], **inputs)
-            seen["mlp", block], slot = own_mlp, "heads"
 
     with ExitStack() as stack:
         for block, part in zip(wanted, parts, strict=True):
@@ -649,28 +605,29 @@ def _read_outputs(
             stack.callback(part.mlp.register_forward_hook(see_mlp(block)).remove)
         stack.enter_context(watching(decoder, wanted, note))
         for batch in run():
-            columns = batch.columns.gather(1, torch.as_tensor(where[batch.rows]))
             for name, states in seen.items():
                 lines = states.reshape(*batch.tokens.shape, -1)
-                picked = lines[batch.lines[:, None], columns].cpu()
+                picked = lines[batch.lines, batch.columns[:, -1]].cpu()  # where prompts end
                 if name not in kept:
-                    kept[name] = picked.new_zeros(len(prompts), *picked.shape[1:])
+                    kept[name] = picked.new_zeros(len(prompts), picked.shape[-1])
                 kept[name][torch.as_tensor(batch.rows)] = picked
             seen.clear()
-    names = ("entering", "heads", "mlp", "other_heads")
+    names = ("entering", "heads", "mlp")
     return [_Outputs(*(kept[name, block] for name in names)) for block in wanted]
 
 
-def _hide(call: Inputs, block: int, places: Iterable[Places]) -> Inputs:
-    """Return a block's inputs under a mask that hides tokens, prompt by prompt, from others."""
-    mask = whole_mask(call, block).expand(len(call["hidden"]), -1, -1, -1).clone()
-    n_queries, n_keys = mask.shape[-2:]
-    for prompt, queries, hidden in places:
-        for query in queries:
-            for key in hidden:
-                at = (query + n_queries, key + n_keys)
-                if min(at) >= 0:  # a sliding window has left the others behind
-                    mask[prompt, :, *at] = hidden_value(mask)
+def _hide(
+    call: Inputs, block: int, hidden: Sequence[Sequence[Sequence[int]]], n_rows: int
+) -> Inputs:
+    """Return a block's inputs under a mask that hides tokens from rows, which come last."""
+    mask = whole_mask(call, block).expand(len(hidden), -1, -1, -1).clone()
+    queries_before, keys_before = (size - n_rows for size in mask.shape[-2:])
+    for prompt, by_row in enumerate(hidden):
+        for row, keys in enumerate(by_row[:n_rows]):
+            for key in keys:
+                at = keys_before + 1 + key  # counted from a prompt's end, its row
+                if at >= 0:  # a sliding window has left the others behind
+                    mask[prompt, :, queries_before + row, at] = hidden_value(mask)
     return {**call["others"], "attention_mask": mask}
 
 
@@ -692,25 +649,20 @@ def _check_sites(decoder: Decoder, sites: Mapping[str, Site], parts: Sequence[Pa
 
 
 def _check_hidden(
-    prompts: Sequence[Sequence[int]],
-    pairs: np.ndarray,
-    sites: Mapping[str, Site],
-    where: np.ndarray,
-    hidden: np.ndarray | Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]], pairs: np.ndarray, hidden: Sequence[Sequence[int]]
 ) -> list[list[int]]:
     """Return the hidden positions of each prompt, checked."""
     if len(hidden) != len(prompts):
         raise ValueError(f"Hidden positions for {len(hidden)} prompts of {len(prompts)}.")
     if (pairs[:, 0] != pairs[:, 1]).any():
         raise ValueError("Tokens are hidden within a prompt: each pair must name one prompt twice.")
-    if any(site.part == "mlp" for site in sites.values()):
-        raise ValueError("An MLP attends to no token, so none can be hidden from it.")
     table = [[int(place) for place in row] for row in hidden]
     for index, row in enumerate(table):
+        last = len(prompts[index]) - 1
         for place in row:
-            if not 0 <= place < where[index].min():
+            if not 0 <= place < last:
                 raise ValueError(
-                    f"Prompt {index}: position {place} cannot be hidden from position "
-                    f"{where[index].min()}; choose among 0 to {where[index].min() - 1}."
+                    f"Prompt {index}: position {place} cannot be hidden from position {last}; "
+                    f"choose among 0 to {last - 1}."
                 )
     return table

@@ -3,7 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from lib.science.estimate import Measured, Untested, over_seeds
+from lib.science.estimate import (
+    Estimate,
+    Measured,
+    Untested,
+    independent_difference,
+    over_seeds,
+    pool,
+)
 
 Found = TypeVar("Found")
 Other = TypeVar("Other")
@@ -42,3 +49,17 @@ def over_twins(
         name: {place: over_seeds([twin[name][place] for twin in twins]) for place in places}
         for name, places in twins[0].items()
     }
+
+
+def measured_by_all(found: Sequence[Mapping[str, Measured]]) -> list[dict[str, Measured]]:
+    """Return what each network shows on those tasks on which every one of them was measured."""
+    names = [name for name in found[0] if all(isinstance(one.get(name), Estimate) for one in found)]
+    return [{name: one[name] for name in names} for one in found]
+
+
+def beyond_twins(
+    trained: Mapping[str, Measured], twins: Sequence[Mapping[str, Measured]]
+) -> Measured:
+    """Return a number pooled over tasks less that of untrained twins, on the same tasks."""
+    own, *seeds = map(pool, measured_by_all([trained, *twins]))
+    return independent_difference(own, over_seeds(seeds))

@@ -13,15 +13,13 @@ from torch import Tensor
 
 from lib.engine.edits import exchange
 from lib.engine.extraction import extract_residuals
+from lib.engine.readouts import ROWS_AT_ONCE, Distributions, Divergences
 from lib.engine.store import recall_sweeps
 from lib.engine.sweeps import Request
 from lib.engine.vectors import random_directions
 from lib.evidence.tasks import Pairs, Task
 from lib.evidence.transfer import (
-    ROWS_AT_ONCE,
     Arm,
-    Distributions,
-    Divergences,
     Trial,
     name_units,
     needed_prompts,

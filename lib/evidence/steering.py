@@ -17,12 +17,13 @@ from torch import Tensor
 from lib.engine.edits import Edit, Rotate, Shift, angle_degrees, exchange, exchange_direction
 from lib.engine.extraction import tokenize
 from lib.engine.models import Decoder
+from lib.engine.readouts import Distributions, ProbabilityMoved
 from lib.engine.store import recall_sweeps
 from lib.engine.sweeps import Measure, Request, Sweep
 from lib.engine.vectors import held_out_centroids, random_directions, unembedding_direction
 from lib.evidence.by_task import both, each
 from lib.evidence.tasks import Pairs, exchange_pairs, load_texts
-from lib.evidence.transfer import ROWS_AT_ONCE, Distributions, Trial, sum_tokens
+from lib.evidence.transfer import Trial
 from lib.science.estimate import (
     FEWEST_UNITS,
     FloatArray,
@@ -231,44 +232,6 @@ METHODS: Mapping[str, tuple[type[Rotate] | type[Shift], Callable[[Steering], Ten
     "rotate to donor": (Rotate, _to_donor),
 }
 """Ways to steer, each an edit and the vector it takes; at one dose all move a state equally far."""
-
-
-@dataclass(frozen=True, eq=False)
-class ProbabilityMoved:
-    """The measure of a sweep: what happened to the next token's probabilities.
-
-    Attributes:
-        before: unedited next-token probabilities `[n_recipients, d_vocab]`, float32.
-        recipient: index into them of each row `[n_rows]`.
-        source: the token of the recipient's answer `[n_rows]`.
-        target: the token of the target's `[n_rows]`.
-    """
-
-    before: Tensor
-    recipient: IntArray
-    source: IntArray
-    target: IntArray
-
-    def __call__(self, logits: Tensor, pair: Tensor) -> dict[str, Tensor]:
-        """Return `gained` Δp_target, `lost` −Δp_source and `moved`, the total variation.
-
-        Each `[n_rows]`, float64, to 10⁻⁶, of edited logits `[n_rows, d_vocab]`.
-        """
-        parts = zip(logits.split(ROWS_AT_ONCE), pair.split(ROWS_AT_ONCE), strict=True)
-        found = [self._moved(part, own.cpu().numpy()) for part, own in parts]
-        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
-
-    def _moved(self, logits: Tensor, row: IntArray) -> dict[str, Tensor]:
-        logits = logits.cpu()
-        weights = (logits - logits.amax(-1, keepdim=True)).exp_()
-        change = weights.div_(sum_tokens(weights).float()[:, None])
-        change -= self.before[torch.as_tensor(self.recipient[row])]
-        at = torch.arange(len(row))
-        return {
-            "gained": change[at, torch.as_tensor(self.target[row])].double(),
-            "lost": -change[at, torch.as_tensor(self.source[row])].double(),
-            "moved": sum_tokens(change.abs_()) / 2,
-        }
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from torch import Tensor
 from lib.engine.edits import Edit, exchange
 from lib.engine.extraction import Positions, check_blocks, logit_lens
 from lib.engine.models import Decoder
+from lib.engine.readouts import ROWS_AT_ONCE, Distributions, Divergences
 from lib.engine.replay import Forest
 from lib.engine.store import recall_residuals, recall_sweeps
 from lib.engine.sweeps import Request
@@ -33,12 +34,11 @@ from lib.science.estimate import (
     sums_by_unit,
 )
 
-Site = Literal["subject", "last", "subject's tokens", "between"]
+Site = Literal["subject", "last", "between"]
 Arm = Literal["context arm", "prediction arm"]
 ARMS: Mapping[Arm, Site] = {"context arm": "subject", "prediction arm": "last"}
 GATE = 0.8
-ROWS_AT_ONCE, STATES_AT_ONCE = 16, 256
-TERMS_AT_ONCE = 8
+STATES_AT_ONCE = 256
 LEAST_DIVERGENCE = 1e-9
 """Nats; below it donor and recipient predict the same, and nothing can be transferred."""
 
@@ -75,17 +75,11 @@ class Trial:
         return np.concatenate([certainty(logit_lens(self.decoder, part)) for part in parts])
 
     @property
-    def answer_logits(self) -> np.ndarray:
-        """Logits of the closed answer set `[n_prompts, n_answers]`."""
-        found: np.ndarray = logit_lens(
-            self.decoder, self.last_states, self.task.answer_ids.tolist()
-        ).numpy()
-        return found
-
-    @property
     def correct(self) -> np.ndarray:
         """Whether the largest logit of the closed set is the right answer's `[n_prompts]`."""
-        return self.answer_logits.argmax(-1) == self.task.answer_index
+        closed = logit_lens(self.decoder, self.last_states, self.task.answer_ids.tolist())
+        right: np.ndarray = closed.numpy().argmax(-1) == self.task.answer_index
+        return right
 
     @property
     def accuracy(self) -> float:
@@ -178,74 +172,6 @@ def needed_prompts(task: Task, *pairs: Pairs) -> tuple[Task, list[Pairs]]:
     return replace(task, prompts=prompts), [
         replace(own, prompts=np.searchsorted(rows, own.prompts)) for own in pairs
     ]
-
-
-def sum_tokens(terms: Tensor) -> Tensor:
-    """Return sums over a vocabulary `[n_rows]`, float64, of float32 terms `[n_rows, d_vocab]`.
-
-    Of eight terms at a time in float32, of their sums in float64: little less exact than float64
-    throughout, since the terms are rounded themselves, and twice as fast.
-    """
-    whole = terms.shape[-1] // TERMS_AT_ONCE * TERMS_AT_ONCE
-    parts = terms[:, :whole].reshape(len(terms), TERMS_AT_ONCE, -1).sum(1)
-    rest = terms[:, whole:].sum(-1, dtype=torch.float64)
-    return parts.sum(-1, dtype=torch.float64) + rest
-
-
-@dataclass(frozen=True, eq=False)
-class Distributions:
-    """Next-token distributions that others are compared with.
-
-    Attributes:
-        p: probabilities `[n, d_vocab]`, float32.
-        negative_entropy: Σ p log p in nats `[n]`, float64.
-    """
-
-    p: Tensor
-    negative_entropy: Tensor
-
-    @classmethod
-    def of(cls, logits: Tensor) -> "Distributions":
-        """Return the softmax of logits, or of log-probabilities, `[n, d_vocab]`."""
-        p, total = torch.empty(logits.shape), torch.empty(len(logits), dtype=torch.float64)
-        for rows in torch.arange(len(logits)).split(ROWS_AT_ONCE):
-            log_p = torch.log_softmax(logits[rows].cpu().double(), -1)
-            own = log_p.exp()
-            p[rows], total[rows] = own.float(), (own * log_p).sum(-1)
-        return cls(p, total)
-
-
-@dataclass(frozen=True, eq=False)
-class Divergences:
-    """The measure of a sweep: KL(p_k ‖ q) for one or several distributions k.
-
-    Attributes:
-        distributions: all p_k.
-        rows: by name, which of them each pair is compared with `[n_pairs]`.
-    """
-
-    distributions: Distributions
-    rows: Mapping[str, np.ndarray]
-
-    def __call__(self, logits: Tensor, pair: Tensor) -> dict[str, Tensor]:
-        """Return nats by name `[n_rows]`, to 10⁻⁶ for float32 logits `[n_rows, d_vocab]`."""
-        parts = zip(logits.split(ROWS_AT_ONCE), pair.split(ROWS_AT_ONCE), strict=True)
-        found = [self._divergences(part.cpu(), own.cpu().numpy()) for part, own in parts]
-        return {name: torch.cat([one[name] for one in found]) for name in self.rows}
-
-    def where(self, pairs: np.ndarray) -> "Divergences":
-        """Return the measure of some of the pairs, by index."""
-        return replace(self, rows={name: rows[pairs] for name, rows in self.rows.items()})
-
-    def _divergences(self, logits: Tensor, pair: np.ndarray) -> dict[str, Tensor]:
-        z = logits - logits.amax(-1, keepdim=True)
-        p, negative_entropy = self.distributions.p, self.distributions.negative_entropy
-        found = {}
-        for name, rows in self.rows.items():
-            own = torch.as_tensor(rows[pair])
-            found[name] = negative_entropy[own] - sum_tokens(p[own].mul_(z))
-        normaliser = sum_tokens(z.exp_()).log()
-        return {name: (rest + normaliser).clamp(min=0) for name, rest in found.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -346,9 +272,8 @@ def measure_sites(
     Args:
         trials: tasks as one model reads them.
         pairs: recipients and donors, by task.
-        sites: `"last"`: the last token; `"subject"`: the last of the subject's tokens;
-            `"subject's tokens"`: all of them; `"between"`: from the subject to the last token but
-            one. Pairs whose tokens do not line up are left out of the last two.
+        sites: `"last"`: the last token; `"subject"`: the last of the subject's tokens; `"between"`:
+            from the subject to the last token but one, of the pairs whose tokens line up.
         edit: what is done there.
         donors: what the edit takes, one a pair `[n_blocks, n_pairs, d_model]` in the order of
             `blocks`, by site and task; by default the donor prompt's own state at the site.

@@ -118,9 +118,9 @@ def rivals(table: pd.DataFrame, threshold: float) -> Figure:
     names = list(dict.fromkeys(table["rival"]))
     figure, axes = plt.subplots(figsize=(WIDTH, 0.42 * len(names) + 1.4))
     for untrained, own in table.groupby("untrained"):
-        y = [names.index(name) + (0.14 if untrained else -0.14) for name in own["rival"]]
         style = style_of("angle", untrained=bool(untrained))
-        draw_numbers(axes, own, y, label="untrained twins" if untrained else "trained", **style)
+        style["label"] = "untrained twins" if untrained else "trained"
+        draw_numbers(axes, own, "rival", names, 0.14 if untrained else -0.14, **style)
     axes.axvline(threshold, **THRESHOLD)
     axes.axvline(0, color="#444444", linewidth=0.8)
     name_rows(axes, names)

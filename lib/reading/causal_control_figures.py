@@ -1,11 +1,10 @@
 """Figures of causal control: control and its price, parts of a state, nulls, spans, methods."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib.evidence.criteria import POOLED
@@ -106,10 +105,12 @@ def parts_of_a_state(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Fi
     figure, grid = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False)
     for axes, name in zip(grid.flat, names, strict=True):
         for untrained, own in table[table["statistic"] == name].groupby("untrained"):
-            colour = TWIN if untrained else STYLES["angle"]["color"]
-            label = "five untrained twins" if untrained else "trained"
-            marker = "D" if untrained else "o"
-            _dots(axes, own, tasks, 0.17 if untrained else -0.17, colour, label, marker)
+            style = {
+                "color": TWIN if untrained else STYLES["angle"]["color"],
+                "label": "five untrained twins" if untrained else "trained",
+                "marker": "D" if untrained else "o",
+            }
+            draw_numbers(axes, own, "task", tasks, 0.17 if untrained else -0.17, **style)
         axes.axvline(thresholds[name], **THRESHOLD)
         axes.set_title(name, fontsize="small")
     name_rows(grid[0, 0], tasks, 0.6, fontsize="x-small")
@@ -130,9 +131,9 @@ def flips_by_vector(table: pd.DataFrame, *, most: float, least: float) -> Figure
     figure, axes = plt.subplots(figsize=(WIDTH, 0.28 * len(tasks) + 1.4))
     looks = [("angle", "D"), ("context arm", "s"), ("distance", "X"), ("random plane", "o")]
     for number, (vector, own) in enumerate(table.groupby("vector", sort=False)):
-        style, marker = looks[number % len(looks)]
-        colour = STYLES[style]["color"]
-        _dots(axes, own, tasks, 0.18 * number - 0.27, colour, str(vector), marker)
+        name, marker = looks[number % len(looks)]
+        style = {"color": STYLES[name]["color"], "marker": marker, "label": str(vector)}
+        draw_numbers(axes, own, "task", tasks, 0.18 * number - 0.27, **style)
     for x in (most, least):
         axes.axvline(x, **THRESHOLD)
     axes.set_xlabel("flips to the target; of nulls, beyond chance")
@@ -200,16 +201,3 @@ def methods_at_half(table: pd.DataFrame, *, wanted: float) -> Figure:
     name_rows(axes, [f"{method} ({tasks.get(method, 0)})" for method in methods])
     axes.set_xlabel("share of the moved probability from source to target, at flip rate one half")
     return figure
-
-
-def _dots(
-    axes: Axes,
-    own: pd.DataFrame,
-    tasks: Sequence[str],
-    offset: float,
-    colour: str,
-    label: str,
-    marker: str,
-) -> None:
-    y = [tasks.index(task) + offset for task in own["task"]]
-    draw_numbers(axes, own, y, color=colour, marker=marker, label=label)

@@ -280,15 +280,25 @@ def book_rows(table: pd.DataFrame) -> pd.DataFrame:
     return table[~table["task"].astype(str).str.startswith(OWN)]
 
 
-def draw_numbers(axes: Axes, table: pd.DataFrame, rows: Sequence[float], **style: Any) -> None:
-    """Draw numbers with their intervals, each on its row.
+def draw_numbers(
+    axes: Axes,
+    table: pd.DataFrame,
+    column: str,
+    names: Sequence[str],
+    shift: float = 0,
+    **style: Any,
+) -> None:
+    """Draw numbers with their intervals, each on the row of its name.
 
     Args:
         axes: where to draw.
         table: columns `estimate`, `low`, `high`; an interval may leave its number outside.
-        rows: the row of each.
+        column: the one that holds the names.
+        names: one a row, as `name_rows`.
+        shift: how far off its row each is drawn, in rows.
         **style: colour, marker and label.
     """
+    rows = [names.index(name) + shift for name in table[column]]
     axes.hlines(rows, table["low"], table["high"], color=style["color"], linewidth=1.2)
     axes.plot(table["estimate"], rows, **style | {"linestyle": "none"})
 
@@ -338,14 +348,14 @@ def transition_forest(table: pd.DataFrame, *, n_blocks: int, title: str) -> Figu
     """
     table = table.dropna(subset=["estimate"]).sort_values("estimate", ascending=False)
     figure, axes = plt.subplots(figsize=(WIDTH, 0.36 * len(table) + 1.3))
-    rows = range(len(table))
+    tasks = list(table["task"])
     half = table["width_share"].astype(float) * n_blocks / 2
     left = table["estimate"] - half
-    axes.barh(rows, 2 * half, left=left, height=0.5, color="#cfcfcf", zorder=1)
-    draw_numbers(axes, table, rows, color="#222222", marker="o")
+    axes.barh(range(len(tasks)), 2 * half, left=left, height=0.5, color="#cfcfcf", zorder=1)
+    draw_numbers(axes, table, "task", tasks, color="#222222", marker="o")
     middle = book_rows(table)["estimate"].median()
     axes.axvline(middle, color="#444444", linestyle=":", linewidth=1.2)
-    axes.set_yticks(list(rows), table["task"])
+    axes.set_yticks(range(len(tasks)), tasks)
     axes.set_xlim(-0.5, n_blocks - 0.5)
     axes.set_xlabel("block")
     axes.set_title(title)

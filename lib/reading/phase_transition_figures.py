@@ -106,9 +106,9 @@ def depths_by_model(table: pd.DataFrame, colours: Mapping[str, str]) -> Figure:
     figure, axes = plt.subplots(figsize=(WIDTH, 0.26 * len(tasks) + 1.1))
     for place, (model, marker) in enumerate(zip(models, "osDvP^X", strict=False)):
         one = table[table["model"] == model]
-        rows = [tasks.index(task) + 0.16 * (place - (len(models) - 1) / 2) for task in one["task"]]
-        draw_numbers(axes, one, rows, color=colours[model], marker=marker, label=model)
-        axes.axvline(one["estimate"].median(), color=colours[model], linestyle=":", linewidth=1)
+        shift, colour = 0.16 * (place - (len(models) - 1) / 2), colours[model]
+        draw_numbers(axes, one, "task", tasks, shift, color=colour, marker=marker, label=model)
+        axes.axvline(one["estimate"].median(), color=colour, linestyle=":", linewidth=1)
     axes.set_xlim(0, 1)
     axes.set_xlabel("relative depth of the transition, 0 first block, 1 last")
     name_rows(axes, tasks, 0.7, fontsize="small")
@@ -213,8 +213,7 @@ def two_widths(curves: pd.DataFrame, widths: pd.DataFrame, *, n_blocks: int) -> 
     left.set_ylabel("T, ρ(θ, J)")
     left.set_title("mean over tasks", fontsize="small")
     for name, own in widths.groupby("quantity", sort=False):
-        y = [tasks.index(task) for task in own["task"]]
-        draw_numbers(right, own, y, **style_of(str(name)))
+        draw_numbers(right, own, "task", tasks, **style_of(str(name)))
     name_rows(right, tasks, fontsize="x-small")
     right.set_xlim(left=0)
     right.set_xlabel("width of the rise in blocks")

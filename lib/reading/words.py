@@ -50,6 +50,17 @@ def record_text(row: Record) -> str:
     return interval_text(row["estimate"], row["low"], row["high"])
 
 
+def table_text(row: Record) -> str:
+    """Return `record_text` with what a table of records of several kinds has to tell beside it.
+
+    The interval's level where that is not 95 %, and why the verdict is not what the interval says.
+    """
+    if row["estimate"] is None:
+        return record_text(row)
+    level = "" if row["level"] == 0.95 else f" (at {100 * row['level']:.0f} %)"
+    return f"{record_text(row)}{level}" + (f"; {row['reason']}" if row["reason"] else "")
+
+
 def signed(verdict: str) -> str:
     """Return a verdict as shape and word, "● supported" say."""
     return f"{SIGNS[verdict]} {verdict}"

@@ -18,16 +18,16 @@ from lib.science.estimate import FEWEST_UNITS, N_DRAWS, Estimate, Measured, Unte
 
 FloatArray = NDArray[np.float64]
 
-_PERMUTATIONS_AT_ONCE = 16
 _UNDETERMINED = 1e-9
 
 
 def correlate(
     firsts: Sequence[ArrayLike],
-    second: ArrayLike | Sequence[ArrayLike],
+    second: ArrayLike,
     units: str,
     *,
-    given: Sequence[Sequence[ArrayLike]] = (),
+    given: Sequence[ArrayLike] | None = None,
+    among: NDArray[np.bool_] | None = None,
     n_draws: int = N_DRAWS,
 ) -> Measured:
     """Return Spearman's ρ of dissimilarity matrices with another, block by block, over items.
@@ -36,58 +36,51 @@ def correlate(
 
     Args:
         firsts: one matrix a block, `[n_blocks, n_items, n_items]`.
-        second: the matrix to correlate with, or one a block.
+        second: the matrix to correlate with.
         units: what the items are called; numbers of equal units are paired.
-        given: matrices to partial out, each one a block (or one for all): the partial rank
-            correlation.
+        given: a matrix a block to partial out: the partial rank correlation.
+        among: the pairs that are ranked and count, `[n_items, n_items]`; all by default.
         n_draws: how many draws over items, two at least; the value does not depend on it.
 
     Returns:
         ρ `[n_blocks]`; Untested for fewer than three items, a matrix that is constant, or one that
-        the given ones determine.
+        the given one determines.
 
     Raises:
         ValueError: matrices that are not square, symmetric and finite, or of different sizes.
     """
-    variables = [_per_block(one, len(firsts)) for one in (firsts, second, *given)]
-    n_items = len(variables[0][0])
+    n_items = len(np.asarray(firsts[0]))
     if n_items < FEWEST_UNITS:
         return Untested(f"{n_items} {units}, at least {FEWEST_UNITS} are needed")
     weights = unit_weights(units, n_items, n_draws)
-    ranked: dict[int, FloatArray | None] = {}
-    for matrix in (matrix for variable in variables for matrix in variable):
-        if id(matrix) not in ranked:
-            ranks = rank_matrix(matrix)
-            ranked[id(matrix)] = None if ranks is None else off_diagonal(ranks)
-    curve, pair_mean = [], pair_means(weights)
-    for block in range(len(firsts)):
-        matrices = [ranked[id(variable[block])] for variable in variables]
-        if any(matrix is None for matrix in matrices):
+    variables = [[rank_matrix(one, among) for one in firsts]]
+    variables.append([rank_matrix(second, among)] * len(firsts))
+    if given is not None:
+        variables.append([rank_matrix(one, among) for one in given])
+    curve, pair_mean = [], pair_means(weights, among)
+    for block, ranked in enumerate(zip(*variables, strict=True)):
+        matrices = [matrix for matrix in ranked if matrix is not None]
+        if len(matrices) < len(ranked):
             return Untested(f"all {units} are equally far from each other at block {block}")
-        found = weighted_correlations([m for m in matrices if m is not None], weights, pair_mean)
-        partial = partial_correlation(found)
+        partial = partial_correlation(weighted_correlations(matrices, weights, pair_mean))
         if not np.isfinite(partial).all():
             return Untested(f"a correlation at block {block} is undefined in some draws of {units}")
         curve.append(partial)
     return Estimate(np.stack(curve, axis=1), units, n_items)
 
 
-def _per_block(matrices: ArrayLike | Sequence[ArrayLike], n_blocks: int) -> list[FloatArray]:
-    """Return one matrix a block; a single one stands for all blocks."""
-    given = [np.asarray(one, dtype=np.float64) for one in matrices]  # type: ignore[union-attr]
-    if given[0].ndim == 2:
-        return given
-    return [np.stack(given)] * n_blocks
-
-
-def rank_matrix(matrix: ArrayLike) -> FloatArray | None:
-    """Return the ranks 1 … n(n−1)/2 of the pairs as a symmetric matrix with zero diagonal.
+def rank_matrix(matrix: ArrayLike, among: NDArray[np.bool_] | None = None) -> FloatArray | None:
+    """Return the ranks of the pairs, standardised, as a symmetric matrix with zero diagonal.
 
     Ties get their average rank. None for a matrix that is constant off its diagonal: its
     correlation with anything is undefined.
 
+    Args:
+        matrix: the dissimilarities.
+        among: the pairs that are ranked, all by default; the others are zero in the result.
+
     Raises:
-        ValueError: not a symmetric finite matrix of at least three items.
+        ValueError: not a symmetric finite matrix of at least three items, or pairs of others.
     """
     square = np.asarray(matrix, dtype=np.float64)
     if square.ndim != 2 or square.shape[0] != square.shape[1] or len(square) < 3:
@@ -96,17 +89,32 @@ def rank_matrix(matrix: ArrayLike) -> FloatArray | None:
         )
     if not np.isfinite(square).all() or not np.array_equal(square, square.T):
         raise ValueError("A dissimilarity matrix must be finite and symmetric.")
-    pairs = squareform(square, checks=False)
-    return None if (pairs == pairs[0]).all() else squareform(rankdata(pairs))
+    if among is None:
+        among = ~np.eye(len(square), dtype=bool)
+    elif among.shape != square.shape or (among != among.T).any() or among.diagonal().any():
+        raise ValueError(f"Pairs that count must be {square.shape}, symmetric, of different items.")
+    pairs, kept = squareform(square, checks=False), squareform(among)
+    ranks = rankdata(pairs[kept])
+    if (ranks == ranks[:1]).all():
+        return None
+    pairs = np.zeros_like(pairs)
+    pairs[kept] = (ranks - ranks.mean()) / ranks.std()
+    return squareform(pairs)
 
 
-def pair_means(weights: FloatArray) -> Callable[..., FloatArray]:
+def pair_means(
+    weights: FloatArray, among: NDArray[np.bool_] | None = None
+) -> Callable[..., FloatArray]:
     """Return a function of a matrix, or of two: the mean over pairs of it, or of their product.
 
-    In each draw `[n_draws]`, pairs i ≠ j weighted by w_i·w_j of the weights `[n_draws, n_items]`.
-    Of the same matrices it is computed once: all blocks share the divergences.
+    In each draw `[n_draws]`, pairs i ≠ j weighted by w_i·w_j of the weights `[n_draws, n_items]`;
+    if only some count, `among`, matrices must be zero elsewhere. Of the same matrices it is
+    computed once: all blocks share the divergences.
     """
-    n_pairs = np.square(weights.sum(axis=1)) - np.square(weights).sum(axis=1)
+    if among is None:
+        n_pairs = np.square(weights.sum(axis=1)) - np.square(weights).sum(axis=1)
+    else:
+        n_pairs = ((weights @ among) * weights).sum(axis=1)
     n_pairs = np.where(n_pairs > 0, n_pairs, np.nan)  # a draw of one item alone has no pair
     known: dict[tuple[int, ...], tuple[tuple[FloatArray, ...], FloatArray]] = {}
 
@@ -132,7 +140,7 @@ def weighted_correlations(
     where a matrix is constant in a draw.
 
     Args:
-        matrices: standardised (`off_diagonal`), symmetric ``[n_items, n_items]``.
+        matrices: standardised (`rank_matrix`), symmetric ``[n_items, n_items]``.
         weights: ``[n_draws, n_items]``; a row of ones gives the estimate.
         pair_mean: `pair_means` of these weights, where other matrices share it.
 
@@ -155,21 +163,6 @@ def weighted_correlations(
     variances = covariance[:, range(n), range(n)]
     spread = np.sqrt(np.where(variances < 1e-12, np.nan, variances))
     return np.clip(covariance / (spread[:, :, None] * spread[:, None, :]), -1, 1)
-
-
-def off_diagonal(matrix: ArrayLike) -> FloatArray:
-    """Return the matrix standardised over its off-diagonal entries, zero on the diagonal."""
-    square = np.array(matrix, dtype=np.float64)
-    if square.ndim != 2 or square.shape[0] != square.shape[1]:
-        raise ValueError(f"matrices must be square; got shape {square.shape}.")
-    off = ~np.eye(len(square), dtype=bool)
-    square -= square[off].mean()
-    spread = square[off].std()
-    if not spread > 0:
-        raise ValueError("A matrix is constant off its diagonal or not finite.")
-    square[~off] = 0.0
-    square /= spread
-    return square
 
 
 def partial_correlation(correlations: ArrayLike) -> FloatArray:
@@ -222,40 +215,18 @@ def mantel_tests(
     Raises:
         ValueError: Sizes that differ, a matrix that is constant, as `rank_matrix`.
     """
-    orders = np.stack([rng.permutation(len(np.asarray(second))) for _ in range(n_permutations)])
-    target = _unit_matrix(second)
-    fixed = [_unit_matrix(matrix) for matrix in firsts]
+    ranked = [one for one in map(rank_matrix, (second, *firsts)) if one is not None]
+    if len(ranked) <= len(firsts):
+        raise ValueError("A dissimilarity matrix is constant: it correlates with nothing.")
+    target, *fixed = ranked
     if any(matrix.shape != target.shape for matrix in fixed):
         raise ValueError("All matrices must have one size, that of the second.")
-    upper = np.triu_indices(len(target), 1)
-    flat = np.stack([matrix[upper] for matrix in fixed])
-    null = _permuted_products(flat, target, orders)
+    pairs = np.stack([squareform(matrix) for matrix in fixed])
+
+    def correlations(order: NDArray[np.int64]) -> FloatArray:
+        return pairs @ squareform(target[order][:, order], checks=False) / pairs.shape[1]
+
+    null = [correlations(rng.permutation(len(target))) for _ in range(n_permutations)]
     # The same permutation must not lose to itself by rounding.
-    extreme = np.abs(null) >= np.abs(flat @ target[upper]) - 1e-12
+    extreme = np.abs(null) >= np.abs(correlations(np.arange(len(target)))) - 1e-12
     return ((1 + extreme.sum(axis=0)) / (1 + n_permutations)).tolist()
-
-
-def _unit_matrix(matrix: ArrayLike) -> FloatArray:
-    """Return its ranks standardised: products of two, summed over pairs, are their correlation."""
-    ranked = rank_matrix(matrix)
-    if ranked is None:
-        raise ValueError("The dissimilarity matrix is constant: it correlates with nothing.")
-    return off_diagonal(ranked) / np.sqrt(len(ranked) * (len(ranked) - 1) / 2)
-
-
-def _permuted_products(
-    fixed: FloatArray, target: FloatArray, orders: NDArray[np.int64]
-) -> FloatArray:
-    """Return the correlations with the permuted target, ``[n_permutations, n_fixed]``."""
-    n_permutations, n_items = orders.shape
-    rows, columns = np.triu_indices(n_items, 1)
-    flat = target.ravel()
-    result = np.empty((n_permutations, len(fixed)))
-    shuffled = np.empty((_PERMUTATIONS_AT_ONCE, len(rows)))
-    for start in range(0, n_permutations, _PERMUTATIONS_AT_ONCE):
-        chunk = orders[start : start + _PERMUTATIONS_AT_ONCE]
-        for k, order in enumerate(chunk):
-            # "clip" spares a copy: the default mode buffers the output, at several times the cost.
-            np.take(flat, order[rows] * n_items + order[columns], out=shuffled[k], mode="clip")
-        result[start : start + len(chunk)] = (fixed @ shuffled[: len(chunk)].T).T
-    return result

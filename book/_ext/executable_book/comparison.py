@@ -12,14 +12,24 @@ from sphinx.util.docutils import SphinxDirective
 from executable_book.displays import Picture, table
 from executable_book.results import all_records, collect, ordered_runs
 from executable_book.scorecard import colour_of, short_name
-from lib.evidence.criteria import MODEL, POOLED, TEXTS, Record, claim_verdict, criteria
+from lib.evidence.criteria import (
+    MODEL,
+    POOLED,
+    TEXTS,
+    ClaimVerdict,
+    Record,
+    claim_verdict,
+    criteria,
+)
 from lib.evidence.records import SIGNS
 from lib.evidence.transition import CLAIM, STATISTIC
-from lib.reading.words import number_text, record_text, signed
+from lib.reading.words import number_text, signed, table_text
 from lib.science.estimate import is_own
 
 ONE = "There is one run so far, that of {model}; with a second one its depths will stand beside it."
 NONE = "There is no run yet."
+ARCHITECTURE = " ⚑"
+"""The mark of what untrained twins meet as well."""
 _INDENT = "\N{NO-BREAK SPACE}\N{NO-BREAK SPACE}"
 _EXPECTED = (TEXTS, POOLED, MODEL)
 
@@ -98,21 +108,39 @@ def verdict_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Return a row for each claim and each of its parts: its name, and a verdict a model."""
     rows = []
     for claim in dict.fromkeys(one.claim for one in criteria()):
-        found = []
-        for run in runs:
-            there = any(row["claim"] == claim and row["criterion"] for row in run["records"])
-            found.append(claim_verdict(run["records"], claim, run["model"]) if there else None)
+        found, untrained = (
+            [_verdict_on(claim, run, untrained=untrained) for run in runs]
+            for untrained in (False, True)
+        )
         if not any(found):
             continue
         rows.append([claim, *(signed(one.verdict) if one else "–" for one in found)])
         for part in dict.fromkeys(one.part for one in criteria(claim)):
-            cells = [signed(one.parts[part]) if one else "–" for one in found]
+            pairs = zip(found, untrained, strict=True)
+            cells = [_part_cell(one, twins, part) if one else "–" for one, twins in pairs]
             rows.append([f"{_INDENT}{part}", *cells])
     return rows
 
 
+def _part_cell(found: ClaimVerdict, twins: ClaimVerdict | None, part: str) -> str:
+    """Return a part's verdict, marked where the untrained twins have it supported too."""
+    met = found.parts[part] == "supported" and twins and twins.parts[part] == "supported"
+    return signed(found.parts[part]) + (ARCHITECTURE if met else "")
+
+
+def _verdict_on(claim: str, run: Mapping[str, Any], *, untrained: bool) -> ClaimVerdict | None:
+    """Return a run's verdict on a claim, of the model or of its twins; None where it has none."""
+    own = [row for row in run["records"] if row["claim"] == claim and row["criterion"]]
+    if not any(row["untrained"] == untrained for row in own):
+        return None
+    return claim_verdict(own, claim, run["model"], untrained=untrained)
+
+
 def agreement(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return in words on which parts of which claims the models agree, and on which they do not."""
+    """Return in words on which parts of which claims the models agree, and on which they do not.
+
+    A part that the untrained twins of all of them have supported, too, is marked.
+    """
     found: dict[str, dict[str, list[str]]] = {}
     claim = ""
     for label, *cells in verdict_rows(runs):
@@ -120,13 +148,15 @@ def agreement(runs: Sequence[Mapping[str, Any]]) -> list[str]:
             claim = label.replace("-", " ")
             continue
         told = [cell for cell in cells if cell != "–"]  # of the models on which the claim was run
-        verdicts = {cell.split(" ", 1)[-1] for cell in told}
+        verdicts = {cell.removesuffix(ARCHITECTURE).split(" ", 1)[-1] for cell in told}
         kind = f"On all {len(told)} models {next(iter(verdicts))}"
         if {"supported", "refuted"} <= verdicts:
             kind = "Supported on one, refuted on another"
         elif len(verdicts) > 1:
             kind = "Decided on some alone"
         part = label.removeprefix(_INDENT)
+        if all(cell.endswith(ARCHITECTURE) for cell in told):
+            part += ARCHITECTURE
         found.setdefault(kind, {}).setdefault(claim, []).append(part)
     return [
         f"{kind}: " + "; ".join(f"{name}: {', '.join(own)}" for name, own in claims.items()) + "."
@@ -137,7 +167,8 @@ def agreement(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 def effect_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Return a row for each judged number: what it is, what is wanted, and each model's.
 
-    A number stands with its interval, its verdict's sign, and the twins' number.
+    A number stands with its interval, its verdict's sign, the mark of architecture where the twins
+    meet the criterion as well, and the twins' number.
     """
     rows = []
     for criterion in criteria():
@@ -163,7 +194,10 @@ def effect_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def _cell(row: Record) -> str:
     sign = SIGNS[row["verdict"]]
-    return f"{sign} not testable" if row["estimate"] is None else f"{sign} {record_text(row)}"
+    if row["estimate"] is None:
+        return f"{sign} not testable"
+    met = row["architecture"] and row["verdict"] == "supported"
+    return f"{sign} {table_text(row)}{ARCHITECTURE if met else ''}"
 
 
 def relative_depths(runs: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

@@ -102,7 +102,8 @@ class Answers(SphinxDirective):
     """Say what each claim comes to on the model of the build: a sentence with its numbers.
 
     Each line names a claim and says what was found, with `{statistic}` for the number over all
-    tasks or the model's, `{statistic@place}` for another one. Verdict and what was not met follow::
+    tasks or the model's, `{statistic@place}` for another one, `{twins statistic}` for that of the
+    untrained twins. Verdict and what was not met follow::
 
         ```{answers}
         phase-transition | It carries {context_early} early and {late_correlation@texts} late.
@@ -119,7 +120,7 @@ class Answers(SphinxDirective):
         result = nodes.bullet_list(classes=["answers"])
         for line in filter(str.strip, self.content):
             claim, _, words = (part.strip() for part in line.partition("|"))
-            rows = [row for row in own if row["claim"] == claim and not row["untrained"]]
+            rows = [row for row in own if row["claim"] == claim]
             name = nodes.strong("", claim.replace("-", " ").capitalize())
             if claim in addresses:
                 name = nodes.reference("", "", name, internal=True, refuri=addresses[claim])
@@ -139,14 +140,17 @@ def answer(claim: str, words: str, rows: Sequence[Record]) -> str:
         return "no result."
     known = {one.statistic for one in criteria(claim)}
     rows = [row for row in rows if row["criterion"] and judged(row)]
-    found: dict[tuple[str, str], Any] = {(row["statistic"], row["place"]): row for row in rows}
+    found: dict[tuple[Any, ...], Any] = {
+        (row["statistic"], row["place"], row["untrained"]): row for row in rows
+    }
+    rows = [row for row in rows if not row["untrained"]]
 
     def number(match: re.Match[str]) -> str:
-        statistic, _, place = match[1].partition("@")
+        twins, (statistic, _, place) = bool(match[1]), match[2].partition("@")
         if statistic not in known:
             raise ValueError(f"{claim} has no statistic {statistic!r} in its criteria.")
         places = [place] if place else [POOLED, MODEL]
-        row = next(filter(None, (found.get((statistic, one)) for one in places)), None)
+        row = next(filter(None, (found.get((statistic, one, twins)) for one in places)), None)
         return "–" if row is None or row["estimate"] is None else number_text(row["estimate"])
 
     verdict = claim_verdict(rows, claim, rows[0]["model"]).verdict
@@ -159,10 +163,12 @@ def answer(claim: str, words: str, rows: Sequence[Record]) -> str:
     ]
     why = "" if verdict == "supported" or not failed else f"; {verdict}: {'; '.join(failed)}"
     n_judged = sum(row["verdict"] != "not testable" for row in rows)
-    n_met = sum(row["verdict"] == "supported" for row in rows)
+    met = [row for row in rows if row["verdict"] == "supported"]
+    n_too = sum(row["architecture"] for row in met)
+    too = f" ({n_too} by untrained twins as well)" if n_too else ""
     return (
-        f"{re.sub(r'{([^}]+)}', number, words)} {SIGNS[verdict]} {verdict.capitalize()}, "
-        f"{n_met} of {n_judged} criteria met{why}."
+        f"{re.sub(r'{(twins )?([^}]+)}', number, words)} {SIGNS[verdict]} {verdict.capitalize()}, "
+        f"{len(met)} of {n_judged} criteria met{too}{why}."
     )
 
 

@@ -12,7 +12,7 @@ from executable_book.results import all_records, collect
 from lib.engine.catalogue import catalogue
 from lib.evidence.criteria import Criterion, Record, claim_verdict, criteria, judged
 from lib.evidence.records import SIGNS
-from lib.reading.words import record_text, signed
+from lib.reading.words import record_text, signed, table_text
 
 COMING = "chapter to come"
 NO_RESULT = "no result"
@@ -112,7 +112,7 @@ def _effect_rows(
         for row in own:
             trained = "trained" if n_models == 1 else short_name(row["model"])
             who, shade = ("twins", ' class="twin"') if row["untrained"] else (trained, "")
-            number = "–" if row["estimate"] is None else record_text(row)
+            number = "–" if row["estimate"] is None else table_text(row)
             told = f"{'twins: ' if shade else ''}{number} {SIGNS[row['verdict']]}"
             told = _told(row["model"], told)
             numbers.append(f"<div{shade}{told}>{escape(f'{who}: {number}')}</div>")
