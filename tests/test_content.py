@@ -202,6 +202,21 @@ def test_two_answers_leave_no_third(trial):
     assert reasons == {"2 answers leave no third one for some pairs"}
 
 
+def test_what_third_answers_transfer_is_the_mean_over_each_of_them_by_hand(trial, pairs):
+    task, logits = trial.task, 3 * trial.logits  # so that their entropies differ
+    means, constants = content.third_answers(task, pairs, logits)
+    log_p, log_q = (torch.log_softmax(one.double(), -1) for one in (logits, -logits[0]))
+    template, answer = task.prompts["template"].to_numpy(), task.answer_index
+    for pair, (x, y) in enumerate(pairs.prompts):
+        each = [
+            kl(log_p[z], log_q)
+            for z in range(task.n_prompts)
+            if template[z] == template[y] and answer[z] not in (answer[x], answer[y])
+        ]
+        found = kl(means[pair].double(), log_q) + constants[pair]
+        assert found == pytest.approx(np.mean(each), abs=1e-5)
+
+
 def test_third_answers_of_which_some_tokens_have_no_probability_are_numbers(trial, pairs):
     logits = trial.logits.double()
     logits[:, 0] = -1000.0  # e⁻¹⁰⁰⁰ is 0 in float64
