@@ -12,7 +12,7 @@ from executable_book.results import all_records, collect
 from lib.engine.catalogue import catalogue
 from lib.evidence.criteria import Criterion, Record, claim_verdict, criteria, judged
 from lib.evidence.records import SIGNS
-from lib.reading.words import record_text, signed, table_text
+from lib.reading.words import record_text, signed
 
 COMING = "chapter to come"
 NO_RESULT = "no result"
@@ -106,13 +106,13 @@ def _effect_rows(
             for (at, untrained, _), row in found.items()
             if at == place and not (untrained and row["estimate"] is None)
         ]
-        text = escape(criterion.text) + ("" if place == "model" else f" ({place})")
+        text = escape(f"{criterion.text}{_notes(criterion, place, own)}")
         head = f'<a href="{href}">{text}</a>' if href else text
         numbers, verdicts = [], []
         for row in own:
             trained = "trained" if n_models == 1 else short_name(row["model"])
             who, shade = ("twins", ' class="twin"') if row["untrained"] else (trained, "")
-            number = "–" if row["estimate"] is None else table_text(row)
+            number = "–" if row["estimate"] is None else record_text(row)
             told = f"{'twins: ' if shade else ''}{number} {SIGNS[row['verdict']]}"
             told = _told(row["model"], told)
             numbers.append(f"<div{shade}{told}>{escape(f'{who}: {number}')}</div>")
@@ -123,6 +123,18 @@ def _effect_rows(
             f"<td>{''.join(verdicts)}</td></tr>"
         )
     return result
+
+
+def _notes(criterion: Criterion, place: str, rows: Sequence[Record]) -> str:
+    """Return the place, the intervals' level unless 95 %, and where tasks overrule the pooled."""
+    level = "" if criterion.level == 0.95 else f"{100 * criterion.level:.0f} % intervals"
+    against = [
+        f"{short_name(row['model'])}: {row['reason']}"
+        for row in rows
+        if row["reason"] and row["estimate"] is not None and not row["untrained"]
+    ]
+    notes = list(filter(None, ["" if place == "model" else place, level, *against]))
+    return f" ({'; '.join(notes)})" if notes else ""
 
 
 def _told(model: str, text: str) -> str:
