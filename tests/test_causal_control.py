@@ -20,6 +20,7 @@ from lib.evidence.steering import ONE_TEMPLATE, RANDOM, ROTATE, Doses, measure_d
 from lib.evidence.tasks import Pairs
 from lib.evidence.transfer import Transfer, needed_prompts
 from lib.reading import causal_control_figures as drawn
+from lib.reading.figures import task_table
 from lib.science.estimate import Estimate, Untested, mean_over_units
 
 
@@ -360,7 +361,7 @@ def test_beside_a_method_stands_in_how_many_of_the_books_tasks_it_flips_half():
     tested = mean_over_units([0.2, 0.4, 0.6], "subjects")
     some = {"a": tested, "b": tested, "own: mine": tested, "c": Untested("never flips half")}
     shown = [("rotate to centroid", some), ("add centroid", {"a": tested})]
-    table = pd.concat([drawn.rows(found, method=method) for method, found in shown])
+    table = pd.concat([task_table(found).assign(method=method) for method, found in shown])
     figure = drawn.methods_at_half(table, wanted=0.5)
     names = [one.get_text() for one in figure.axes[0].get_yticklabels()]
     assert names == ["rotate to centroid (2)", "add centroid (1)"]

@@ -141,6 +141,12 @@ def test_where_prose_pastes_nothing_the_figure_is_shown_once_it_is_there(shell):
     assert "image/png" in first.data and first.data == second.data
 
 
+def test_the_answer_says_over_how_many_tasks_a_number_is_pooled():
+    rows = invented("angular-code")  # three tasks that were measured, one that was not
+    names = list(answer_table(rows, "angular-code")["statistic"])
+    assert {"late correlation, 3 tasks", "late correlation, texts"} <= set(names)
+
+
 def test_the_answer_says_why_a_number_that_passes_stays_undecided():
     rows = invented("inside-the-switch")
     row = next(one for one in rows if one["place"] == "all tasks" and not one["untrained"])

@@ -133,6 +133,34 @@ def lines_of(cell) -> list[str]:
     return [line.get_text() for line in cell.find_all("div")]
 
 
+def test_the_place_of_a_pooled_number_says_how_many_tasks_it_is_the_mean_of():
+    of_tasks, whole = CONTEXT, criteria("why-angles")[0]
+    rows = invented("phase-transition")  # three tasks that were measured, one that was not
+    of_task = next(
+        row
+        for row in rows
+        if row["statistic"] == of_tasks.statistic
+        and row["place"] == "capitals"
+        and not row["untrained"]
+    )
+    own = of_task | {"place": "own: mine"}
+    agreed = of_task | {"place": "agreed", "estimate": None, "verdict": "not testable"}
+    fewer = [row for row in rows if row is not of_task]
+    places = [
+        results.place_text(of_tasks, "all tasks", runs)
+        for runs in (
+            [rows],
+            [[*rows, own]],
+            [[*rows, agreed]],
+            [rows, fewer, []],
+            [[]],
+        )
+    ]
+    assert places == ["3 tasks", "3 tasks", "4 tasks", "2 to 3 tasks", "all tasks"]
+    assert results.place_text(of_tasks, "texts", [rows]) == "texts"
+    assert results.place_text(whole, "model", [rows]) == ""
+
+
 def test_the_scorecard_sets_numbers_what_is_wanted_and_verdicts_of_models_side_by_side(monkeypatch):
     gap = criteria("why-angles")[0]
     runs = {
@@ -163,7 +191,7 @@ def test_the_scorecard_sets_numbers_what_is_wanted_and_verdicts_of_models_side_b
     assert lines_of(effect[4]) == ["● supported", "○ refuted", "○ refuted", "○ refuted"]
     assert [one["class"] for one in effect[4].find_all("div", class_=True)] == [["twin"]] * 2
     assert lines_of(alone[1]) == ["● supported"]
-    assert shown_alone[0].get_text() == f"{CONTEXT.text} (all tasks)"
+    assert shown_alone[0].get_text() == f"{CONTEXT.text} (3 tasks)"
     (number_there,), (verdict_there,) = lines_of(shown_alone[2]), lines_of(shown_alone[4])
     assert number_there.startswith("trained: ") and verdict_there == "● supported"
     assert [empty[1].get_text(), coming[1].get_text()] == [scorecard.NO_RESULT, scorecard.COMING]

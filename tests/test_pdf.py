@@ -116,7 +116,7 @@ def test_summary_gives_each_model_a_column_with_number_sign_and_twins(landing):
         ["Claim, effect", "Wanted", "one", "two", "like one"],
         ["It is so.", "", "● supported", "○ refuted", "● supported"],
         [
-            f"{effect.text} (all tasks)",
+            f"{effect.text} (3 tasks)",
             effect.wanted,
             f"{record_text(own)} ● twins: {record_text(twins)} ○",
             f"– – twins: {record_text(twins)} ○",
@@ -160,7 +160,7 @@ def test_summary_of_one_model_has_one_column_and_no_cell_spans_two(landing):
         ["Claim, effect", "Wanted", "one"],
         ["It is so.", "", "● supported"],
         [
-            f"{effect.text} (all tasks)",
+            f"{effect.text} (3 tasks)",
             effect.wanted,
             f"{record_text(own)} ● twins: {record_text(twins)} ○",
         ],

@@ -22,6 +22,7 @@ from lib.evidence.criteria import claim_verdict, judge
 from lib.evidence.tasks import exchange_pairs, load_tasks
 from lib.evidence.transfer import ARMS, Transfer, choose_pairs, needed_prompts, read_tasks
 from lib.reading import phase_transition_figures as drawn
+from lib.reading.figures import task_table
 from lib.science.estimate import Estimate, Untested, mean_over_units, over_seeds
 
 
@@ -521,8 +522,8 @@ def test_the_default_model_hands_over_from_subject_to_last_token(embedded):
 
 
 def test_a_table_of_nothing_measured_keeps_its_numbers_types_beside_others():
-    nothing = drawn.by_block({"a": Untested("accuracy 0.1")}, range(4))
-    beside = pd.concat([drawn.by_block({"a": mean_over_units(np.eye(4), "u")}, range(4)), nothing])
+    nothing = task_table({"a": Untested("accuracy 0.1")}, range(4))
+    beside = pd.concat([task_table({"a": mean_over_units(np.eye(4), "u")}, range(4)), nothing])
     assert len(nothing) == 0
     assert all(beside[name].dtype.kind in "if" for name in ("block", "estimate", "low", "high"))
 

@@ -261,6 +261,16 @@ def judged(row: Mapping[str, Any]) -> bool:
     return row["place"] in (TEXTS, POOLED, MODEL)
 
 
+def tasks_pooled(records: Iterable[Mapping[str, Any]], criterion: Criterion) -> int:
+    """Return over how many tasks a model's number of a criterion is pooled, from its records."""
+    return sum(
+        (row["claim"], row["statistic"]) == (criterion.claim, criterion.statistic)
+        and not (judged(row) or row["untrained"] or is_own(row["place"]))
+        and row["n"] > 0  # none were drawn of a task that could not be measured
+        for row in records
+    )
+
+
 def without_record(records: Iterable[Mapping[str, Any]]) -> list[Criterion]:
     """Return the criteria without a record, of the claims that the records of a model judge.
 

@@ -14,13 +14,11 @@ from lib.reading.figures import (
     TWIN,
     WIDTH,
     book_rows,
-    curve_table,
     draw_numbers,
     name_rows,
     of_table,
     shared_legend,
 )
-from lib.science.estimate import Measured, pool
 
 METHOD_STYLES: Mapping[str, Mapping[str, Any]] = {
     "rotate to centroid": STYLES["angle"],
@@ -32,20 +30,6 @@ METHOD_STYLES: Mapping[str, Mapping[str, Any]] = {
     "rotate in a random plane": {**STYLES["random plane"], "linestyle": "--"},
 }
 """How each way to steer is drawn in all figures of the chapter."""
-
-
-def rows(measured: Mapping[str, Measured], **columns: Any) -> pd.DataFrame:
-    """Return numbers by task, and pooled, as a tidy table; untested ones are left out.
-
-    Args:
-        measured: by task, numbers or curves.
-        **columns: what else each row says.
-
-    Returns:
-        Columns `task`, `place` (the entry of a curve), `estimate`, `low`, `high`, `n`, and those.
-    """
-    table = curve_table({**measured, POOLED: pool(measured)}, named="task")
-    return table.rename(columns={"block": "place"}).assign(**columns)
 
 
 @of_table

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lib.evidence.criteria import MODEL, POOLED, TEXTS
-from lib.science.estimate import OWN, Estimate, Measured
+from lib.science.estimate import OWN, Estimate, Measured, pool
 
 _P = ParamSpec("_P")
 _COLOURS = sns.color_palette("colorblind").as_hex()
@@ -153,6 +153,17 @@ def curve_table(
     # Columns of numbers even where there is none: beside others, objects would spread to them.
     kinds = {**dict.fromkeys(columns, float), named: str, "block": int}
     return pd.DataFrame(columns=columns).astype(kinds)
+
+
+def task_table(
+    measured: Mapping[str, Measured], blocks: Sequence[int] | None = None, *, each: bool = True
+) -> pd.DataFrame:
+    """Return `curve_table` of numbers by task, column `task`, and of their mean over tasks.
+
+    Without `each` of the mean alone.
+    """
+    own = measured if each else {}
+    return curve_table({**own, POOLED: pool(measured)}, blocks, "task")
 
 
 def mark_transition(axes: Axes, block: float, low: float, high: float) -> None:

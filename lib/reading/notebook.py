@@ -27,7 +27,16 @@ from matplotlib.figure import Figure
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from lib.engine.files import ROOT
-from lib.evidence.criteria import Criterion, Record, claim_verdict, criteria, judged
+from lib.evidence.criteria import (
+    MODEL,
+    POOLED,
+    Criterion,
+    Record,
+    claim_verdict,
+    criteria,
+    judged,
+    tasks_pooled,
+)
 from lib.evidence.records import check, claim_file, keep_run, to_json, write_records
 from lib.reading.figures import forest
 from lib.reading.words import RECORDS_KEY, estimate_text, number_text, record_text, verdict_text
@@ -277,12 +286,14 @@ def answer_table(rows: Sequence[Record], claim: str) -> pd.DataFrame:
         for (statistic, place, untrained), row in own.items():
             if statistic == criterion.statistic and not untrained:
                 twin = own.get((statistic, place, True))
-                result.append(_answer_row(criterion, row, twin))
+                result.append(_answer_row(criterion, row, twin, tasks_pooled(rows, criterion)))
     return pd.DataFrame(result)
 
 
-def _answer_row(criterion: Criterion, row: Record, twin: Record | None) -> dict[str, str]:
-    place = {"model": "", "all tasks": ", tasks"}.get(row["place"], f", {row['place']}")
+def _answer_row(
+    criterion: Criterion, row: Record, twin: Record | None, n_tasks: int
+) -> dict[str, str]:
+    place = {MODEL: "", POOLED: f", {n_tasks} tasks"}.get(row["place"], f", {row['place']}")
     twins = "compared" if criterion.comparative else "–"
     why = f" ({row['reason']})" if row["reason"] and row["estimate"] is not None else ""
     if twin is not None and twin["estimate"] is not None:

@@ -1,6 +1,6 @@
 """Figures of the phase transition: the hand-over, task by task, its content, two widths."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib.evidence.criteria import POOLED as ALL_TASKS
+from lib.evidence.criteria import POOLED
 from lib.evidence.transfer import ARMS
 from lib.reading.figures import (
     STYLES,
@@ -16,7 +16,6 @@ from lib.reading.figures import (
     TWIN,
     WIDTH,
     book_rows,
-    curve_table,
     draw_block_axis,
     draw_curve,
     draw_numbers,
@@ -28,24 +27,6 @@ from lib.reading.figures import (
     style_of,
     use_theme,
 )
-from lib.science.estimate import Measured, pool
-
-
-def by_block(
-    estimates: Mapping[str, Measured], blocks: Sequence[int], *, tasks: bool = True
-) -> pd.DataFrame:
-    """Return numbers per block as a tidy table: each task's, and those pooled over all tasks.
-
-    Args:
-        estimates: by task `[n_blocks]`; untested ones are left out.
-        blocks: what the entries are.
-        tasks: whether to keep the tasks' own rows.
-
-    Returns:
-        Columns `task`, `block`, `estimate`, `low`, `high`, `n`.
-    """
-    shown = dict(estimates) if tasks else {}
-    return curve_table({**shown, ALL_TASKS: pool(estimates)}, blocks, "task")
 
 
 @of_table
@@ -72,10 +53,10 @@ def hand_over(
         _twin_bands(axes, twins[twins["measure"] == measure])
         for arm in ARMS:
             chosen = own[own["arm"] == arm]
-            for _, one in chosen[chosen["task"] != ALL_TASKS].groupby("task"):
+            for _, one in chosen[chosen["task"] != POOLED].groupby("task"):
                 colour = STYLES[arm]["color"]
                 axes.plot(one["block"], one["estimate"], color=colour, alpha=0.22, linewidth=0.8)
-            draw_curve(axes, chosen[chosen["task"] == ALL_TASKS], arm)
+            draw_curve(axes, chosen[chosen["task"] == POOLED], arm)
         if transition:
             mark_transition(axes, *transition)
         draw_block_axis(axes, n_blocks)

@@ -10,7 +10,7 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective
 
 from executable_book.displays import Picture, table
-from executable_book.results import all_records, collect, ordered_runs
+from executable_book.results import all_records, collect, ordered_runs, place_text
 from executable_book.scorecard import colour_of, short_name
 from lib.evidence.criteria import (
     MODEL,
@@ -187,8 +187,9 @@ def effect_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
                     cell += f"; twins {number_text(twin['estimate'])}"
                 cells.append(cell)
             if set(cells) != {"–"}:
-                at = "" if place == MODEL else f" ({place})"
-                rows.append([f"{criterion.text}{at}", criterion.wanted, *cells])
+                at = place_text(criterion, place, [run["records"] for run in runs])
+                named = f"{criterion.text} ({at})" if at else criterion.text
+                rows.append([named, criterion.wanted, *cells])
     return rows
 
 

@@ -1,7 +1,7 @@
 """The chapters' records: kept in step with the pages while reading, collected at the end."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
 from lib.engine.files import write_atomically
-from lib.evidence.criteria import Record
+from lib.evidence.criteria import MODEL, POOLED, Criterion, Record, tasks_pooled
 from lib.evidence.records import (
     RESULTS,
     catalogue_place,
@@ -67,6 +67,17 @@ def all_records(own: Sequence[Record]) -> dict[str, list[Record]]:
         if run["model"] not in found and run["records"]:
             found[run["model"]] = run["records"]
     return found
+
+
+def place_text(criterion: Criterion, place: str, runs: Iterable[Sequence[Record]]) -> str:
+    """Return where a judged number was measured: "texts", or of how many tasks it is the mean.
+
+    Of the models' records those that judge the criterion count; empty for a number of the model.
+    """
+    if place != POOLED:
+        return "" if place == MODEL else place
+    counts = {tasks_pooled(rows, criterion) for rows in runs} - {0}
+    return " to ".join(map(str, sorted({min(counts), max(counts)}))) + " tasks" if counts else place
 
 
 def ordered_runs() -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from executable_book.displays import chapter_addresses
-from executable_book.results import all_records, collect
+from executable_book.results import all_records, collect, place_text
 from lib.engine.catalogue import catalogue
 from lib.evidence.criteria import Criterion, Record, claim_verdict, criteria, judged
 from lib.evidence.records import SIGNS
@@ -103,10 +103,11 @@ def _effect_rows(
     for place in dict.fromkeys(place for place, _, _ in found):
         own = [
             row
-            for (at, untrained, _), row in found.items()
-            if at == place and not (untrained and row["estimate"] is None)
+            for (where, untrained, _), row in found.items()
+            if where == place and not (untrained and row["estimate"] is None)
         ]
-        text = escape(f"{criterion.text}{_notes(criterion, place, own)}")
+        at = place_text(criterion, place, runs.values())
+        text = escape(f"{criterion.text}{_notes(criterion, at, own)}")
         head = f'<a href="{href}">{text}</a>' if href else text
         numbers, verdicts = [], []
         for row in own:
@@ -133,7 +134,7 @@ def _notes(criterion: Criterion, place: str, rows: Sequence[Record]) -> str:
         for row in rows
         if row["reason"] and row["estimate"] is not None and not row["untrained"]
     ]
-    notes = list(filter(None, ["" if place == "model" else place, level, *against]))
+    notes = list(filter(None, [place, level, *against]))
     return f" ({'; '.join(notes)})" if notes else ""
 
 
