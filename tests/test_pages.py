@@ -307,6 +307,37 @@ def test_effects_of_models_stand_side_by_side_with_interval_and_twins():
     assert all(row[3] == "–" for row in cells)
 
 
+def test_one_task_is_shown_on_the_models_that_were_measured_on_it_and_on_no_others(monkeypatch):
+    able, unable, twins_alone = run("a", 31, 24.0), run("b", 11, 4.0), run("c", 11, 4.0)
+    lost = {"estimate": None, "low": None, "high": None, "verdict": "not testable", "n": 0}
+    for one in (unable, twins_alone):
+        for row in one["records"]:
+            if row["place"] == "capitals" and not (one is twins_alone and row["untrained"]):
+                row |= lost
+    runs = [able, unable, twins_alone]
+    monkeypatch.setattr(comparison, "kept_runs", lambda env: (runs, ["a", "b", "c"]))
+    monkeypatch.setattr(comparison.TaskComparison, "env", None)
+    directive = object.__new__(comparison.TaskComparison)
+    directive.arguments = ["capitals"]
+    (made,) = directive.run()
+    (head, *rows) = [
+        [entry.astext() for entry in row.findall(nodes.entry)] for row in made.findall(nodes.row)
+    ]
+    assert head == ["Effect", "Wanted", "a"]
+    own = {
+        row["statistic"]: row
+        for row in able["records"]
+        if row["place"] == "capitals" and not row["untrained"] and row["criterion"]
+    }
+    assert [row[0] for row in rows] == [
+        one.text for one in criteria("phase-transition") if one.statistic in own
+    ]
+    assert record_text(own[CONTEXT.statistic]) in rows[0][2]
+    directive.arguments = ["animals"]
+    (sentence,) = directive.run()
+    assert sentence.astext() == "No model that was run masters animals."
+
+
 def test_what_models_agree_on_and_differ_on_is_said():
     first, second = run("a", 31, 24.0), run("b", 11, 4.0)
     part = first["records"][0]["part"]

@@ -28,6 +28,7 @@ from lib.science.estimate import is_own
 
 ONE = "There is one run so far, that of {model}; with a second one its depths will stand beside it."
 NONE = "There is no run yet."
+NOT_MEASURED = "No model that was run masters {task}."
 ARCHITECTURE = " ⚑"
 """The mark of what untrained twins meet as well."""
 _INDENT = "\N{NO-BREAK SPACE}\N{NO-BREAK SPACE}"
@@ -62,6 +63,29 @@ class ModelComparison(SphinxDirective):
             return [nodes.paragraph("", ONE.format(model=models[0])), *found]
         said = [nodes.list_item("", nodes.paragraph("", one)) for one in agreement(runs)]
         return [nodes.bullet_list("", *said), *found]
+
+
+class TaskComparison(SphinxDirective):
+    """Show what the models that master one task, the argument, do on it, by the same criteria."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Return the table, or a sentence where no model was measured on the task."""
+        (task,) = self.arguments
+        runs = [run for run in kept_runs(self.env)[0] if _is_measured(run, task)]
+        if not runs:
+            return [nodes.paragraph("", NOT_MEASURED.format(task=task))]
+        models = [short_name(run["model"]) for run in runs]
+        return [table(["Effect", "Wanted", *models], effect_rows(runs, [task]), "models")]
+
+
+def _is_measured(run: Mapping[str, Any], task: str) -> bool:
+    """Return whether a run says anything of the model itself on a task."""
+    return any(
+        row["place"] == task and not row["untrained"] and row["estimate"] is not None
+        for row in run["records"]
+    )
 
 
 class RelativeDepths(Picture):
@@ -164,15 +188,19 @@ def agreement(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def effect_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def effect_rows(
+    runs: Sequence[Mapping[str, Any]], places: Sequence[str] = _EXPECTED
+) -> list[list[str]]:
     """Return a row for each judged number: what it is, what is wanted, and each model's.
+
+    Or of one task, its name the place.
 
     A number stands with its interval, its verdict's sign, the mark of architecture where the twins
     meet the criterion as well, and the twins' number.
     """
     rows = []
     for criterion in criteria():
-        for place in _EXPECTED:
+        for place in places:
             cells = []
             for run in runs:
                 own = {
@@ -188,8 +216,8 @@ def effect_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
                 cells.append(cell)
             if set(cells) != {"–"}:
                 at = place_text(criterion, place, [run["records"] for run in runs])
-                named = f"{criterion.text} ({at})" if at else criterion.text
-                rows.append([named, criterion.wanted, *cells])
+                known = f" ({at})" if at and places is _EXPECTED else ""
+                rows.append([f"{criterion.text}{known}", criterion.wanted, *cells])
     return rows
 
 
@@ -238,4 +266,5 @@ def depth_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def setup(app: Sphinx) -> None:
     """Connect this part to the build."""
     app.add_directive("model-comparison", ModelComparison)
+    app.add_directive("task-comparison", TaskComparison)
     app.add_directive("relative-depths", RelativeDepths)
