@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 from sklearn.isotonic import IsotonicRegression
 
-from lib.science.curves import crossing, early_blocks, last_sixth, late_blocks, transition, width
-from lib.science.estimate import Untested, mean_over_units
+from lib.science.curves import crossing, early_blocks, last_sixth, late_blocks, width
 
 
 def test_blocks_of_a_model_of_thirty_are_those_of_the_registration():
@@ -54,16 +53,6 @@ def test_curves_cross_where_straight_lines_between_blocks_do():
     assert crossing([1, 1, 0.8, 0, 0], [0, 0, 0.2, 1, 1]) == pytest.approx(2 + 0.6 / 1.6)
     assert np.isnan(crossing([1, 1, 1], [0, 0, 0.5]))
     assert np.isnan(crossing([0, 0, 0], [0.5, 0.5, 1]))
-
-
-def test_the_transition_is_drawn_with_both_arms_and_untested_where_they_do_not_cross():
-    rng = np.random.default_rng(1)
-    step = np.r_[np.ones(5), np.zeros(5)]
-    context = mean_over_units(step + 0.02 * rng.normal(size=(20, 10)), "twenty")
-    prediction = mean_over_units(1 - step + 0.02 * rng.normal(size=(20, 10)), "twenty")
-    found = transition(context, prediction)
-    assert float(found) == pytest.approx(4.5, abs=0.05)
-    assert isinstance(transition(prediction, context), Untested)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from scipy.stats import t as student_t
 from lib.claims import norm_code
 from lib.engine import store
 from lib.engine.models import Decoder
+from lib.evidence.by_task import over_twins
 from lib.evidence.criteria import claim_verdict, judge
 from lib.evidence.tasks import KEPT_BACK, build_task
 from lib.evidence.transfer import Trial, read_tasks
@@ -41,7 +42,17 @@ def reading(reader: Decoder) -> norm_code.Reading:
 
 @pytest.fixture(scope="module")
 def trial(reader: Decoder) -> Trial:
-    subjects, answers = [f"w{10 + k}" for k in range(14)], [f"w{40 + k % 3}" for k in range(14)]
+    return made_trial(reader, 14)
+
+
+@pytest.fixture(scope="module")
+def large_trial(reader: Decoder) -> Trial:
+    return made_trial(reader, 30)
+
+
+def made_trial(reader: Decoder, n_subjects: int) -> Trial:
+    subjects = [f"w{10 + k}" for k in range(n_subjects)]
+    answers = [f"w{40 + k % 3}" for k in range(n_subjects)]
     items = pd.DataFrame({"subject": subjects, "answer": answers, "group": ""})
     templates = ["of {subject} comes then", "the word {subject} has", "has {subject} comes then"]
     return read_tasks(reader, {"toy": build_task("toy", items, templates, reader)})["toy"]
@@ -179,8 +190,38 @@ def test_a_planted_subject_is_told_across_templates(trial: Trial):
     assert norm_code.task_attribute(planted, LATE, "subject").interval().low > 0.2
 
 
-def _with_norms(trial: Trial, norms: torch.Tensor) -> Trial:
-    """Return the trial with states of planted norms and predictions that say nothing of them."""
+def test_what_an_answer_does_in_one_wording_is_not_told_as_the_subject(large_trial: Trial):
+    """Relative to an answer's mean over wordings it stands reversed in the others."""
+    answer, template = large_trial.task.answer_index, large_trial.task.prompts["template"]
+    together = np.array([[0.5, -0.25, -0.25], [-0.5, 0.25, 0.25], [0.0, 0.5, -0.5]])
+    planted = _with_norms(large_trial, 1 + 0.4 * torch.as_tensor(together[answer, template]))
+    assert norm_code.task_attribute(planted, LATE, "subject").interval().low > 0.1
+    within = norm_code.task_attribute(planted, LATE, "subject", within_answer=True)
+    assert within.interval().low < 0 and float(within) < 0.1
+
+
+def test_the_models_own_choice_is_no_context_within_the_right_answer(large_trial: Trial):
+    choice = np.random.default_rng(4).integers(0, 3, 30)[large_trial.task.unit]
+    norms = 1 + 0.5 * torch.as_tensor(choice)
+    for chosen, told in ((large_trial.task.answer_index, True), (choice, False)):
+        planted = _with_norms(large_trial, norms, chosen)
+        within = norm_code.task_attribute(planted, LATE, "subject", within_answer=True)
+        assert (within.interval().low > 0.1) == told
+        assert told or float(within) < 0.1
+
+
+def test_a_planted_subject_is_told_within_its_answer(large_trial: Trial):
+    norms = 1 + 0.2 * torch.as_tensor(large_trial.task.unit)
+    planted = _with_norms(large_trial, norms, large_trial.task.answer_index)
+    within = norm_code.task_attribute(planted, LATE, "subject", within_answer=True)
+    assert within.interval().low > 0.1
+
+
+def _with_norms(trial: Trial, norms: torch.Tensor, choice: np.ndarray | None = None) -> Trial:
+    """Return the trial with states of planted norms and predictions that say nothing of them.
+
+    Or that are known, `choice`.
+    """
     states = torch.randn(4, trial.task.n_prompts, 32, generator=torch.Generator().manual_seed(0))
     noise = 1 + 0.02 * torch.randn(trial.task.n_prompts, generator=torch.Generator().manual_seed(1))
     states = states / states.norm(dim=-1, keepdim=True) * (norms * noise)[None, :, None]
@@ -188,6 +229,10 @@ def _with_norms(trial: Trial, norms: torch.Tensor) -> Trial:
     class Planted(Trial):
         def states(self, _site):
             return states
+
+        @property
+        def choice(self):
+            return super().choice if choice is None else choice
 
     return Planted(trial.task, trial.decoder, trial.last_states)
 
@@ -240,13 +285,18 @@ def test_attributes_of_prompts_are_told_by_subjects_and_in_other_templates_alone
     ends = (last[:, None] == sorted(set(last))).astype(float)  # two, of which one ends two wordings
     columns = np.column_stack([certainty(trial.logits), ends])
     table = pd.DataFrame(left_over(trial.states("last"), columns))
-    if apart:
-        table = table - table.groupby(prompts["answer"]).transform("mean")
     template, unit = prompts["template"].to_numpy(), prompts["unit"].to_numpy()
+    chosen = trial.logits[:, trial.task.answer_ids].argmax(-1).numpy()
+    told = [f"{a} {c}" for a, c in zip(prompts["answer"], chosen, strict=True)]
     label, strata = template, unit
+    if attribute == "template" and apart:
+        table = table - table.groupby(told).transform("mean")
     if attribute == "subject":
-        table = table - table.groupby(template).transform("mean")
-        mean, strata, label = table.mean(axis=1).to_numpy(), template, np.empty(42, dtype=int)
+        strata = np.array(
+            [f"{t} {one if apart else ''}" for t, one in zip(template, told, strict=True)]
+        )
+        table = table - table.groupby(strata).transform("mean")
+        mean, label = table.mean(axis=1).to_numpy(), np.empty(42, dtype=int)
         for one in range(3):
             rows = np.flatnonzero(template == one)
             label[rows] = in_thirds(
@@ -295,8 +345,8 @@ def test_the_second_attribute_and_the_best_one_within_an_answer_are_what_is_judg
         "subject": {"x": number(0.0, "x"), "y": number(0.4, "y")},
     }
     found = code(within, gains).statistics()
-    assert float(found["second_attribute_gain"]) == pytest.approx(1)
-    assert float(found["within_answer_gain"]) == pytest.approx(0.2)
+    assert float(found["second_attribute_gain"]["model"]) == pytest.approx(1)
+    assert float(found["within_answer_gain"]["model"]) == pytest.approx(0.2)
 
 
 def test_twins_are_subtracted_on_the_same_tasks_each_network_by_its_own_best_attribute():
@@ -395,7 +445,7 @@ def test_all_statistics_of_the_claim_are_measured_and_judged_with_twins(
         "m",
         found.statistics()
         | dict.fromkeys(("within_answer_beyond_twins", "subject_beyond_twins"), number(0.1)),
-        norm_code.over_twins([found] * 3 + [found]),
+        over_twins([found.of_seed()] * 4),
     )
     assert claim_verdict(records, "norm-code", "m").parts.keys() == {
         "carries context",
@@ -455,14 +505,14 @@ def test_a_twins_number_on_tasks_is_pooled_over_them_and_texts_stand_apart():
         nothing = norm_code.NormExchange(*[Untested("not measured")] * 3)
         return norm_code.NormCode({}, {}, {**partials, "c": Untested("why")}, nothing, ())
 
-    found = norm_code.over_twins([twin(0.0), twin(0.1), twin(0.2), twin(0.3)])
+    found = over_twins([twin(more).of_seed() for more in (0.0, 0.1, 0.2, 0.3)])
     assert found["partial_given_angle"]["twins"].value == pytest.approx([0.35, 0.35])
     assert found["partial_given_angle"]["texts"].value == pytest.approx([0.9, 0.9])
 
 
 def test_units_of_twins_are_seeds(reading: norm_code.Reading, trial: Trial):
     found = norm_code.measure_norm_code(reading, {"toy": trial}, [0, 1, 2])
-    pooled = norm_code.over_twins([found, replace(found), found, found])
+    pooled = over_twins([found.of_seed()] * 4)
     one = pooled["norm_exchange_transfer"]["texts"]
     assert isinstance(one, Estimate)
     assert (one.units, one.n_units) == ("seeds", 4)

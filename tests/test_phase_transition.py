@@ -23,6 +23,7 @@ from lib.evidence.tasks import exchange_pairs, load_tasks
 from lib.evidence.transfer import ARMS, Transfer, choose_pairs, needed_prompts, read_tasks
 from lib.reading import phase_transition_figures as drawn
 from lib.reading.figures import task_table
+from lib.science import curves
 from lib.science.estimate import Estimate, Untested, mean_over_units, over_seeds
 
 
@@ -73,6 +74,17 @@ def test_switch_of_a_step_is_known_in_closed_form():
     assert found["prediction_rise_width"] == pytest.approx(0.8 / L)
     assert float(claim.hand_over(sharp())) == pytest.approx(1)
     assert float(claim.find_transition(sharp())) == pytest.approx(22.5)
+
+
+def test_the_transition_is_drawn_with_both_arms_and_untested_where_they_do_not_cross():
+    noisy = made_arms(step(23), 1 - step(23), noise=0.02)
+    found = claim.find_transition(noisy)
+    assert float(found) == pytest.approx(22.5, abs=0.05)
+    for draw in (1, 7):  # of the same subjects in both arms
+        both = [noisy.curve(arm).draws[draw] for arm in NAMES]
+        assert found.draws[draw] == pytest.approx(curves.crossing(*both))
+    lost = claim.find_transition(made_arms(1 - step(23), step(23)))
+    assert isinstance(lost, Untested) and "undefined" in lost.reason
 
 
 def test_early_and_late_blocks_are_those_of_the_registration():

@@ -325,9 +325,7 @@ def as_table(opened: Opened, tested: Mapping[str, Measured]) -> pd.DataFrame:
     for name, where in {"attention": str(opened.block), **places}.items():
         one = tested[name]
         if isinstance(one, Estimate):
-            interval = one.interval()
-            numbers = (float(one), float(interval.low), float(interval.high), one.n_units)
-            rows.append((name, where, *numbers))
+            rows.append((name, where, float(one), *map(float, one.interval()), one.n_units))
     table = pd.DataFrame(rows, columns=["exchanged", "where", "estimate", "low", "high", "n"])
     return table.assign(
         model=opened.trial.decoder.name,

@@ -26,7 +26,7 @@ from lib.engine.readouts import DistributionMeasure, Distributions, Divergences
 from lib.engine.replay import Forest
 from lib.engine.store import recall_residuals, recall_sweep
 from lib.evidence.by_task import each, measured_by_all
-from lib.evidence.criteria import TEXTS
+from lib.evidence.criteria import MODEL, TEXTS
 from lib.evidence.tasks import KEPT_BACK, load_tasks
 from lib.evidence.transfer import (
     Trial,
@@ -143,7 +143,10 @@ def task_attribute(
         trial: the task as the model reads it.
         blocks: the blocks whose log r are the features.
         attribute: which.
-        within_answer: take log r relative to its mean over the prompts of the same answer.
+        within_answer: among prompts of one right answer and one choice of the model's alone: log r
+            relative to its mean over these, for the subject over those of one template, within
+            which its labels are shuffled, too. So neither the answer, nor the choice, nor what they
+            do in one template, is told as the subject.
     """
     task = trial.task
     template = task.prompts["template"].to_numpy()
@@ -152,17 +155,23 @@ def task_attribute(
     last = [tokens[-1] for tokens in task.tokens]
     if attribute == "template" and len(set(last)) == len(np.unique(template)):
         return Untested("each template ends in a token of its own")
+    if within_answer and len(task.answers) == task.n_units:
+        return Untested("every answer has one subject")
     left = residuals(log_norms(trial.states("last"), blocks), nuisances(trial.certainty, last))
-    if within_answer:
-        if len(task.answers) == task.n_units:
-            return Untested("every answer has one subject")
-        left = left - _means(left, task.answer_index)
+    told = [task.answer_index, trial.choice] if within_answer else []
     rng = generator("decoding", attribute, task.name, str(within_answer))
-    label, strata = template, task.unit
-    if attribute == "subject":
-        left = left - _means(left, template)
-        label, strata = _elsewhere(left.mean(axis=1), task.unit, template), template
-    return decoding_gain(left, label, task.unit, task.units, rng, strata=strata)
+    if attribute == "template":
+        left = left - _means(left, _cells(told)) if told else left
+        return decoding_gain(left, template, task.unit, task.units, rng, strata=task.unit)
+    cell = _cells([template, *told])
+    left = left - _means(left, cell)
+    label = _elsewhere(left.mean(axis=1), task.unit, template)
+    return decoding_gain(left, label, task.unit, task.units, rng, strata=cell)
+
+
+def _cells(labels: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the number of each item's combination of labels `[n_items]`."""
+    return np.unique(np.stack(labels), axis=1, return_inverse=True)[1]
 
 
 def _means(values: np.ndarray, label: np.ndarray) -> np.ndarray:
@@ -369,15 +378,22 @@ class NormCode:
     exchange: NormExchange
     blocks: tuple[int, ...]
 
-    def statistics(self) -> dict[str, Measured | Mapping[str, Measured]]:
-        """Return what the criteria name, but for what compares with twins."""
+    def statistics(self) -> dict[str, Mapping[str, Measured]]:
+        """Return what the criteria name, by place, but for what compares with twins."""
         return {
-            "second_attribute_gain": ranked(self.gains, 1),
-            "within_answer_gain": ranked(pooled_gains(self.within), 0),
+            "second_attribute_gain": {MODEL: ranked(self.gains, 1)},
+            "within_answer_gain": {MODEL: ranked(pooled_gains(self.within), 0)},
             "partial_given_angle": self.partials,
             "norm_exchange_transfer": {TEXTS: self.exchange.transfer},
             "norm_cost_ratio": {TEXTS: self.exchange.cost_ratio},
         }
+
+    def of_seed(self) -> dict[str, Mapping[str, Measured]]:
+        """Return the statistics of an untrained twin, of whose tasks only the mean counts."""
+        tasks = {place: one for place, one in self.partials.items() if place != TEXTS}
+        whole = {"twins": pool(tasks)} if tasks else {}
+        partials = {TEXTS: self.partials[TEXTS], **whole}
+        return {**self.statistics(), "partial_given_angle": partials}
 
 
 def measure_norm_code(
@@ -424,26 +440,3 @@ def kept_back_gains(decoder: Decoder, late: Sequence[int]) -> dict[str, Measured
     """
     trials = read_tasks(decoder, load_tasks(decoder, files=KEPT_BACK))
     return each(trials, lambda one: task_attribute(one, late, "subject", within_answer=True))
-
-
-def over_twins(twins: Sequence[NormCode]) -> dict[str, Measured | Mapping[str, Measured]]:
-    """Return the statistics of several untrained twins, whose seeds are the units.
-
-    Each twin's own number is the pooled one.
-    """
-    found: dict[str, Measured | Mapping[str, Measured]] = {}
-    every = [twin.statistics() for twin in twins]
-    for name, first in every[0].items():
-        if not isinstance(first, Mapping):
-            found[name] = over_seeds([one[name] for one in every])  # type: ignore[misc]
-            continue
-        by_place = [one[name] for one in every]
-        places = {TEXTS: [one[TEXTS] for one in by_place]}  # type: ignore[index]
-        if len(first) > 1:
-            places["twins"] = [_pooled(one) for one in by_place]  # type: ignore[arg-type]
-        found[name] = {place: over_seeds(values) for place, values in places.items()}
-    return found
-
-
-def _pooled(by_place: Mapping[str, Measured]) -> Measured:
-    return pool({place: one for place, one in by_place.items() if place != TEXTS})

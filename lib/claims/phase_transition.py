@@ -46,6 +46,7 @@ from lib.science.estimate import (
     of_the_book,
     over_seeds,
     pool,
+    stack,
 )
 from lib.science.geometry import angles, jeffreys_divergence
 
@@ -166,8 +167,8 @@ def hand_over(arms: Arms) -> Measured:
 def find_transition(arms: Arms) -> Measured:
     """Return ℓ*, where the task's context arm falls below its prediction arm, in blocks."""
     start, step = arms.blocks[0], _step(arms)
-    crossed = curves.transition(arms.curve("context arm"), arms.curve("prediction arm"))
-    return crossed * step + start
+    both = stack(arms.curve("context arm"), arms.curve("prediction arm"))
+    return both.map(lambda pair: curves.crossing(*pair)) * step + start
 
 
 def transition_spread(transitions: Mapping[str, Measured], n_blocks: int) -> Measured:

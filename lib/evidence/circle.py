@@ -11,6 +11,7 @@ distributions are apart depends on hour, turn and confidence alone.
 """
 
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -60,15 +61,10 @@ def all_questions(fillers: Sequence[tuple[str, str]]) -> pd.DataFrame:
         raise ValueError(
             f"Expected pairs of fillers among {', '.join(_FILLER_WORDS)}; got {list(fillers)[:3]}."
         )
-    rows = [
-        (hour, turn, confidence, *pair)
-        for pair in fillers
-        for hour in HOURS
-        for turn in TURNS
-        for confidence in CONCENTRATIONS
-    ]
+    every = product(fillers, HOURS, TURNS, CONCENTRATIONS)
     return pd.DataFrame(
-        rows, columns=["hour", "turn", "confidence", "first_filler", "second_filler"]
+        [(hour, turn, confidence, *pair) for pair, hour, turn, confidence in every],
+        columns=["hour", "turn", "confidence", "first_filler", "second_filler"],
     )
 
 

@@ -214,8 +214,7 @@ def _record(criterion: Criterion, model: str, untrained: bool, place: str, one: 
             **record,
             "reason": f"all {one.n_units} {one.units} agree, so no interval can be given",
         }
-    value, interval = np.atleast_1d(one.value), one.interval(criterion.level)
-    low, high = np.atleast_1d(interval.low), np.atleast_1d(interval.high)
+    value, low, high = map(np.atleast_1d, (one.value, *one.interval(criterion.level)))
     verdicts = {criterion.verdict(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True)}
     if "refuted" in verdicts and len(value) > 1:  # any of several would do: Bonferroni
         wide = one.interval(1 - (1 - criterion.level) / len(value))

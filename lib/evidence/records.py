@@ -81,9 +81,8 @@ def shown(
         if isinstance(one, Untested):
             row |= {"verdict": "not testable", "reason": one.reason}
         else:
-            interval = one.interval()
-            row |= {"estimate": float(one), "n": one.n_units}
-            row |= {"low": float(interval.low), "high": float(interval.high)}
+            low, high = map(float, one.interval())
+            row |= {"estimate": float(one), "low": low, "high": high, "n": one.n_units}
         rows.append(row)
     return rows
 

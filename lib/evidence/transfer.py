@@ -75,10 +75,15 @@ class Trial:
         return np.concatenate([certainty(logit_lens(self.decoder, part)) for part in parts])
 
     @property
-    def correct(self) -> np.ndarray:
-        """Whether the largest logit of the closed set is the right answer's `[n_prompts]`."""
+    def choice(self) -> np.ndarray:
+        """Which answer of the closed set has the largest logit `[n_prompts]`."""
         closed = logit_lens(self.decoder, self.last_states, self.task.answer_ids.tolist())
-        right: np.ndarray = closed.numpy().argmax(-1) == self.task.answer_index
+        return closed.numpy().argmax(-1)
+
+    @property
+    def correct(self) -> np.ndarray:
+        """Whether the choice is the right answer `[n_prompts]`."""
+        right: np.ndarray = self.choice == self.task.answer_index
         return right
 
     @property

@@ -76,33 +76,6 @@ def control_and_price(
 
 
 @of_table
-def parts_of_a_state(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Figure:
-    """Return what direction and norm transfer: a panel a statistic, a row a task.
-
-    Args:
-        table: columns `statistic`, `task`, `estimate`, `low`, `high`, `untrained`.
-        thresholds: by statistic, what its criterion asks for.
-    """
-    names = list(thresholds)
-    tasks = list(dict.fromkeys(table["task"]))
-    size = (WIDTH, 0.2 * len(tasks) + 1.4)
-    figure, grid = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False)
-    for axes, name in zip(grid.flat, names, strict=True):
-        for untrained, own in table[table["statistic"] == name].groupby("untrained"):
-            style = {
-                "color": TWIN if untrained else STYLES["angle"]["color"],
-                "label": "five untrained twins" if untrained else "trained",
-                "marker": "D" if untrained else "o",
-            }
-            draw_numbers(axes, own, "task", tasks, 0.17 if untrained else -0.17, **style)
-        axes.axvline(thresholds[name], **THRESHOLD)
-        axes.set_title(name, fontsize="small")
-    name_rows(grid[0, 0], tasks, 0.6, fontsize="x-small")
-    shared_legend(figure, grid.flat)
-    return figure
-
-
-@of_table
 def flips_by_vector(table: pd.DataFrame, *, most: float, least: float) -> Figure:
     """Return flips to the target by what a state is turned to: a row a task, a colour a vector.
 

@@ -19,7 +19,7 @@ from lib.engine.files import write_atomically
 from lib.engine.models import Decoder
 from lib.engine.store import recall_residuals
 from lib.evidence.records import EXPLORATIONS, RECORDED, catalogue_place, run_folder
-from lib.evidence.tasks import load_tasks
+from lib.evidence.tasks import load_tasks, spread
 from lib.evidence.transfer import ARMS, Trial, choose_pairs, measure_transfer, read_tasks
 from lib.science.correlation import correlate
 from lib.science.curves import crossing
@@ -141,7 +141,7 @@ def explore_trial(trial: Trial, twin: Decoder) -> Exploration:
     if isinstance(context, Estimate) and isinstance(prediction, Estimate):
         crossed = crossing(context.value[:-1], prediction.value[:-1])  # as the chapter
         place = None if np.isnan(crossed) else crossed
-    chosen = np.unique(np.linspace(0, len(rows) - 1, min(N_SHOWN, len(rows))).round().astype(int))
+    chosen = spread(len(rows), N_SHOWN)
     prompts = task.prompts.iloc[rows[chosen]]
     positions, shown = depth_positions(states[:, chosen])
     top, probabilities = top_predictions(decoder, states[:, chosen])

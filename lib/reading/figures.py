@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -166,6 +167,22 @@ def task_table(
     return curve_table({**own, POOLED: pool(measured)}, blocks, "task")
 
 
+def twin_table(twins: Sequence[Mapping[str, Measured]], blocks: Sequence[int]) -> pd.DataFrame:
+    """Return untrained twins' curves as `curve_table`: their mean, the lowest and highest seed's.
+
+    Columns `curve`, `untrained`, `block`, `estimate`, `low`, `high`.
+    """
+    rows = []
+    for name in twins[0]:
+        seeds = [one[name] for one in twins]
+        found = [one.value for one in seeds if isinstance(one, Estimate)]
+        if found:
+            ends = {"low": np.min(found, axis=0), "high": np.max(found, axis=0)}
+            told = {"curve": name, "untrained": True, "block": list(blocks)}
+            rows.append(pd.DataFrame({**told, "estimate": np.mean(found, axis=0), **ends}))
+    return pd.concat(rows) if rows else curve_table({}).assign(untrained=True)
+
+
 def mark_transition(axes: Axes, block: float, low: float, high: float) -> None:
     """Mark the transition block with its interval: a dotted line in a light band."""
     axes.axvspan(low, high, color="#bbbbbb", alpha=0.35, linewidth=0)
@@ -211,12 +228,7 @@ def name_rows(axes: Axes, names: Sequence[str], margin: float = 0.5, **text: Any
 
 
 def small_multiples(
-    n_panels: int,
-    columns: int,
-    size: tuple[float, float],
-    fontsize: str = "medium",
-    *,
-    sharex: bool = True,
+    n_panels: int, columns: int, size: tuple[float, float], *, sharex: bool = True
 ) -> tuple[Figure, Any]:
     """Return a figure of panels over blocks, and its grid of axes.
 
@@ -224,7 +236,6 @@ def small_multiples(
         n_panels: how many are drawn; the rest of the last row stays white.
         columns: panels side by side.
         size: height of a row of panels, and what the figure is higher than its rows, in inches.
-        fontsize: of "block", below the lowest panel of each column.
         sharex: whether all panels have the same blocks.
     """
     rows = -(-n_panels // columns)
@@ -240,46 +251,49 @@ def small_multiples(
         axes.set_axis_off()
     for column in range(min(columns, n_panels)):
         lowest = grid.flat[n_panels - 1 - column]
-        lowest.set_xlabel("block", fontsize=fontsize)
+        lowest.set_xlabel("block", fontsize="small")
         lowest.tick_params(labelbottom=True)
     return figure, grid
 
 
 @of_table
-def depth_curves(
-    table: pd.DataFrame,
-    *,
-    names: Iterable[str],
-    panel: str,
-    ylabel: str,
-    ylim: tuple[float, float],
-    columns: int = 3,
+def over_depth(
+    table: pd.DataFrame, *, ylabel: str, transition: tuple[float, float, float] | None = None
 ) -> Figure:
-    """Return small multiples of depth curves: one curve a name, with bands.
+    """Return curves over depth, a panel for each group of them: the picture of all chapters.
 
     Args:
-        table: columns `curve`, `block`, `estimate`, `low`, `high`, `untrained`, and `panel`'s.
-        names: the curves, keys of `STYLES`, in the order of the legend.
-        panel: column that holds the panel's title.
+        table: columns `panel`, `n_blocks` (its model's depth), `curve` (a key of `STYLES`),
+            `untrained`, `block`, `estimate`, `low`, `high`; and `task`, if single tasks are to be
+            drawn, thin, beside those pooled.
         ylabel: what is measured, with its unit.
-        ylim: limits of y, the same in all panels.
-        columns: panels side by side.
+        transition: ℓ* with the ends of its interval or range, marked in all panels.
     """
-    panels = list(dict.fromkeys(table[panel]))
-    columns = min(columns, len(panels))
-    figure, grid = small_multiples(len(panels), columns, (2.3, 0.7) if columns > 1 else (3.6, 0))
-    n_blocks = int(table["block"].max()) + 1
-    for axes, name in zip(grid.flat, panels, strict=False):
-        chosen = table[table[panel] == name]
-        for curve in names:
-            for untrained in (True, False):
-                one = chosen[(chosen["curve"] == curve) & (chosen["untrained"] == untrained)]
-                if len(one):
-                    draw_curve(axes, one, curve, untrained=untrained)
-        if len(panels) > 1:
-            axes.set_title(name, fontsize="small")
-        axes.set_xlim(-0.5, n_blocks - 0.5)
-    grid[0, 0].set_ylim(*ylim)
+    panels = list(dict.fromkeys(table["panel"]))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    size = (2.7 if len(panels) <= columns else 1.9, 0.7)
+    depths = table.groupby("panel")["n_blocks"].first()
+    figure, grid = small_multiples(len(panels), columns, size, sharex=depths.nunique() == 1)
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        own = table[table["panel"] == panel]
+        if "task" not in own:
+            own = own.assign(task=POOLED)
+        pooled = own["task"] == POOLED
+        for (name, _), one in own[~pooled].groupby(["curve", "task"]):
+            style = {"color": STYLES[name]["color"], "alpha": 0.22, "linewidth": 0.8}
+            axes.plot(one["block"], one["estimate"], **style)
+        for untrained in (True, False):
+            chosen = own[pooled & (own["untrained"] == untrained)]
+            for name, one in chosen.groupby("curve", sort=False):
+                draw_curve(axes, one, str(name), untrained=untrained)
+        if transition:
+            mark_transition(axes, *transition)
+        mark_last_block(axes, depths[panel])
+        axes.axhline(0, color="#444444", linewidth=0.6)
+        axes.set_xlim(-0.5, depths[panel] - 0.5)
+        axes.set_title(panel, fontsize="small")
+        axes.tick_params(labelsize="small")
+    grid[0, 0].set_ylim(-0.3, 1.08)
     for axes in grid[:, 0]:
         axes.set_ylabel(ylabel, fontsize="small")
     shared_legend(figure, grid.flat)
@@ -315,6 +329,33 @@ def draw_numbers(
 
 
 @of_table
+def beside_twins(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Figure:
+    """Return numbers of the trained model and of its twins, a row a name and a panel a threshold.
+
+    Args:
+        table: columns `panel`, `name`, `untrained`, `estimate`, `low`, `high`.
+        thresholds: by panel, what its criterion asks for.
+    """
+    names = list(dict.fromkeys(table["name"]))
+    size = (WIDTH, 0.22 * len(names) + 1.4)
+    figure, grid = plt.subplots(1, len(thresholds), figsize=size, sharey=True, squeeze=False)
+    for axes, (panel, threshold) in zip(grid.flat, thresholds.items(), strict=True):
+        for untrained, own in table[table["panel"] == panel].groupby("untrained"):
+            style = {
+                "color": TWIN if untrained else STYLES["angle"]["color"],
+                "label": "untrained twins" if untrained else "trained",
+                "marker": "D" if untrained else "o",
+            }
+            draw_numbers(axes, own, "name", names, 0.17 if untrained else -0.17, **style)
+        axes.axvline(threshold, **THRESHOLD)
+        axes.axvline(0, color="#444444", linewidth=0.6)
+        axes.set_title(panel, fontsize="small")
+    name_rows(grid[0, 0], names, 0.6, fontsize="x-small")
+    shared_legend(figure, grid.flat)
+    return figure
+
+
+@of_table
 def task_panels(
     table: pd.DataFrame,
     *,
@@ -331,7 +372,7 @@ def task_panels(
         ylabel: what is measured.
     """
     tasks = list(dict.fromkeys(table["task"]))
-    figure, grid = small_multiples(len(tasks), 4, (1.3, 0.8), "small")
+    figure, grid = small_multiples(len(tasks), 4, (1.3, 0.8))
     for axes, task in zip(grid.flat, tasks, strict=False):
         for name, own in table[table["task"] == task].groupby("curve", sort=False):
             draw_curve(axes, own, str(name))

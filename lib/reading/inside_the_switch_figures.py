@@ -14,7 +14,6 @@ from lib.reading.figures import (
     TWIN,
     WIDTH,
     book_rows,
-    draw_block_axis,
     draw_curve,
     mark_last_block,
     name_rows,
@@ -86,29 +85,6 @@ def heads_under_curves(
         axes.set_title(f"one head's output alone: {name}", fontsize="small")
     below[-1].set_xlabel("block")
     figure.colorbar(mesh, ax=list(below), label="T", fraction=0.04, pad=0.01)
-    return figure
-
-
-@of_table
-def parts_by_block(table: pd.DataFrame, *, n_blocks: int) -> Figure:
-    """Return T of the attention and of the MLP of each block, a panel each.
-
-    Args:
-        table: columns `part`, `task`, `block`, `estimate`, `low`, `high`; "all tasks" thick.
-        n_blocks: depth of the model.
-    """
-    parts = list(dict.fromkeys(table["part"]))
-    figure, grid = plt.subplots(1, len(parts), figsize=(WIDTH, 2.9), sharey=True, squeeze=False)
-    for axes, part in zip(grid.flat, parts, strict=True):
-        own = table[table["part"] == part]
-        for _, one in own[own["task"] != POOLED].groupby("task"):
-            colour = STYLES[part]["color"]
-            axes.plot(one["block"], one["estimate"], color=colour, alpha=0.25, linewidth=0.8)
-        draw_curve(axes, own[own["task"] == POOLED], part, label="mean over tasks")
-        draw_block_axis(axes, n_blocks)
-        axes.set_title(f"the {part}'s output", fontsize="small")
-    grid[0, 0].set_ylim(-0.3, 1.08)
-    grid[0, 0].set_ylabel("transfer T")
     return figure
 
 

@@ -53,8 +53,7 @@ def _forest(
         others = [float(twin) for twin in twins.get(name, ()) if isinstance(twin, Estimate)]
         axes.scatter(others, np.full(len(others), place - 0.22), marker="x", s=18, color=TWIN)
         if isinstance(one, Estimate):
-            interval = one.interval()
-            axes.plot([interval.low, interval.high], [place, place], color=colour, linewidth=2)
+            axes.plot(one.interval(), [place, place], color=colour, linewidth=2)
             axes.plot(float(one), place, marker="v", color=colour, markersize=7)
         else:
             axes.annotate("not testable", (0, place), fontsize="small", color="#555555")

@@ -49,7 +49,6 @@ _GLUE_PREFIX = "application/papermill.record/"
 _GLUED = re.compile(r"\{glue:text\}`([^`:]+)(?::([^`]*))?`")
 _values: dict[str, str | int | float] = {}
 _incomplete: list[str] = []
-_COLAB_PACKAGES = {"gguf": "gguf"}
 
 SETUP_CELL = """\
 # Setup: find the project, or clone it; on Colab, install what Colab lacks.
@@ -78,31 +77,24 @@ notebook.prepare()
 
 
 def prepare() -> None:
-    """Ready the session: sharp figures, and on Colab the packages that are missing there.
+    """Ready the session: sharp figures, and on Colab gguf, the one package that is missing there.
 
-    Only small packages without which a chapter stops are installed, at the versions of
-    requirements.txt and without their dependencies, so that Colab's own numpy and torch stay as
-    they are.
+    It is installed at the version of requirements.txt and without its dependencies, so that Colab's
+    own numpy and torch stay as they are.
 
     Raises:
         RuntimeError: if the installation fails.
     """
     if _in_notebook():
         set_matplotlib_formats("retina")
-    if "google.colab" not in sys.modules:
+    if "google.colab" not in sys.modules or find_spec("gguf"):
         return
-    missing = [name for module, name in _COLAB_PACKAGES.items() if find_spec(module) is None]
-    if not missing:
-        return
-    pins = [
-        line
-        for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-        if line.split("==")[0] in missing
-    ]
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *pins]
+    pinned = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    (gguf,) = (line for line in pinned if line.startswith("gguf=="))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", gguf]
     done = subprocess.run(pip, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"Could not install {', '.join(pins)}: {done.stderr.strip()}")
+        raise RuntimeError(f"Could not install {gguf}: {done.stderr.strip()}")
 
 
 def model_name(default: str = "embedded") -> str:

@@ -1,4 +1,4 @@
-"""Figures of the phase transition: the hand-over, task by task, its content, two widths."""
+"""Figures of the phase transition: where it lies in each model, its content, two widths."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,71 +8,19 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib.evidence.criteria import POOLED
-from lib.evidence.transfer import ARMS
 from lib.reading.figures import (
     STYLES,
     THRESHOLD,
-    TWIN,
     WIDTH,
     book_rows,
     draw_block_axis,
     draw_curve,
     draw_numbers,
-    mark_transition,
     name_rows,
     of_table,
     shared_legend,
-    small_multiples,
     style_of,
-    use_theme,
 )
-
-
-@of_table
-def hand_over(
-    table: pd.DataFrame,
-    twins: pd.DataFrame,
-    *,
-    n_blocks: int,
-    transition: tuple[float, float, float] | None,
-) -> Figure:
-    """Return the main figure: both arms over depth, a panel a measure.
-
-    Args:
-        table: columns `measure`, `arm`, `task`, `block`, `estimate`, `low`, `high`; the rows of
-            "all tasks" are drawn thick, with their band, the tasks' thin.
-        twins: columns `measure`, `arm`, `seed`, `block`, `estimate`, drawn as a band over seeds.
-        n_blocks: depth of the model.
-        transition: median, smallest and largest ℓ* of the tasks, in blocks.
-    """
-    measures = list(dict.fromkeys(table["measure"]))
-    figure, grid = plt.subplots(1, len(measures), figsize=(WIDTH, 3.3), sharey=True, squeeze=False)
-    for axes, measure in zip(grid.flat, measures, strict=True):
-        own = table[table["measure"] == measure]
-        _twin_bands(axes, twins[twins["measure"] == measure])
-        for arm in ARMS:
-            chosen = own[own["arm"] == arm]
-            for _, one in chosen[chosen["task"] != POOLED].groupby("task"):
-                colour = STYLES[arm]["color"]
-                axes.plot(one["block"], one["estimate"], color=colour, alpha=0.22, linewidth=0.8)
-            draw_curve(axes, chosen[chosen["task"] == POOLED], arm)
-        if transition:
-            mark_transition(axes, *transition)
-        draw_block_axis(axes, n_blocks)
-        axes.set_title(measure, fontsize="small")
-    grid[0, 0].set_ylim(-0.3, 1.08)
-    shared_legend(figure, grid.flat)
-    return figure
-
-
-def _twin_bands(axes: Axes, twins: pd.DataFrame) -> None:
-    """Draw each arm of the twins as a thin band from the least seed to the largest."""
-    for arm, own in twins.groupby("arm"):
-        ends = own.groupby("block")["estimate"].agg(["min", "mean", "max"])
-        axes.fill_between(ends.index, ends["min"], ends["max"], color=TWIN, alpha=0.3, linewidth=0)
-        style = style_of(str(arm), untrained=True) | {"linewidth": 1.0, "markersize": 3}
-        axes.plot(ends.index, ends["mean"], label=f"{arm}, untrained", **style)
 
 
 @of_table
@@ -94,33 +42,6 @@ def depths_by_model(table: pd.DataFrame, colours: Mapping[str, str]) -> Figure:
     axes.set_xlabel("relative depth of the transition, 0 first block, 1 last")
     name_rows(axes, tasks, 0.7, fontsize="small")
     shared_legend(figure, [axes])
-    return figure
-
-
-def by_model(table: pd.DataFrame) -> Figure:
-    """Return both arms over each model's own depth, a panel a model, the twins' on the same axes.
-
-    Args:
-        table: columns `panel`, `n_blocks`, `arm`, `untrained`, `block`, `estimate`, `low`, `high`.
-    """
-    use_theme()
-    panels = list(dict.fromkeys(table["panel"]))
-    columns = 2 if len(panels) <= 4 else 3
-    figure, grid = small_multiples(len(panels), columns, (1.75, 0.5), "small", sharex=False)
-    for axes, name in zip(grid.flat, panels, strict=False):
-        own = table[table["panel"] == name]
-        for untrained in (True, False):
-            for arm in ARMS:
-                curve = own[(own["arm"] == arm) & (own["untrained"] == untrained)]
-                if len(curve):
-                    draw_curve(axes, curve, arm, untrained=untrained)
-        axes.set_title(name, fontsize="small")
-        axes.set_xlim(-0.5, own["n_blocks"].iloc[0] - 0.5)
-        axes.tick_params(labelsize="small")
-    grid[0, 0].set_ylim(min(-0.1, table["low"].min() - 0.03), 1.08)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("transfer T", fontsize="small")
-    shared_legend(figure, grid.flat)
     return figure
 
 

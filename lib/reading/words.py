@@ -39,8 +39,7 @@ def estimate_text(one: Measured) -> str:
             f"An estimate over {one.units} holds {one.value.size} numbers; reduce it to one, with "
             "`.at` or `.over`."
         )
-    interval = one.interval()
-    return interval_text(float(one), float(interval.low), float(interval.high))
+    return interval_text(float(one), *map(float, one.interval()))
 
 
 def record_text(row: Record) -> str:

@@ -6,8 +6,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import isotonic_regression
 
-from lib.science.estimate import Measured, stack
-
 FloatArray = NDArray[np.float64]
 
 LEAST_CHANGE = 0.05
@@ -79,14 +77,6 @@ def crossing(falling: ArrayLike, rising: ArrayLike) -> float:
     if not gap[0] < 0 < gap[-1]:
         return math.nan
     return _reach(gap, 0.0)
-
-
-def transition(context: Measured, prediction: Measured) -> Measured:
-    """Return ℓ*, where the context arm's transfer falls below the prediction arm's, in blocks.
-
-    Both are curves `[n_blocks]` of the same units.
-    """
-    return stack(context, prediction).map(lambda pair: crossing(pair[0], pair[1]))
 
 
 def _monotone(curve: ArrayLike, *, rising: bool) -> FloatArray:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -37,13 +37,11 @@ OWN = "own: "
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Interval:
-    """Lower and upper ends, each of the shape of the value, and the level."""
+class Interval(NamedTuple):
+    """Lower and upper ends, each of the shape of the value."""
 
     low: FloatArray
     high: FloatArray
-    level: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,15 +162,13 @@ class Estimate:
             rest = float(beta.ppf((1 - level) / 2, self.n_units, 1))
             low = np.where(agreed & (self.value == 1), rest, low)
             high = np.where(agreed & (self.value == 0), 1 - rest, high)
-        return Interval(np.asarray(low), np.asarray(high), level)
+        return Interval(np.asarray(low), np.asarray(high))
 
-    def to_frame(self, level: float = 0.95, axis: str = "block") -> pd.DataFrame:
-        """Return a row for each entry of the value: `axis`, `estimate`, `low`, `high`, `n`."""
-        found = self.interval(level)
-        value = np.atleast_1d(self.value)
-        frame = {"estimate": value, "low": np.atleast_1d(found.low)}
-        frame |= {"high": np.atleast_1d(found.high), "n": np.full(len(value), self.n_units)}
-        return pd.DataFrame({axis: np.arange(len(value)), **frame})
+    def to_frame(self, level: float = 0.95) -> pd.DataFrame:
+        """Return a row for each entry of the value: `block`, `estimate`, `low`, `high`, `n`."""
+        value, low, high = map(np.atleast_1d, (self.value, *self.interval(level)))
+        frame = pd.DataFrame({"estimate": value, "low": low, "high": high, "n": self.n_units})
+        return frame.rename_axis("block").reset_index()
 
 
 @dataclass(frozen=True)

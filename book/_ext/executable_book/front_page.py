@@ -44,10 +44,10 @@ class HandOver(Picture):
         # Late, as they take seconds: a build with nothing changed draws nothing.
         import matplotlib.pyplot as plt
 
-        from lib.reading.phase_transition_figures import by_model
+        from lib.reading.figures import over_depth
 
         picture = self.place("hand-over.png")
-        figure = by_model(table)
+        figure = over_depth(table, ylabel="transfer T")
         figure.savefig(picture)
         plt.close(figure)
         return [self.figure(picture)]
@@ -61,14 +61,14 @@ def curves(runs: Mapping[str, Sequence[Record]], recorded: pd.DataFrame) -> pd.D
         recorded: as `months`.
 
     Returns:
-        Columns `panel`, `n_blocks`, `arm`, `untrained`, `block`, `estimate`, `low`, `high`.
+        Columns `panel`, `n_blocks`, `curve`, `untrained`, `block`, `estimate`, `low`, `high`.
     """
     depth = {run["model"]: run["n_blocks"] for run in read_runs()}
     rows = [
         {
             "panel": short_name(model),
             "n_blocks": depth[model],
-            "arm": row["statistic"],
+            "curve": row["statistic"],
             "block": int(row["place"].removeprefix("block ")),
             **{name: row[name] for name in ("untrained", "estimate", "low", "high")},
         }
@@ -80,7 +80,7 @@ def curves(runs: Mapping[str, Sequence[Record]], recorded: pd.DataFrame) -> pd.D
         own = {name: row[name] for name in ("block", "estimate", "low", "high")}
         panel = f"the paper's months, {short_name(row['model'])}"
         n_blocks = int(recorded["block"].max()) + 1
-        told = {"panel": panel, "n_blocks": n_blocks, "arm": row["curve"], "untrained": False}
+        told = {"panel": panel, "n_blocks": n_blocks, "curve": row["curve"], "untrained": False}
         rows.append(told | own)
     return pd.DataFrame(rows)
 
