@@ -307,13 +307,15 @@ def test_effects_of_models_stand_side_by_side_with_interval_and_twins():
     assert all(row[3] == "–" for row in cells)
 
 
-def test_one_task_is_shown_on_the_models_that_were_measured_on_it_and_on_no_others(monkeypatch):
+def test_one_task_is_shown_on_the_models_that_master_it_and_on_no_others(monkeypatch):
     able, unable, twins_alone = run("a", 31, 24.0), run("b", 11, 4.0), run("c", 11, 4.0)
     lost = {"estimate": None, "low": None, "high": None, "verdict": "not testable", "n": 0}
     for one in (unable, twins_alone):
         for row in one["records"]:
             if row["place"] == "capitals" and not (one is twins_alone and row["untrained"]):
                 row |= lost
+    ungated = {"claim": "angular-code", "place": "capitals", "statistic": "late_correlation"}
+    unable["records"].append(able["records"][0] | ungated | {"model": "b"})  # of any model
     runs = [able, unable, twins_alone]
     monkeypatch.setattr(comparison, "kept_runs", lambda env: (runs, ["a", "b", "c"]))
     monkeypatch.setattr(comparison.TaskComparison, "env", None)

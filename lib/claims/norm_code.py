@@ -366,7 +366,7 @@ class NormCode:
 
     Attributes:
         gains: by attribute, decoded from log r beyond shuffled labels.
-        within: the same within groups of the same answer, by attribute and task.
+        within: the same within groups of the same answer, right and chosen, by attribute and task.
         partials: partial ρ(|Δ log r|, J | θ) at each late block, by place.
         exchange: what an exchange of norms does on texts.
         blocks: after which norms were exchanged.

@@ -293,7 +293,7 @@ def over_depth(
         axes.set_xlim(-0.5, depths[panel] - 0.5)
         axes.set_title(panel, fontsize="small")
         axes.tick_params(labelsize="small")
-    grid[0, 0].set_ylim(-0.3, 1.08)
+    grid[0, 0].set_ylim(min(-0.3, table["estimate"].min() - 0.05), 1.08)
     for axes in grid[:, 0]:
         axes.set_ylabel(ylabel, fontsize="small")
     shared_legend(figure, grid.flat)
@@ -350,6 +350,7 @@ def beside_twins(table: pd.DataFrame, thresholds: Mapping[str, float]) -> Figure
         axes.axvline(threshold, **THRESHOLD)
         axes.axvline(0, color="#444444", linewidth=0.6)
         axes.set_title(panel, fontsize="small")
+        axes.tick_params(axis="x", labelsize="small")
     name_rows(grid[0, 0], names, 0.6, fontsize="x-small")
     shared_legend(figure, grid.flat)
     return figure

@@ -28,7 +28,7 @@ from lib.science.estimate import is_own
 
 ONE = "There is one run so far, that of {model}; with a second one its depths will stand beside it."
 NONE = "There is no run yet."
-NOT_MEASURED = "No model that was run masters {task}."
+NOT_MASTERED = "No model that was run masters {task}."
 ARCHITECTURE = " ⚑"
 """The mark of what untrained twins meet as well."""
 _INDENT = "\N{NO-BREAK SPACE}\N{NO-BREAK SPACE}"
@@ -71,19 +71,21 @@ class TaskComparison(SphinxDirective):
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        """Return the table, or a sentence where no model was measured on the task."""
+        """Return the table, or a sentence where no model masters the task."""
         (task,) = self.arguments
-        runs = [run for run in kept_runs(self.env)[0] if _is_measured(run, task)]
+        runs = [run for run in kept_runs(self.env)[0] if _is_mastered(run, task)]
         if not runs:
-            return [nodes.paragraph("", NOT_MEASURED.format(task=task))]
+            return [nodes.paragraph("", NOT_MASTERED.format(task=task))]
         models = [short_name(run["model"]) for run in runs]
         return [table(["Effect", "Wanted", *models], effect_rows(runs, [task]), "models")]
 
 
-def _is_measured(run: Mapping[str, Any], task: str) -> bool:
-    """Return whether a run says anything of the model itself on a task."""
+def _is_mastered(run: Mapping[str, Any], task: str) -> bool:
+    """Return whether a model does a task well enough for the hand-over to be measured on it."""
     return any(
-        row["place"] == task and not row["untrained"] and row["estimate"] is not None
+        (row["claim"], row["place"], row["untrained"]) == (CLAIM, task, False)
+        and row["criterion"]
+        and row["estimate"] is not None
         for row in run["records"]
     )
 
